@@ -1,0 +1,33 @@
+# make demo and make test need nothing but Python 3.10+; each makes what it lacks.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint bench
+
+demo: $(VENV)/ready
+	$(RUN) examples/demo/run.py --output out/demo
+
+test: $(VENV)/ready $(VENV)/oldest/ready lint
+	$(RUN) -m pytest
+	PYTHONPATH=$(VENV)/oldest $(RUN) -m pytest tests/test_families.py tests/test_trainer.py tests/test_flash_attention.py
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Needs a CUDA GPU; writes benchmarks/results/ and the README's tables.
+bench:
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_step.py --commit $$(git rev-parse --short HEAD)
+	PYTHONPATH=. $(PYTHON) benchmarks/table.py --write
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch
+	$(RUN) -m pip install -q -c constraints.txt -e ".[peft,eval,plot,test]"
+	touch $@
+
+# The oldest transformers that is supported, put before the newest on the path.
+$(VENV)/oldest/ready: $(VENV)/ready
+	$(RUN) -m pip install -q --upgrade --no-deps --target $(VENV)/oldest -r tests/oldest.txt
+	touch $@

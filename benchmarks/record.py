@@ -1,0 +1,79 @@
+"""Measure one step, and keep the numbers of a run in one JSON file: a header, one row a line."""
+
+import datetime
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+
+
+def measure(step: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
+    """One call of ``step``, which returns a loss.
+
+    Returns:
+        ``ms`` by CUDA events, the peaks ``peak_gib`` allocated and ``reserved_gib``, the ``loss``.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        loss = float(step())
+        ms = 1e3 * (time.perf_counter() - start)
+        return {"ms": ms, "peak_gib": 0.0, "reserved_gib": 0.0, "loss": loss}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    loss = step()
+    end.record()
+    torch.cuda.synchronize()
+    return {
+        "ms": start.elapsed_time(end),
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "loss": float(loss),
+    }
+
+
+def summary(samples: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """Median, least and most ms, the highest peaks in GiB, tokens/s, and the last loss."""
+    times = [sample["ms"] for sample in samples]
+    return {
+        "ms_median": round(statistics.median(times), 1),
+        "ms_min": round(min(times), 1),
+        "ms_max": round(max(times), 1),
+        "rounds": len(times),
+        "peak_gib": round(max(sample["peak_gib"] for sample in samples), 2),
+        "reserved_gib": round(max(sample["reserved_gib"] for sample in samples), 2),
+        "tokens_per_s": round(1e3 * tokens / statistics.median(times)),
+        "loss": round(samples[-1]["loss"], 4),
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """GPU, versions and date."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    packages = ("torch", "triton", "transformers", "peft")
+    versions = {name: str(importlib.import_module(name).__version__) for name in packages}
+    return {"gpu": gpu, **versions, "date": datetime.date.today().isoformat()}
+
+
+def load(path: Path) -> tuple[dict, list[dict]]:
+    """Header and rows of a file that `save` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["header"], content["rows"]
+
+
+def save(path: Path, header: dict, rows: list[dict]) -> None:
+    """Write header and rows; the file is replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{\n"header": {json.dumps(header, indent=2)},\n"rows": [\n{lines}\n]\n}}\n'
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

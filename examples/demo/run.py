@@ -1,0 +1,248 @@
+"""Extend a small model's context fourfold by LoRA fine-tuning, once dense and once with LeMo.
+
+    python examples/demo/run.py --output out/demo
+
+Model and texts lie next to this script and two CPU cores are enough: see PROVENANCE.md. Both runs
+have the same data in the same order, the same initial weights and the same number of steps. LeMo's
+training passes leave half of the tokens out of most layers; both models are evaluated dense.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # a checkout needs no installation
+
+import accelerate  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from plot import draw  # noqa: E402
+from transformers import (  # noqa: E402  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from lemo_hf import LeMoConfig, LeMoTrainer, __version__  # noqa: E402
+from lemo_hf.step import Step  # noqa: E402
+
+TOKENS = 2048
+ROPE_FACTOR = 4.0  # the model was pretrained on 512 tokens
+LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+TRAINING = dict(
+    per_device_train_batch_size=2,
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+    warmup_steps=5,
+    logging_steps=1,
+)
+LEMO = LeMoConfig(retention=0.5, policy="pooled", block_size=128, dense_first_layers=3)
+
+
+def main() -> None:
+    """Train twice, evaluate three times, and write the table, the picture and the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("out/demo"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    train, heldout = rows(tokenizer, "train-*.txt"), rows(tokenizer, "heldout-*.txt")[::3]
+    print(
+        f"{TOKENS} tokens a row: {len(train)} rows to train on, {len(heldout)} held out. "
+        f"{args.steps} steps of {TRAINING['per_device_train_batch_size']} rows, dense and LeMo."
+    )
+    results, kept = {}, None
+    for name, lemo_config in (("dense", None), ("LeMo", LEMO)):
+        print(f"\n{name}")
+        trainer = make_trainer(lemo_config, train, heldout, args)
+        if lemo_config is None:
+            results["before"] = {"perplexity": perplexity(trainer)}
+        seconds = trainer.train().metrics["train_runtime"]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        saved, chosen = measure_pass(trainer)
+        retentions = [log.get("lemo/attention_retention", 1.0) for log in logs]
+        results[name] = {
+            "perplexity": perplexity(trainer),
+            "train_seconds": seconds,
+            "tokens_per_second": args.steps * trainer.args.train_batch_size * TOKENS / seconds,
+            "kept_tokens": TOKENS * sum(retentions) / len(retentions),
+            "saved_mib": saved / 2**20,
+            "loss": [log["loss"] for log in logs],
+        }
+        if lemo_config is not None:
+            kept = kept_blocks(trainer, chosen)
+
+    results["ratio"] = {
+        key: value / results["dense"][key]
+        for key, value in results["LeMo"].items()
+        if key != "loss"
+    }
+    table = format_table(results)
+    print(f"\n{table}\n\nTraining is sparse, evaluation dense. Perplexity: held-out books.")
+    draw(args.output / "demo.png", kept, results, LEMO)
+    report = {
+        "results": results,
+        "kept_blocks": kept.tolist(),
+        "settings": {
+            "tokens": TOKENS,
+            "rope_factor": ROPE_FACTOR,
+            "steps": args.steps,
+            "seed": args.seed,
+            "train_rows": len(train),
+            "heldout_rows": len(heldout),
+            "lora": LORA,
+            "training": TRAINING,
+            "lemo": LEMO.to_dict(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
+            "accelerate": accelerate.__version__,
+            "lemo_hf": __version__,
+        },
+        "torch_threads": torch.get_num_threads(),
+        "total_seconds": time.perf_counter() - started,
+    }
+    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Wrote demo.png and report.json to {args.output} in {report['total_seconds']:.0f} s.")
+
+
+def rows(tokenizer, pattern: str) -> list[dict]:
+    """The books' tokens in rows of `TOKENS`; no row spans two books, rests are left out."""
+    samples = []
+    for path in sorted((HERE / "text").glob(pattern)):
+        ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        for start in range(0, len(ids) - TOKENS + 1, TOKENS):
+            row = ids[start : start + TOKENS]
+            samples.append({"input_ids": row, "labels": row})
+    return samples
+
+
+def make_trainer(lemo_config, train, heldout, args) -> LeMoTrainer:
+    """A LoRA model whose positions are scaled to the new context, and its Trainer."""
+    set_seed(args.seed)
+    config = AutoConfig.from_pretrained(HERE / "model", use_cache=False)
+    config.rope_parameters |= {"rope_type": "linear", "factor": ROPE_FACTOR}
+    config.max_position_embeddings = TOKENS
+    model = AutoModelForCausalLM.from_pretrained(HERE / "model", config=config, dtype="float32")
+    trainer = LeMoTrainer(
+        model=peft.get_peft_model(model, peft.LoraConfig(**LORA)),
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            seed=args.seed,
+            per_device_eval_batch_size=2,
+            prediction_loss_only=True,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            **TRAINING,
+        ),
+        train_dataset=train,
+        eval_dataset=heldout,
+        lemo_config=lemo_config,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress)
+    return trainer
+
+
+class QuietProgress(ProgressCallback):
+    """Trainer's progress bar with the loss in it, rather than one printed dictionary a log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def perplexity(trainer) -> float:
+    """On the held-out rows, by the whole model: evaluation is never sparse."""
+    return math.exp(trainer.evaluate()["eval_loss"])
+
+
+def measure_pass(trainer) -> tuple[int, list]:
+    """Bytes one training pass keeps for its backward, and the kept sets it chose, layer by layer.
+
+    Distinct storages are counted once, and parameters not at all.
+    """
+    model = trainer.model.train()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages, chosen, choose = {}, [], Step.choose
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    def watch(*args, **kwargs):
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    Step.choose = watch
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+    finally:
+        Step.choose = choose
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:  # LeMo's loss holds a gradient on its graph node, where the hooks do not look
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            if getattr(node, "grad_hidden", None) is not None:
+                keep(node.grad_hidden)
+    return sum(storage.nbytes() for storage in storages.values()), chosen
+
+
+def kept_blocks(trainer, chosen: list) -> torch.Tensor:
+    """Share of each token block that each layer's attention kept of the pass's first sample."""
+    kept = torch.ones(len(trainer.lemo.retentions), TOKENS)
+    for layer, kept_set in zip(trainer.lemo.sparse_layers, chosen, strict=True):
+        kept[layer] = torch.zeros(TOKENS).index_fill(0, kept_set.index[0], 1)
+    return kept.unflatten(1, (-1, trainer.lemo.config.block_size)).mean(2)
+
+
+def format_table(results: dict) -> str:
+    """The results as aligned plain text, one run a line."""
+    columns = {
+        "perplexity": ("perplexity", ".2f"),
+        "train_seconds": ("training s", ".1f"),
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "kept_tokens": (f"kept of {TOKENS:,}", ",.0f"),
+        "saved_mib": ("saved MiB", ".1f"),
+    }
+    lines = [["", *(title for title, _ in columns.values())]]
+    for name, result in results.items():
+        cells = [
+            f"{result[key]:{'.3f' if name == 'ratio' else form}}" if key in result else "-"
+            for key, (_, form) in columns.items()
+        ]
+        lines.append(["LeMo / dense" if name == "ratio" else name, *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What LeMo refuses, said before training starts: the value, and the way out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lemo_hf.config import LeMoConfig
+from lemo_hf.families import Family, family_of
+
+
+def check_model(model: nn.Module) -> Family:
+    """The family of ``model``.
+
+    Raises:
+        ValueError: It is no causal LM of a supported family, or a setting of it does not fit.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"LeMo needs a transformers causal LM, got {type(model).__name__}.")
+    family = family_of(config.model_type)
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True is not supported: sparse layers route kept tokens only, "
+            "which the auxiliary loss does not expect. Set model.config.output_router_logits=False."
+        )
+    if getattr(config, "layerdrop", 0):
+        raise ValueError(
+            f"layerdrop={config.layerdrop} is not supported: set model.config.layerdrop=0 before "
+            "the model is made."
+        )
+    check_attention(config)
+    return family
+
+
+def check_attention(config: Any) -> None:
+    """Raises ValueError for an attention implementation whose masks cannot be gathered."""
+    implementation = config._attn_implementation or ""
+    if "flex" in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} is not supported: its block masks cannot be "
+            "gathered. Use 'sdpa', 'eager' or 'flash_attention_2'."
+        )
+
+
+def check_predictors(config: LeMoConfig, predictors: Sequence | None, num_layers: int) -> None:
+    """Raises ValueError unless predictors and policy go together."""
+    if config.policy != "predictor":
+        if predictors is not None:
+            raise ValueError(
+                f"predictors were given but policy={config.policy!r}: set policy='predictor'."
+            )
+    elif predictors is None or len(predictors) != num_layers:
+        given = "none" if predictors is None else len(predictors)
+        raise ValueError(
+            f"policy='predictor' needs one predictor a layer: the model has {num_layers} layers, "
+            f"given: {given}. Pass predictors=[...], or use policy='pooled', which needs none."
+        )
+
+
+def check_intermediate(config: LeMoConfig, family: Family, model_type: str) -> None:
+    """Raises ValueError if an MLP is to be scored by an activation that it does not have."""
+    scored = config.policy in ("oracle", "pooled")
+    if config.mlp_retention is not None and scored and family.intermediate is None:
+        raise ValueError(
+            f"mlp_retention={config.mlp_retention} with policy={config.policy!r}: the experts of "
+            f"{model_type!r} have no single intermediate activation to score. Leave mlp_retention "
+            "unset (the MLP keeps what attention keeps), or use policy 'random' or 'recent'."
+        )
+
+
+def check_block_size(config: LeMoConfig, longest: int) -> None:
+    """Raises ValueError if not even the longest sequence has more than one block."""
+    if longest < config.block_size:
+        raise ValueError(
+            f"block_size={config.block_size} is larger than the longest sequence ({longest} "
+            "tokens): nothing could be left out. Use a smaller block_size or longer sequences."
+        )
+
+
+def check_call(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if a sparse pass cannot run as set, or return what is asked."""
+    check_attention(model.config)
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if kwargs.get(name) or (kwargs.get(name) is None and getattr(model.config, name, False)):
+            raise ValueError(
+                f"{name}=True is not supported in a sparse training pass: the stream is updated in "
+                "place and eliminated tokens have no such output. Call model.eval() first, or "
+                f"leave {name} unset."
+            )
+
+
+def check_trainer(args: Any, parallelism: Any) -> None:
+    """Raises ValueError for ways of using several GPUs that would split or copy a sequence.
+
+    Args:
+        args: TrainingArguments.
+        parallelism: Accelerate's ParallelismConfig, or None.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "
+            "support. Start one process a GPU: accelerate launch --num_processes "
+            f"{args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES=0."
+        )
+    for name, what in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        size = getattr(parallelism, f"{name}_size", 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name}_size={size}: {what} parallelism is not supported, since tokens are chosen "
+                f"over the whole sequence. Set {name}_size=1."
+            )

@@ -1,0 +1,103 @@
+"""What attention reads besides the rows themselves, gathered to a kept set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo_hf.kernels.rows import gather_rows
+from lemo_hf.selection import KeptSet
+from lemo_hf.step import Step
+
+
+def kept_positions(
+    position_embeddings: tuple[Tensor, Tensor] | None, kept: KeptSet
+) -> tuple[Tensor, Tensor] | None:
+    """Rotary cos and sin at the kept positions: ``[B or 1, T, D]`` to ``[B, K, D]`` each."""
+    if position_embeddings is None:
+        return None
+    batch = kept.index.shape[0]
+    return tuple(
+        gather_rows(part.expand(batch, -1, -1), kept.index) for part in position_embeddings
+    )
+
+
+def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
+    """The attention mask among kept tokens.
+
+    Args:
+        mask: As transformers hands it to a layer: None (causal), ``[B, T]`` padding mask (flash
+            attention), or ``[B or 1, h, T, T]``, bool (True = visible) or additive float.
+        kept: The set; its slots are in causal order, so None stays None.
+
+    Returns:
+        None, ``[B, K]`` or ``[B, h, K, K]``. Idle slots are seen by no kept token and see
+        themselves alone, so that no row of the softmax is empty.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        mask = mask.gather(1, kept.index)
+        return mask if kept.slot_mask is None else mask * kept.slot_mask
+    batch, slots = kept.index.shape
+    mask = mask.expand(batch, -1, -1, -1)
+    rows = torch.arange(batch, device=mask.device)[:, None, None]
+    mask = mask[rows, :, kept.index[:, :, None], kept.index[:, None, :]].permute(0, 3, 1, 2)
+    if kept.slot_mask is not None:
+        itself = torch.eye(slots, dtype=torch.bool, device=mask.device)
+        query, key = kept.slot_mask[:, None, :, None], kept.slot_mask[:, None, None, :]
+        visible = torch.where(query, key, itself)
+        if mask.dtype == torch.bool:
+            return torch.where(query, mask, itself) & visible
+        hidden = torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(~query & itself, 0.0)
+        return mask.masked_fill(~visible, hidden)
+    return mask.contiguous()
+
+
+def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
+    """Document boundaries among kept tokens, as flash attention's variable-length arguments.
+
+    Args:
+        documents: ``[B, T]`` non-decreasing document ids.
+        kept: The set. An idle tail of slots becomes a document of its own.
+    """
+    ids = documents.gather(1, kept.index)
+    if kept.slot_mask is not None:
+        ids = ids.masked_fill(~kept.slot_mask, -1)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    bounds = starts.flatten().nonzero().squeeze(1).to(torch.int32)
+    bounds = torch.cat([bounds, bounds.new_tensor([ids.numel()])])
+    longest = int(bounds.diff().max())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def kept_attention_inputs(
+    kept: KeptSet,
+    step: Step,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+    attention_mask: Tensor | None,
+    flash: bool,
+) -> dict[str, Any]:
+    """Keyword arguments of the attention module for the kept rows.
+
+    ``position_ids`` are left out: only flash attention reads them, and it takes gaps between kept
+    positions for document boundaries. It is given the real boundaries instead.
+    """
+    key = (id(position_embeddings), id(attention_mask))
+    if kept.cache is not None and key in kept.cache:
+        return kept.cache[key]
+    inputs: dict[str, Any] = {"attention_mask": kept_mask(attention_mask, kept)}
+    if position_embeddings is not None:
+        inputs["position_embeddings"] = kept_positions(position_embeddings, kept)
+    if flash and step.documents is not None:
+        inputs |= kept_documents(step.documents, kept)
+    if kept.cache is not None:
+        kept.cache[key] = inputs
+    return inputs

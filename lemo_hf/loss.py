@@ -1,0 +1,75 @@
+"""The language-model loss of a sparse step: on tokens that may be asked, by segments."""
+
+import torch
+from torch import Tensor, nn
+
+from lemo_hf.families import Family
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_entropy
+from lemo_hf.step import Step
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """The token each position must predict: ``labels [B, T]`` one to the left, the end ignored."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def supervised_targets(targets: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """Targets the step may ask for, and each row's weight.
+
+    With ``supervise="kept"`` the mean loss over a row's remaining targets stands for the row, so a
+    row weighs as much as in dense training: its weight is (its targets) / (remaining targets).
+
+    Args:
+        targets: ``[B, T]`` int64, `IGNORE_INDEX` for none.
+        step: The forward pass, after its last sparse layer.
+
+    Returns:
+        Targets ``[B, T]`` and weights ``[B, 1]`` fp32.
+    """
+    before = (targets != IGNORE_INDEX).sum(1, keepdim=True)
+    if step.config.supervise == "kept":
+        targets = targets.masked_fill(~step.supervised(), IGNORE_INDEX)
+    after = (targets != IGNORE_INDEX).sum(1, keepdim=True)
+    return targets, before / after.clamp_min(1)
+
+
+def segment_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    step: Step,
+    head: nn.Module,
+    family: Family,
+    model_config,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """The model's causal-LM loss without its ``[B, T, V]`` logits.
+
+    Args:
+        hidden: What the head reads, ``[B, T, H]``.
+        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
+        step: The forward pass.
+        head: The output embeddings, called as a module.
+        family: Where the config keeps a logit divisor or soft cap.
+        model_config: Config of the model.
+        num_items_in_batch: Labels in all micro-batches of the optimizer step (Trainer counts
+            them), or None: the labels of this batch.
+
+    Returns:
+        Nats per label, fp32 scalar.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORE_INDEX).sum()
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(hidden.device)
+    targets, weights = supervised_targets(targets, step)
+    total = segment_cross_entropy(
+        hidden.flatten(0, 1),
+        targets.flatten(),
+        weights.expand_as(targets).flatten(),
+        head,
+        segment_size=step.config.segment_size,
+        divisor=getattr(model_config, family.logits_divisor) if family.logits_divisor else 1.0,
+        softcap=getattr(model_config, family.logits_softcap) if family.logits_softcap else None,
+        parameters=[p for p in head.parameters() if p.requires_grad],
+    )
+    return total / num_items_in_batch

@@ -1,0 +1,187 @@
+"""Hooks on the causal LM: they see each batch come in, and the loss go out.
+
+In a sparse pass the loss belongs to one of three: the model itself, then `segment_loss` takes its
+place and no ``[B, T, V]`` logits are made; a forward that somebody put on the instance (Liger,
+TRL); or a function of the logits outside the model (``compute_loss_func``, label smoothing). The
+last two keep their loss. They are given labels from which the targets of eliminated tokens are
+struck once the last sparse layer has run.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo_hf.checks import check_call
+from lemo_hf.config import LeMoConfig
+from lemo_hf.families import Family
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.loss import segment_loss, shifted, supervised_targets
+from lemo_hf.step import Step
+
+
+@dataclass
+class Labels:
+    """What a pass is to predict.
+
+    Attributes:
+        name: The argument they came by; ``"shift_labels"`` stand where they are predicted.
+        tensor: ``[B, T]`` int64, a copy that may be changed.
+        num_items: fp32 scalar tensor that may be changed, or None.
+    """
+
+    name: str
+    tensor: Tensor
+    num_items: Tensor | None
+
+    @classmethod
+    def copy_of(cls, tensor: Tensor, num_items: Tensor | int | None, name: str = "labels"):
+        """Labels that the pass may change; the caller's stay as they are."""
+        if num_items is not None:
+            num_items = torch.as_tensor(num_items, device=tensor.device).float().clone()
+        return cls(name, tensor.clone(), num_items)
+
+    @classmethod
+    def in_call(cls, kwargs: dict[str, Any]) -> "Labels | None":
+        """The labels among the arguments of the model, if there are any."""
+        for name in ("shift_labels", "labels"):
+            if kwargs.get(name) is not None:
+                return cls.copy_of(kwargs[name], kwargs.get("num_items_in_batch"), name)
+        return None
+
+    def targets(self) -> Tensor:
+        """``[B, T]``: the token each position must predict."""
+        return self.tensor if self.name == "shift_labels" else shifted(self.tensor)
+
+    def strike(self, step: Step) -> None:
+        """Ignore what eliminated tokens would have to predict; take it out of the item count."""
+        before = self.targets()
+        after, _ = supervised_targets(before, step)
+        if self.num_items is not None:
+            count = (before != IGNORE_INDEX).sum().clamp_min(1)
+            self.num_items.mul_((after != IGNORE_INDEX).sum() / count)
+        if self.name == "shift_labels":
+            self.tensor.copy_(after)
+        else:
+            self.tensor[:, 1:] = after[:, :-1]
+
+
+class Passes:
+    """The forward passes of one model: the one under way, and counts of those that ended.
+
+    Attributes:
+        step: The sparse pass under way, or None.
+        global_step: Optimizer steps done.
+        counts: Tokens that were no padding, and kept token-layers of attention and MLP.
+    """
+
+    def __init__(self, model: nn.Module, config: LeMoConfig, family: Family, last: nn.Module):
+        self.config, self.family, self.last = config, family, last
+        self.step: Step | None = None
+        self.global_step = 0
+        self.counts: dict[str, Any] = {}
+        self.reset_counts()
+        self._promised: Labels | None = None
+        self._loss: Tensor | None = None
+        self._for_this_pass: list = []
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def reset_counts(self) -> None:
+        """Start the counts anew."""
+        self.counts = {"real": 0, "attention": 0, "mlp": 0}
+
+    def promise(self, tensor: Tensor, num_items: Tensor | int | None) -> Labels:
+        """Announce labels of a loss outside the model, which the next pass is not given."""
+        self._promised = Labels.copy_of(tensor, num_items)
+        return self._promised
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        promised, self._promised = self._promised, None
+        kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+        if not model.training or kwargs.get("past_key_values") is not None:
+            return (), kwargs
+        check_call(model, kwargs)
+        kwargs["use_cache"] = False  # with a cache the layers would run dense
+        labels = promised or Labels.in_call(kwargs)
+        ids = kwargs.get("input_ids")
+        main = kwargs["inputs_embeds"] if ids is None else ids
+        self.step = Step(
+            self.config,
+            tuple(main.shape[:2]),
+            main.device,
+            input_ids=ids,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=_position_ids(kwargs, main.shape[1]),
+            targets=None if labels is None else labels.targets(),
+            global_step=self.global_step,
+        )
+        if labels is None:
+            return (), kwargs
+        if promised is None and "forward" not in vars(model):
+            self._own_loss(model, labels.targets(), kwargs)
+        elif self.config.supervise == "kept":
+            if promised is None:
+                kwargs[labels.name] = labels.tensor
+                if labels.num_items is not None:
+                    kwargs["num_items_in_batch"] = labels.num_items
+            step = self.step
+            strike = self.last.register_forward_hook(lambda *_: labels.strike(step))
+            self._for_this_pass.append(strike)
+        return (), kwargs
+
+    def _own_loss(self, model: nn.Module, targets: Tensor, kwargs: dict[str, Any]) -> None:
+        """Compute the loss from what the head is about to read; it then sees one row a sequence."""
+        head, step = model.get_output_embeddings(), self.step
+        num_items = kwargs.get("num_items_in_batch")
+        for name in ("labels", "shift_labels"):
+            kwargs.pop(name, None)
+
+        def before_head(_, args):
+            catch.remove()
+            hidden = args[0]
+            self._loss = segment_loss(
+                hidden, targets, step, head, self.family, model.config, num_items
+            )
+            return (hidden[:, :1].detach(),)
+
+        catch = head.register_forward_pre_hook(before_head)
+        self._for_this_pass.append(catch)
+
+    def _after(self, model: nn.Module, args: tuple, output: Any):
+        """End the pass (after an error too), count it, and hand our loss over."""
+        while self._for_this_pass:
+            self._for_this_pass.pop().remove()
+        step, self.step = self.step, None
+        loss, self._loss = self._loss, None
+        if step is None or output is None:
+            return output
+        self.counts["real"] += step.real_tokens
+        for name, count in step.kept_tokens.items():
+            self.counts[name] = self.counts[name] + count
+        if loss is None:
+            return output
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        output["logits"] = None
+        return output
+
+
+def _position_ids(kwargs: dict[str, Any], tokens: int) -> Tensor | None:
+    """Position ids as the caller gave them, or as its document boundaries imply."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    if kwargs.get("position_ids") is not None or bounds is None:
+        return kwargs.get("position_ids")
+    positions = torch.arange(tokens, device=bounds.device)
+    starts = bounds[torch.searchsorted(bounds, positions.to(bounds.dtype), right=True) - 1]
+    return (positions - starts)[None]

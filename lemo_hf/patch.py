@@ -1,0 +1,149 @@
+"""`apply_lemo` and `remove_lemo`: put sparse layers on a live model, and take them off.
+
+Nothing of the model is copied or renamed: chosen decoder layers become subclasses of themselves,
+and two hooks on the causal LM tell them about each batch and compute the loss. Passes are sparse in
+training mode without a KV cache; in every other case the model is the stock one.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from lemo_hf.checks import check_intermediate, check_model, check_predictors
+from lemo_hf.config import LeMoConfig
+from lemo_hf.layer import LayerPlan, make_sparse, make_stock
+from lemo_hf.passes import Passes
+
+_LEMO = "_lemo"
+
+
+def apply_lemo(
+    model: nn.Module,
+    config: LeMoConfig,
+    predictors: Sequence[Callable[[Tensor], Tensor]] | None = None,
+) -> "LeMo":
+    """Make the training passes of ``model`` sparse.
+
+    Args:
+        model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
+        config: What to leave out.
+        predictors: For ``policy="predictor"``, one a decoder layer: block embeddings ``[B, N, H]``
+            (mean rows of the stream the layer is about to read) to scores ``[B, N]``.
+
+    Returns:
+        The `LeMo` now on the model. `remove_lemo` takes it off.
+
+    Raises:
+        ValueError: The model, one of its settings, or the config does not fit.
+    """
+    model = transformers_model(model)
+    if hasattr(model, _LEMO):
+        raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
+    lemo = LeMo(model, config, predictors)
+    setattr(model, _LEMO, lemo)
+    return lemo
+
+
+def remove_lemo(model: nn.Module) -> None:
+    """Give ``model`` back as it was before `apply_lemo`; without LeMo on it, nothing happens."""
+    model = transformers_model(model)
+    if hasattr(model, _LEMO):
+        getattr(model, _LEMO).remove()
+        delattr(model, _LEMO)
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class LeMo:
+    """LeMo on one model: its sparse layers, and what its passes kept.
+
+    Attributes:
+        config: The user's choice.
+        passes: Hooks and counts of the forward passes.
+        retentions: One entry a layer: attention's and MLP's retention, or None for a dense layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LeMoConfig,
+        predictors: Sequence[Callable[[Tensor], Tensor]] | None,
+    ):
+        family = check_model(model)
+        layers = model.get_submodule(family.layers)
+        retentions = config.layer_retentions(len(layers))
+        check_predictors(config, predictors, len(layers))
+        check_intermediate(config, family, model.config.model_type)
+        self.config, self.retentions = config, retentions
+        sparse = self.sparse_layers
+        self._layers = [layers[i] for i in sparse]
+        self.passes = Passes(model, config, family, last=self._layers[-1])
+        for i in sparse:
+            attention, mlp = retentions[i]
+            plan = LayerPlan(
+                family=family,
+                index=i,
+                retention=attention,
+                mlp_retention=mlp,
+                opens=i - 1 not in sparse,
+                closes=i + 1 not in sparse,
+                checkpoint=config.checkpoint_kept_rows,
+                predictor=None if predictors is None else predictors[i],
+                passes=self.passes,
+            )
+            make_sparse(layers[i], plan)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Indices of the layers that leave tokens out."""
+        return [i for i, retention in enumerate(self.retentions) if retention is not None]
+
+    def remove(self) -> None:
+        """Undo everything but the mark that `remove_lemo` deletes."""
+        self.passes.remove()
+        for layer in self._layers:
+            make_stock(layer)
+
+    def describe(self) -> str:
+        """One line: what is sparse and what stays dense."""
+        config, sparse = self.config, self.sparse_layers
+        attention = [self.retentions[i][0] for i in sparse]
+        mlp = [self.retentions[i][1] for i in sparse]
+        mlp_text = "MLP on the same rows" if mlp[0] is None else f"MLP retention {_shares(mlp)}"
+        return (
+            f"LeMo: {len(sparse)} of {len(self.retentions)} layers ({sparse[0]} to {sparse[-1]}) "
+            f"are sparse, attention retention {_shares(attention)}, {mlp_text}, "
+            f"{config.block_size}-token blocks by {config.policy!r}, "
+            f"{'one kept set for all' if config.agree_across_layers else 'a kept set each'}, "
+            f"loss on {config.supervise} tokens; the other layers, evaluation and generation stay "
+            "dense."
+        )
+
+    def report(self) -> dict[str, float]:
+        """What passes kept since the counts were reset; empty if there was no sparse pass.
+
+        Returns:
+            ``attention_retention`` and ``mlp_retention``: kept token-layers / token-layers, over
+            **all** layers; ``kept_tokens``: tokens the mean sublayer kept.
+        """
+        real = int(self.passes.counts["real"])
+        if not real:
+            return {}
+        total = len(self.retentions)
+        dense = total - len(self._layers)
+        attention, mlp = (
+            (int(self.passes.counts[name]) / real + dense) / total for name in ("attention", "mlp")
+        )
+        return {
+            "attention_retention": attention,
+            "mlp_retention": mlp,
+            "kept_tokens": real * (attention + mlp) / 2,
+        }
+
+
+def _shares(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

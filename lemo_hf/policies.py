@@ -1,0 +1,201 @@
+"""Selection policies: what ranks the blocks of a layer. One function a policy.
+
+Each maps a `ScoreInputs` to block scores ``[B, N]``, higher is better, without gradient. A policy
+that learns plugs in as ``"predictor"``: a callable a layer, from block embeddings to scores.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lemo_hf.families import Family
+from lemo_hf.kernels.block_scores import block_scores_reference
+from lemo_hf.predictors.training_free import pool_blocks, random_scores, recent_scores
+from lemo_hf.step import Step
+
+# Tokens whose normed rows exist at a time while a whole sequence is scored.
+CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a policy may look at: the layer and the stream it is about to read, before elimination.
+
+    Attributes:
+        layer: The decoder layer.
+        family: Where its parts are.
+        layer_index: Its place in the stack.
+        sublayer: ``"attention"`` or ``"mlp"``.
+        x: Residual stream, ``[B, T, H]``.
+        position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
+        step: The batch's padding, documents and seeds.
+        predictor: Block embeddings ``[B, N, H]`` to scores ``[B, N]``, or None.
+    """
+
+    layer: nn.Module
+    family: Family
+    layer_index: int
+    sublayer: str
+    x: Tensor
+    position_embeddings: tuple[Tensor, Tensor] | None
+    step: Step
+    predictor: Callable[[Tensor], Tensor] | None
+
+
+def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
+    """What the attention or MLP module reads of ``rows``: their norm, where the family has one."""
+    family, layer = inputs.family, inputs.layer
+    name = family.attention_norm if inputs.sublayer == "attention" else family.mlp_norm
+    if name is None or (family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)):
+        return rows
+    return getattr(layer, name)(rows)
+
+
+def oracle(inputs: ScoreInputs) -> Tensor:
+    """The paper's informativeness, from the layer's real queries and keys (or MLP activations)."""
+    config, step = inputs.step.config, inputs.step
+    size = config.block_size
+    if inputs.sublayer == "mlp":
+        tokens = torch.cat(
+            [_mlp_activity(inputs, chunk) for chunk in inputs.x.split(CHUNK, dim=1)], 1
+        )
+        tokens = tokens if step.valid is None else tokens * step.valid
+        padding = -step.tokens % size
+        return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
+    captured = _query_key(inputs, sublayer_input(inputs, inputs.x), inputs.position_embeddings)
+    return block_scores_reference(
+        captured.query,
+        captured.key,
+        size,
+        captured.scaling,
+        valid=step.valid,
+        documents=step.documents,
+        window=captured.window,
+        softcap=captured.softcap,
+        normalize=config.normalize_scores,
+    )
+
+
+def pooled(inputs: ScoreInputs) -> Tensor:
+    """The same score from one query and one key a block: of the block's mean row, at its middle."""
+    config, step = inputs.step.config, inputs.step
+    size = config.block_size
+    chunk = max(1, CHUNK // size) * size
+    means = []
+    for start in range(0, step.tokens, chunk):
+        part = slice(start, start + chunk)
+        valid = None if step.valid is None else step.valid[:, part]
+        means.append(pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size))
+    means = torch.cat(means, 1)
+    if inputs.sublayer == "mlp":
+        return _mlp_activity(inputs, means, normed=True)
+    middles = torch.arange(step.num_blocks, device=inputs.x.device) * size + size // 2
+    middles = middles.clamp_max(step.tokens - 1)
+    positions = inputs.position_embeddings
+    if positions is not None:
+        positions = tuple(part[:, middles] for part in positions)
+    captured = _query_key(inputs, means, positions)
+    return block_scores_reference(
+        captured.query,
+        captured.key,
+        1,
+        captured.scaling,
+        valid=step.real,
+        documents=None if step.documents is None else step.documents[:, middles],
+        window=captured.window and max(1, captured.window // size),
+        softcap=captured.softcap,
+        normalize=config.normalize_scores,
+    )
+
+
+def random(inputs: ScoreInputs) -> Tensor:
+    """Uniform, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
+    step = inputs.step
+    salts = (step.config.seed, step.global_step, inputs.layer_index, inputs.sublayer == "mlp")
+    return random_scores(step.keys, step.num_blocks, *salts)
+
+
+def recent(inputs: ScoreInputs) -> Tensor:
+    """The later the better."""
+    return recent_scores(inputs.step.batch, inputs.step.num_blocks, inputs.x.device)
+
+
+def predictor(inputs: ScoreInputs) -> Tensor:
+    """Whatever the layer's predictor says of the blocks' mean rows.
+
+    Raises:
+        ValueError: It returned something else than ``[B, N]``.
+    """
+    step = inputs.step
+    scores = inputs.predictor(pool_blocks(inputs.x, step.valid, step.config.block_size))
+    if scores.shape != (step.batch, step.num_blocks):
+        raise ValueError(
+            f"the predictor of layer {inputs.layer_index} returned {tuple(scores.shape)}, "
+            f"expected {(step.batch, step.num_blocks)}"
+        )
+    return scores
+
+
+POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
+    "oracle": oracle,
+    "pooled": pooled,
+    "random": random,
+    "recent": recent,
+    "predictor": predictor,
+}
+
+
+@dataclass(frozen=True)
+class _Captured:
+    query: Tensor
+    key: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+_CAPTURE = "lemo_capture"
+_captured: list[_Captured] = []
+
+
+def _capture(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """An attention implementation that keeps what it was given and attends to nothing."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    _captured.append(_Captured(query, key, scaling, window, kwargs.get("softcap")))
+    return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(_CAPTURE, _capture)
+
+
+def _query_key(inputs: ScoreInputs, hidden: Tensor, positions) -> _Captured:
+    """Queries and keys of ``hidden`` exactly as the layer's own attention module makes them."""
+    attention = getattr(inputs.layer, inputs.family.attention)
+    config = attention.config
+    attention.config = copy.copy(config)
+    attention.config._attn_implementation = _CAPTURE
+    extra = {} if positions is None else {"position_embeddings": positions}
+    try:
+        attention(hidden_states=hidden, attention_mask=None, **extra)
+    finally:
+        attention.config = config
+    return _captured.pop()
+
+
+def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
+    """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``."""
+    seen = []
+    down = inputs.layer.get_submodule(inputs.family.intermediate)
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        hidden = rows if normed else sublayer_input(inputs, rows)
+        for name in inputs.family.mlp:
+            hidden = getattr(inputs.layer, name)(hidden)
+    finally:
+        handle.remove()
+    return seen[0].float().abs().mean(-1)

@@ -1,0 +1,70 @@
+"""From block scores to kept rows: pure functions of tensors, one budget and one set a row."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class KeptSet:
+    """The kept rows of a batch.
+
+    Attributes:
+        index: ``[B, K]`` int64 token positions, distinct in a row: kept ones first, ascending, so
+            that causal order is slot order; then idle slots, if the row keeps fewer than K.
+        slot_mask: ``[B, K]`` bool, False at idle slots; None if there are none.
+        kept_tokens: Kept tokens of the batch, int64 scalar tensor.
+        cache: What was gathered by this set already, where layers share it; else None.
+    """
+
+    index: Tensor
+    slot_mask: Tensor | None
+    kept_tokens: Tensor
+    cache: dict | None = field(default=None, repr=False)
+
+
+def num_kept_blocks(retention: float, num_blocks: int) -> int:
+    """Blocks kept of ``num_blocks``: the share, rounded up (but not by a rounding error)."""
+    return math.ceil(round(retention * num_blocks, 6))
+
+
+def block_any(tokens: Tensor, block_size: int) -> Tensor:
+    """``[B, T]`` bool to ``[B, ceil(T / block_size)]``: whether any token of the block is set."""
+    padding = -tokens.shape[1] % block_size
+    return torch.nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, block_size)).any(2)
+
+
+def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor) -> Tensor:
+    """The best ``budget[b]`` blocks of each row, required ones first.
+
+    Args:
+        scores: ``[B, N]``; higher is better, ties go to the earlier block. NaN counts as lowest.
+        real: ``[B, N]`` bool, False at blocks of padding alone: never kept.
+        required: ``[B, N]`` bool: always kept.
+        budget: ``[B]`` int64 blocks to keep; at least the row's required ones.
+
+    Returns:
+        ``[B, N]`` bool.
+    """
+    low, high = -math.inf, math.inf
+    scores = scores.float().nan_to_num(nan=low, posinf=torch.finfo(torch.float32).max)
+    scores = scores.masked_fill(required, high).masked_fill(~real, low)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return (rank < budget[:, None]) & real
+
+
+def kept_set(kept: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet:
+    """The set of the tokens ``kept [B, T]`` bool in ``num_slots`` slots a row.
+
+    ``exact`` says that every row keeps exactly ``num_slots``; ``shared`` that layers share the set.
+    """
+    # A stable sort puts the kept positions first, in order, and eliminated ones into idle slots.
+    index = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :num_slots]
+    counts = kept.sum(1)
+    slots = torch.arange(num_slots, device=kept.device)
+    slot_mask = None if exact else slots < counts[:, None]
+    return KeptSet(index.contiguous(), slot_mask, counts.sum(), {} if shared else None)

@@ -1,0 +1,174 @@
+"""What one forward pass knows about its batch, and what its layers keep of it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo_hf.config import LeMoConfig
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.predictors.training_free import row_keys
+from lemo_hf.selection import KeptSet, block_any, keep_blocks, kept_set, num_kept_blocks
+
+logger = logging.getLogger(__name__)
+
+# Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
+# that is masked like padding) still count as labels on the whole sequence.
+WHOLE_SEQUENCE = 0.9
+
+
+@dataclass(frozen=True)
+class _RowCounts:
+    """Host-side counts of one row, which fix how many slots it needs."""
+
+    tokens: int  # that are no padding
+    blocks: int  # with at least one such token
+    required_blocks: int
+    required_tokens: int  # in required blocks
+    label_blocks: int
+
+    def num_blocks(self, retention: float) -> int:
+        return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
+
+
+class Step:
+    """One forward pass: padding, documents, required blocks, and the kept sets chosen so far.
+
+    Args:
+        config: The user's choice.
+        input_ids: ``[B, T]``, or None if the model was given ``inputs_embeds``.
+        shape: ``(B, T)``.
+        device: Of the batch.
+        attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
+        position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
+            and no attention mask is given, a new document begins: transformers' own rule.
+        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
+        global_step: Optimizer steps done; varies the random policy.
+    """
+
+    def __init__(
+        self,
+        config: LeMoConfig,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        global_step: int = 0,
+    ):
+        self.config = config
+        self.batch, self.tokens = shape
+        self.device = device
+        self.global_step = global_step
+        self.num_blocks = -(-self.tokens // config.block_size)
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        self.valid = attention_mask.bool() if padded else None
+        self.documents = None
+        if position_ids is not None and attention_mask is None:
+            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+            self.documents = restarts.cumsum(1).expand(self.batch, -1)
+        self.keys = (
+            torch.arange(self.batch, device=device)
+            if input_ids is None
+            else row_keys(input_ids, self.valid)
+        )
+        self.real, self.required, self.rows = self._blocks(targets)
+        self.agreed: dict[str, KeptSet] = {}
+        self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.kept_tokens = {"attention": 0, "mlp": 0}
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the batch that are no padding."""
+        return sum(row.tokens for row in self.rows)
+
+    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, list[_RowCounts]]:
+        """Blocks with tokens ``[B, N]``, blocks always kept ``[B, N]``, and each row's counts."""
+        size = self.config.block_size
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+        real = block_any(valid, size)
+        first = real & (real.cumsum(1) == 1)
+        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        required = first | last
+        label_blocks = torch.zeros_like(required)
+        if targets is not None:
+            predicts = (targets != IGNORE_INDEX) & valid
+            answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
+            partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
+            label_blocks = block_any(predicts | answers, size) & partial[:, None]
+            required = required | label_blocks
+        in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
+        counts = [valid, real, required, in_required, label_blocks]
+        # The one host synchronisation of a step: tensor shapes depend on these.
+        table = torch.stack([count.sum(1) for count in counts], 1).tolist()
+        return real, required, [_RowCounts(*row) for row in table]
+
+    def choose(
+        self, sublayer: str, retention: float, score: Callable[[], Tensor], shared: bool = False
+    ) -> KeptSet:
+        """The rows that ``sublayer`` ("attention" or "mlp") of the next layer keeps.
+
+        Args:
+            sublayer: Layers that agree look for the set of this name first.
+            retention: Share of each row's blocks.
+            score: Called only if something is left to choose: ``[B, N]`` block scores.
+            shared: The MLP keeps the same rows, and is counted with them.
+        """
+        kept = self.agreed.get(sublayer)
+        if kept is None:
+            kept = self._choose(retention, score)
+            if self.config.agree_across_layers:
+                self.agreed[sublayer] = kept
+        for name in ("attention", "mlp") if shared else (sublayer,):
+            self.kept_tokens[name] = self.kept_tokens[name] + kept.kept_tokens
+        return kept
+
+    def _choose(self, retention: float, score: Callable[[], Tensor]) -> KeptSet:
+        size = self.config.block_size
+        budgets = [row.num_blocks(retention) for row in self.rows]
+        self._warn_if_exceeded(retention)
+        if all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True)):
+            blocks = self.real
+        else:
+            budget = torch.tensor(budgets, device=self.device)
+            blocks = keep_blocks(score(), self.real, self.required, budget)
+        tokens = blocks.repeat_interleave(size, 1)[:, : self.tokens]
+        if self.valid is not None:
+            tokens = tokens & self.valid
+        self.times_kept += tokens
+        # A row's required blocks may be cut short by padding; all others count block_size tokens.
+        slots, exact = [], True
+        for k, row in zip(budgets, self.rows, strict=True):
+            full = row.required_tokens + (row.blocks - row.required_blocks) * size
+            slots.append(min(row.tokens, row.required_tokens + (k - row.required_blocks) * size))
+            exact &= full == row.tokens
+        num_slots = max(1, *slots)
+        exact &= all(n == num_slots for n in slots)
+        return kept_set(tokens, num_slots, exact, shared=self.config.agree_across_layers)
+
+    def _warn_if_exceeded(self, retention: float) -> None:
+        for index, row in enumerate(self.rows):
+            budget = num_kept_blocks(retention, row.blocks)
+            if row.label_blocks > budget:
+                logger.warning(
+                    "row %d has labels in %d of its %d blocks, more than retention %g allows (%d): "
+                    "all blocks with labels are kept.",
+                    index,
+                    row.label_blocks,
+                    row.blocks,
+                    retention,
+                    budget,
+                )
+
+    def supervised(self) -> Tensor:
+        """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
+        tokens = torch.tensor([[row.tokens] for row in self.rows], device=self.device)
+        mean = self.times_kept.sum(1, keepdim=True) / tokens.clamp_min(1)
+        supervised = self.times_kept >= mean
+        return supervised if self.valid is None else supervised & self.valid

@@ -1,0 +1,153 @@
+"""`LeMoTrainer`: transformers' Trainer whose training passes are sparse."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithFlattening, Trainer
+
+from lemo_hf.checks import check_block_size, check_trainer
+from lemo_hf.config import CONFIG_NAME, LeMoConfig
+from lemo_hf.patch import LeMo, apply_lemo, transformers_model
+
+logger = logging.getLogger(__name__)
+
+
+class LeMoMixin:
+    """Makes the training passes of any Trainer sparse; mix it in before the Trainer class.
+
+    Adds one argument, ``lemo_config``; with None the Trainer is left alone.
+    """
+
+    def __init__(self, *args: Any, lemo_config: LeMoConfig | None = None, **kwargs: Any):
+        if lemo_config is not None and not isinstance(lemo_config, LeMoConfig):
+            raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
+        self.lemo_config = lemo_config
+        self.lemo: LeMo | None = None
+        super().__init__(*args, **kwargs)
+        if lemo_config is not None:
+            check_trainer(self.args, getattr(self.accelerator, "parallelism_config", None))
+            self._apply_lemo()
+
+    def _apply_lemo(self) -> None:
+        model = transformers_model(self.accelerator.unwrap_model(self.model))
+        self.lemo = apply_lemo(model, self.lemo_config)
+        model.add_model_tags(["lemo-hf"])
+        self._report_started = time.perf_counter()
+
+    def call_model_init(self, trial=None):
+        """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
+        model = super().call_model_init(trial)
+        if self.lemo is not None:  # the first model gets it at the end of __init__
+            self.lemo = apply_lemo(model, self.lemo_config)
+        return model
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As Trainer's; checks first what would otherwise go wrong in the middle."""
+        if self.lemo is not None:
+            self._check_train_dataset()
+            if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+                self._check_resumed_config(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                print(self.lemo.describe())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As Trainer's, telling LeMo which optimizer step this is."""
+        if self.lemo is not None:
+            self.lemo.passes.global_step = self.state.global_step
+        return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As Trainer's; labels of a loss outside the model are shown to LeMo as well."""
+        outside = self.compute_loss_func is not None or self.label_smoother is not None
+        if self.lemo is not None and model.training and outside and "labels" in inputs:
+            labels = self.lemo.passes.promise(inputs["labels"], num_items_in_batch)
+            inputs = {**inputs, "labels": labels.tensor}
+            num_items_in_batch = labels.num_items
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with retention, kept tokens per second and peak memory in training logs."""
+        if self.lemo is not None and "loss" in logs:
+            logs.update(self._lemo_logs())
+        super().log(logs, *args, **kwargs)
+
+    def _lemo_logs(self) -> dict[str, float]:
+        report = self.lemo.report()
+        self.lemo.passes.reset_counts()
+        now = time.perf_counter()
+        seconds, self._report_started = now - self._report_started, now
+        if not report:
+            return {}
+        logs = {
+            "lemo/attention_retention": report["attention_retention"],
+            "lemo/mlp_retention": report["mlp_retention"],
+            "lemo/kept_tokens_per_second": report["kept_tokens"] / seconds,
+        }
+        if torch.cuda.is_available():
+            logs["lemo/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return logs
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As Trainer's, with ``lemo_config.json`` beside the model."""
+        if self.lemo is not None and self.args.should_save:
+            self.lemo_config.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Trainer copies only the files it knows from a checkpoint to what it pushes.
+        if self.lemo is not None and self.is_world_process_zero():
+            self.lemo_config.save_pretrained(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _check_train_dataset(self) -> None:
+        """Refuse a block size that no sequence reaches; lengths of streamed data are not known."""
+        dataset = self.train_dataset
+        if not isinstance(dataset, Sized) or isinstance(
+            self.data_collator, DataCollatorWithFlattening
+        ):
+            return
+        longest = 0
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            if not isinstance(sample, Mapping) or "input_ids" not in sample:
+                return
+            longest = max(longest, len(sample["input_ids"]))
+            if longest >= self.lemo_config.block_size:
+                return
+        check_block_size(self.lemo_config, longest)
+
+    def _check_resumed_config(self, checkpoint: str | os.PathLike) -> None:
+        if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
+            logger.warning("%s has no %s: it was not trained with LeMo.", checkpoint, CONFIG_NAME)
+            return
+        saved = LeMoConfig.from_pretrained(checkpoint)
+        changed = [
+            f"{name}={value!r} (was {getattr(saved, name)!r})"
+            for name, value in vars(self.lemo_config).items()
+            if getattr(saved, name) != value
+        ]
+        if changed:
+            logger.warning(
+                "resuming %s with another LeMoConfig: %s", checkpoint, "; ".join(changed)
+            )
+
+
+class LeMoTrainer(LeMoMixin, Trainer):
+    """`transformers.Trainer` with one more argument, ``lemo_config``.
+
+    Args:
+        lemo_config: What each layer leaves out in training; None is `Trainer`.
+
+    All other arguments, methods, callbacks and files are Trainer's. Evaluation, prediction and what
+    is saved are those of the plain model.
+
+    Raises:
+        ValueError: The model or the way it is run does not fit; before training starts.
+    """

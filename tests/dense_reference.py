@@ -1,0 +1,77 @@
+"""The definition of a sparse pass, written a second time: a dense model with tokens masked.
+
+The stock model runs on all tokens. Hooks hide eliminated tokens' keys from every attention and set
+eliminated tokens' sublayer outputs to zero. Nothing of lemo_hf takes part but the kept sets.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from lemo_hf.step import Step
+
+
+@contextmanager
+def recorded_sets(monkeypatch):
+    """Collects ``(sublayer, keep_mask [B, T])`` in the order in which layers choose."""
+    chosen = []
+    choose = Step.choose
+
+    def record(step, sublayer, *args, **kwargs):
+        kept = choose(step, sublayer, *args, **kwargs)
+        slots = torch.ones_like(kept.index, dtype=torch.bool)
+        slots = slots if kept.slot_mask is None else kept.slot_mask
+        keep_mask = slots.new_zeros(step.batch, step.tokens)
+        keep_mask.scatter_(1, kept.index, slots)
+        chosen.append((sublayer, keep_mask))
+        return kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "choose", record)
+        yield chosen
+
+
+@contextmanager
+def masked_dense(layers, sets, mlp_output):
+    """Make the stock ``layers`` behave as if they kept ``sets``.
+
+    Args:
+        layers: Decoder layers, all of them sparse.
+        sets: ``(attention keep_mask, MLP keep_mask)`` a layer, ``[B, T]`` bool each.
+        mlp_output: Name of the module whose output is the MLP's update.
+    """
+    handles = []
+    for layer, (attention, mlp) in zip(layers, sets, strict=True):
+
+        def hide_keys(_, args, kwargs, keep=attention):
+            mask = kwargs["attention_mask"].expand(len(keep), -1, -1, -1)
+            hidden = ~keep[:, None, None, :]
+            kwargs["attention_mask"] = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            return args, kwargs
+
+        def zero_attention(_, args, output, keep=attention):
+            return (output[0] * keep[..., None], *output[1:])
+
+        def zero_mlp(_, args, output, keep=mlp):
+            return output * keep.reshape(*output.shape[:-1], 1)
+
+        handles.append(layer.self_attn.register_forward_pre_hook(hide_keys, with_kwargs=True))
+        handles.append(layer.self_attn.register_forward_hook(zero_attention))
+        handles.append(layer.get_submodule(mlp_output).register_forward_hook(zero_mlp))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expected_loss(logits, labels, supervised, attention_mask=None):
+    """Mean over rows of the mean loss on supervised tokens, rows weighted by their labels."""
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(targets)
+    labelled = targets != -100
+    asked = labelled & supervised
+    rows = (nll * asked).sum(1) / asked.sum(1).clamp_min(1) * labelled.sum(1)
+    return rows.sum() / labelled.sum()

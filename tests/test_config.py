@@ -1,0 +1,96 @@
+"""`LeMoConfig`: every value checked, JSON round trip."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lemo_hf import LeMoConfig, __version__
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("retention", 0, r"retention must lie in \(0, 1\], got 0 "),
+        ("retention", 1.01, "got 1.01"),
+        ("retention", float("nan"), "got nan"),
+        ("retention", "half", "got 'half'"),
+        ("retention", (0.5, -1), r"got -1 in retention=\(0.5, -1\)"),
+        ("retention", None, "got None"),
+        ("mlp_retention", 2, "mlp_retention .* got 2"),
+        ("block_size", 0, "block_size must be an integer of at least 1, got 0"),
+        ("block_size", 64.0, "got 64.0"),
+        ("segment_size", -5, "got -5"),
+        ("dense_first_layers", -1, "got -1"),
+        ("dense_last_layers", True, "got True"),
+        ("policy", "best", r"policy must be one of \('oracle'.*got 'best'"),
+        ("supervise", "some", "supervise must be one of .* got 'some'"),
+        ("agree_across_layers", 1, "agree_across_layers must be one of .* got 1"),
+        ("normalize_scores", None, "got None"),
+        ("checkpoint_kept_rows", "yes", "got 'yes'"),
+        ("seed", 0.5, "got 0.5"),
+    ],
+)
+def test_bad_values_are_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        LeMoConfig(**{field: value})
+
+
+def test_round_trip(tmp_path):
+    config = LeMoConfig(retention=[1, 0.5, 0.25], mlp_retention=0.7, agree_across_layers=False)
+    config.save_pretrained(tmp_path / "new" / "folder")
+    assert LeMoConfig.from_pretrained(tmp_path / "new" / "folder") == config
+    stored = json.loads((tmp_path / "new" / "folder" / "lemo_config.json").read_text())
+    assert stored["lemo_version"] == __version__ and stored["retention"] == [1, 0.5, 0.25]
+
+
+def test_it_is_frozen_and_hashable():
+    config = LeMoConfig(retention=[0.5, 1])
+    assert hash(config) == hash(LeMoConfig(retention=(0.5, 1)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.retention = 0.3
+
+
+def test_unknown_keys_are_named():
+    with pytest.raises(ValueError, match="unknown keys in a LeMoConfig: blocksize, sparsity"):
+        LeMoConfig.from_dict({"sparsity": 0.5, "blocksize": 64, "seed": 1})
+
+
+def test_from_pretrained_reads_the_hub(tmp_path, monkeypatch):
+    LeMoConfig(block_size=32).save_pretrained(tmp_path)
+    calls = []
+
+    def download(repo, name, **kwargs):
+        calls.append((repo, name, kwargs))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert LeMoConfig.from_pretrained("org/name", revision="v1").block_size == 32
+    assert calls == [("org/name", "lemo_config.json", {"revision": "v1"})]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retention": (0.5, 0.5)}, "retention has 2 entries, the model has 4 layers"),
+        ({"mlp_retention": (0.5,) * 5}, "mlp_retention has 5 entries, the model has 4"),
+        ({"dense_first_layers": 3, "dense_last_layers": 1}, "leave no sparse layer"),
+        (
+            {"retention": (0.5, 1, 1, 1), "dense_first_layers": 1},
+            "retention of layer 0 is 0.5, but the layer is dense",
+        ),
+        ({"retention": (0.5, 0.4, 0.5, 0.5)}, "differs between layers.*agree_across_layers=False"),
+    ],
+)
+def test_retentions_must_fit_the_model(options, message):
+    with pytest.raises(ValueError, match=message):
+        LeMoConfig(**options).layer_retentions(4)
+
+
+def test_layer_retentions():
+    config = LeMoConfig(retention=0.4, mlp_retention=(1, 0.5, 0.5, 1), dense_first_layers=1)
+    with pytest.raises(ValueError, match="differs between layers"):
+        config.layer_retentions(4)
+    own = dataclasses.replace(config, agree_across_layers=False)
+    assert own.layer_retentions(4) == [None, (0.4, 0.5), (0.4, 0.5), (0.4, 1)]
+    assert LeMoConfig(retention=0.4).layer_retentions(2) == [(0.4, None)] * 2

@@ -1,0 +1,156 @@
+"""On a CUDA GPU: the same rules at bf16, at sizes that need 64-bit offsets, and through Trainer."""
+
+import pytest
+import torch
+from dense_reference import expected_loss, masked_dense, recorded_sets
+from models import make_model, with_lora
+from test_sparse_layer import CASES
+from test_trainer import SPARSE, Trainer, losses, make_trainer
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.families import FAMILIES
+from lemo_hf.kernels.rows import close_stream, open_stream, update_rows
+
+pytestmark = pytest.mark.gpu
+
+
+def to_gpu(inputs):
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_no_further_from_the_truth_than_a_masked_dense_model(
+    family, case, dtype, implementation, monkeypatch
+):
+    """Error against fp32 of the sparse layers <= twice the masked dense model's at this dtype."""
+    inputs = to_gpu(case())
+    config = LeMoConfig(block_size=8, policy="random", supervise="all", agree_across_layers=False)
+
+    def masked(model, sets):
+        rest = {k: v for k, v in inputs.items() if k != "labels"}
+        layers = model.get_base_model().get_submodule(FAMILIES[family].layers)
+        with masked_dense(layers, sets, "mlp"):
+            logits = model(**rest, use_cache=False).logits
+            ones = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            loss = expected_loss(logits, inputs["labels"], ones)
+            return loss.item(), gradients_of(model, loss)
+
+    def build(implementation, dtype):
+        return with_lora(make_model(family, implementation)).cuda().to(dtype)
+
+    model = build(implementation, dtype)
+    apply_lemo(model, config)
+    with recorded_sets(monkeypatch) as chosen:
+        loss = model(**inputs).loss
+        gradients = gradients_of(model, loss)
+    sets = [(mask.cuda(), mask.cuda()) for _, mask in chosen]
+    truth, true_gradients = masked(build("eager", torch.float32), sets)
+    same, same_gradients = masked(build("eager", dtype), sets)
+    eps = torch.finfo(dtype).eps
+    assert abs(loss.item() - truth) <= 2 * abs(same - truth) + 4 * eps * truth
+    error = sum((gradients[n] - g).square().sum() for n, g in true_gradients.items()).sqrt()
+    allowed = sum((same_gradients[n] - g).square().sum() for n, g in true_gradients.items()).sqrt()
+    norm = sum(g.square().sum() for g in true_gradients.values()).sqrt()
+    assert error <= 2 * allowed + 4 * eps * norm
+
+
+def test_streams_beyond_two_to_the_31_elements():
+    tokens, hidden = 600_000, 4096
+    x = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    index = torch.tensor([[0, 1, 524_287, 524_288, tokens - 1]], device="cuda")
+    out = close_stream(update_rows(open_stream(x), index, lambda rows: rows * 2 + 1))
+    assert out[0, index[0]].eq(1).all() and out.sum(dtype=torch.float32) == 5 * hidden
+    (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert gradient[0, index[0]].eq(2).all() and gradient[0, 524_289].eq(1).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_runs_are_bit_equal(tmp_path, checkpointing):
+    options = {"use_cpu": False, "bf16": True, "gradient_checkpointing": checkpointing}
+
+    def model():
+        return with_lora(make_model("llama", "sdpa")).bfloat16()
+
+    first = losses(make_trainer(tmp_path, SPARSE, model=model(), **options))
+    second = losses(make_trainer(tmp_path, SPARSE, model=model(), **options))
+    assert first == second
+
+
+def test_trainer_on_the_gpu(tmp_path):
+    options = {"use_cpu": False, "bf16": True}
+    full = LeMoConfig(retention=1.0, block_size=8)
+    torch.cuda.reset_peak_memory_stats()
+    ours = make_trainer(tmp_path, full, **options)
+    plain = make_trainer(tmp_path, None, cls=Trainer, **options)
+    assert losses(ours) == pytest.approx(losses(plain), rel=2e-2)
+    log = next(log for log in ours.state.log_history if "loss" in log)
+    assert 0 < log["lemo/peak_memory_gib"] < 10
+
+
+def test_offloaded_checkpoints_are_kept_rows(tmp_path):
+    options = {"use_cpu": False, "gradient_checkpointing": True}
+    plain = make_trainer(tmp_path, SPARSE, **options)
+    offload = make_trainer(
+        tmp_path, SPARSE, **options, gradient_checkpointing_kwargs={"offload": True}
+    )
+    assert losses(offload) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_liger_keeps_its_fused_loss(tmp_path):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    options = {"use_cpu": False, "bf16": True}
+
+    def model():
+        return make_model("llama", "sdpa", vocab_size=512).bfloat16()
+
+    ours = losses(make_trainer(tmp_path, SPARSE, model=model(), **options))
+    liger = make_trainer(tmp_path, SPARSE, model=model(), use_liger_kernel=True, **options)
+    assert losses(liger) == pytest.approx(ours, rel=2e-2)
+    assert "forward" in vars(liger.model)
+
+
+def test_kept_rows_save_memory():
+    """Peak memory of a pass falls with retention, with and without checkpointing."""
+    model = (
+        with_lora(
+            make_model(
+                "llama",
+                "sdpa",
+                hidden_size=512,
+                intermediate_size=2048,
+                head_dim=64,
+                num_attention_heads=8,
+                num_hidden_layers=8,
+                max_position_embeddings=16384,
+            )
+        )
+        .cuda()
+        .bfloat16()
+    )
+    ids = torch.randint(3, 97, (1, 16384), device="cuda")
+
+    def peak(**options):
+        apply_lemo(model, LeMoConfig(**options))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(input_ids=ids, labels=ids).loss.backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        model.zero_grad(set_to_none=True)
+        remove_lemo(model)
+        return peak
+
+    for checkpointing in (False, True):
+        full, half, quarter = (
+            peak(retention=share, checkpoint_kept_rows=checkpointing) for share in (1.0, 0.5, 0.25)
+        )
+        assert half < 0.65 * full and quarter < 0.65 * half + 0.1 * full

@@ -1,0 +1,99 @@
+"""The shape of the repository: who imports whom, and folders that other packages must survive."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# A module imports from lower floors only.
+FLOORS = {
+    "version": 0,
+    "kernels.rows": 0,
+    "kernels.block_scores": 0,
+    "kernels.segment_cross_entropy": 0,
+    "predictors.training_free": 1,
+    "config": 1,
+    "families": 1,
+    "selection": 1,
+    "checks": 2,
+    "step": 2,
+    "loss": 3,
+    "kept_inputs": 3,
+    "policies": 3,
+    "passes": 4,
+    "layer": 5,
+    "patch": 6,
+    "trainer": 7,
+}
+
+
+def modules():
+    for path in (ROOT / "lemo_hf").glob("*.py"):
+        if path.stem != "__init__":
+            yield path.stem, path
+    for folder in ("kernels", "predictors"):
+        for path in (ROOT / folder).glob("*.py"):
+            yield f"{folder}.{path.stem}", path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_point_down():
+    for name, path in modules():
+        assert name in FLOORS, f"give {name} a floor"
+        for imported in imports(path):
+            if imported.startswith("lemo_hf."):
+                below = imported.removeprefix("lemo_hf.")
+                assert FLOORS[below] < FLOORS[name], f"{name} imports {below}"
+
+
+def test_kernels_and_predictors_know_no_model():
+    for name, path in modules():
+        if name.startswith(("kernels.", "predictors.")):
+            packages = {imported.split(".")[0] for imported in imports(path)}
+            assert not packages & {"transformers", "peft", "accelerate"}, name
+
+
+def test_the_package_imports_no_optional_package():
+    for name, path in modules():
+        packages = {imported.split(".")[0] for imported in imports(path)}
+        assert not packages & {"peft", "trl", "matplotlib", "evaluate", "liger_kernel"}, name
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_root_folders_do_not_shadow_the_package_kernels():
+    """With an __init__.py here, `import transformers` would take ours for PyPI's `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "predictors" / "__init__.py").exists()
+    out = run(
+        "import importlib.util as u\n"
+        "spec = u.find_spec('kernels')\n"
+        "print('regular' if spec.origin and 'site-packages' not in spec.origin else 'fine')\n"
+        "import transformers.models.llama.modeling_llama\n"
+        "import lemo_hf.kernels.rows, lemo_hf.predictors.training_free\n"
+    )
+    assert out.splitlines()[0] == "fine"
+
+
+def test_the_config_needs_no_transformers():
+    run("import sys, lemo_hf; lemo_hf.LeMoConfig(); assert 'transformers' not in sys.modules")
+
+
+def test_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    for name, path in modules():
+        assert f"{path.name}" in readme, f"README's file tree lacks {name}"

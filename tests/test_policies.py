@@ -1,0 +1,197 @@
+"""What each policy ranks highest, that it is repeatable, and the seam for predictors."""
+
+import pytest
+import torch
+from dense_reference import recorded_sets
+from models import batch, make_model, with_lora
+from test_kernels import materialised_scores
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.families import FAMILIES
+from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys
+from lemo_hf.step import Step
+
+
+def score(model, policy, sublayer="attention", block_size=8, attention_mask=None, **options):
+    """Scores of layer 1, whose input is captured from the stock model."""
+    config = LeMoConfig(policy="recent", block_size=block_size, **options)
+    ids = batch()["input_ids"]
+    seen = {}
+
+    def capture(_, args, kwargs):
+        seen.update(x=args[0], positions=kwargs.get("position_embeddings"))
+
+    layer = model.get_submodule(FAMILIES[model.config.model_type].layers)[1]
+    with layer.register_forward_pre_hook(capture, with_kwargs=True), torch.no_grad():
+        model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        step = Step(config, ids.shape, ids.device, input_ids=ids, attention_mask=attention_mask)
+        inputs = ScoreInputs(
+            layer=layer,
+            family=FAMILIES[model.config.model_type],
+            layer_index=1,
+            sublayer=sublayer,
+            x=seen["x"],
+            position_embeddings=seen["positions"],
+            step=step,
+            predictor=None,
+        )
+        return POLICIES[policy](inputs), inputs
+
+
+def llama_query_key(inputs, rows, positions):
+    """Written out for Llama with LoRA: norm, projection, rotation."""
+    attention = inputs.layer.self_attn
+    shape = (*rows.shape[:2], -1, attention.head_dim)
+    query = attention.q_proj(rows).view(shape).transpose(1, 2)
+    key = attention.k_proj(rows).view(shape).transpose(1, 2)
+    return apply_rotary_pos_emb(query, key, *positions)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_oracle_is_the_papers_score_of_the_real_queries_and_keys(normalize):
+    model = with_lora(make_model("llama")).get_base_model()
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :11] = 0
+    got, inputs = score(model, "oracle", attention_mask=mask, normalize_scores=normalize)
+    with torch.no_grad():
+        rows = inputs.layer.input_layernorm(inputs.x)
+        query, key = llama_query_key(inputs, rows, inputs.position_embeddings)
+    scaling = inputs.layer.self_attn.scaling
+    truth = materialised_scores(query, key, 8, scaling, mask.bool(), None, None, None, normalize)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_pooled_is_the_score_of_mean_queries_and_keys():
+    model = make_model("llama")
+    got, inputs = score(model, "pooled", normalize_scores=False)
+    with torch.no_grad():
+        rows = inputs.layer.input_layernorm(inputs.x)
+        means = torch.stack([part.mean(1) for part in rows.split(8, 1)], 1)
+        middles = [min(start + 4, 69) for start in range(0, 70, 8)]
+        positions = [part[:, middles] for part in inputs.position_embeddings]
+        query, key = llama_query_key(inputs, means, positions)
+    truth = materialised_scores(
+        query, key, 1, inputs.layer.self_attn.scaling, None, None, None, None, False
+    )
+    torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["oracle", "pooled"])
+def test_every_family_can_be_scored_without_a_trace(family, policy):
+    model = make_model(family)
+    implementation = model.config._attn_implementation
+    got, inputs = score(model, policy)
+    assert got.shape == (2, 9) and got.isfinite().all() and (got >= 0).all() and got.std() > 0
+    assert inputs.layer.self_attn.config is model.config
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gemma2"])
+def test_mlp_scores_are_the_intermediate_activation(family):
+    model = make_model(family)
+    got, inputs = score(model, "oracle", "mlp")
+    seen = []
+    down = inputs.layer.get_submodule(inputs.family.intermediate)
+    with down.register_forward_pre_hook(lambda _, args: seen.append(args[0])), torch.no_grad():
+        hidden = getattr(inputs.layer, inputs.family.mlp_norm)(inputs.x)
+        for name in inputs.family.mlp:
+            hidden = getattr(inputs.layer, name)(hidden)
+    activity = seen[0].abs().mean(-1)
+    truth = torch.stack([part.amax(1) for part in activity.split(8, 1)], 1)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-6)
+    assert score(model, "pooled", "mlp")[0].shape == (2, 9)
+
+
+def test_pool_blocks_means_valid_tokens_only():
+    rows = torch.randn(2, 11, 3)
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    valid[1, :6] = False
+    pooled = pool_blocks(rows, valid, 4)
+    torch.testing.assert_close(pooled[0, 2], rows[0, 8:].mean(0))
+    torch.testing.assert_close(pooled[1, 1], rows[1, 6:8].mean(0))
+    assert (pooled[1, 0] == 0).all()
+    torch.testing.assert_close(pool_blocks(rows, None, 4)[1, 0], rows[1, :4].mean(0))
+
+
+def test_random_scores_depend_on_all_they_should_and_nothing_else():
+    ids = batch(3, 40)["input_ids"]
+    keys = row_keys(ids, None)
+    scores = random_scores(keys, 1000, 0, 5, 2, 0)
+    alone = random_scores(row_keys(ids[1:2], None), 1000, 0, 5, 2, 0)
+    assert torch.equal(scores[1:2], alone)
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    valid = torch.nn.functional.pad(torch.ones_like(ids), (3, 0)).bool()
+    assert torch.equal(row_keys(padded, valid), keys)
+    for other in ((1, 5, 2, 0), (0, 6, 2, 0), (0, 5, 3, 0), (0, 5, 2, 1)):
+        assert (random_scores(keys, 1000, *other) != scores).float().mean() > 0.99
+    flat = scores.flatten()
+    assert flat.min() >= 0 and flat.max() < 1
+    assert abs(flat.mean() - 0.5) < 0.02 and abs(flat.std() - 12**-0.5) < 0.02
+    assert torch.corrcoef(scores).triu(1).abs().max() < 0.1
+
+
+def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):
+    model = make_model("llama")
+    lemo = apply_lemo(model, LeMoConfig(policy="random", block_size=8, agree_across_layers=False))
+
+    def sets(step):
+        lemo.passes.global_step = step
+        with recorded_sets(monkeypatch) as chosen:
+            model(**batch()).loss.backward()
+        return torch.stack([mask for _, mask in chosen])
+
+    assert torch.equal(sets(0), sets(0))
+    assert not torch.equal(sets(0), sets(1))
+    assert not torch.equal(*sets(0)[:2]) and not torch.equal(*sets(0)[0])
+
+
+def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(block_size=8, dense_first_layers=1))
+    with recorded_sets(monkeypatch) as agreed:
+        model(**batch())
+    assert len(agreed) == 3 and all(torch.equal(agreed[0][1], mask) for _, mask in agreed)
+    remove_lemo(model)
+    apply_lemo(model, LeMoConfig(block_size=8, dense_first_layers=1, agree_across_layers=False))
+    with recorded_sets(monkeypatch) as own:
+        model(**batch())
+    assert torch.equal(own[0][1], agreed[0][1])
+    assert not all(torch.equal(own[0][1], mask) for _, mask in own)
+
+
+def test_predictors_plug_in(monkeypatch):
+    """Predictors see the stream before elimination, one block embedding a block, without grad."""
+    seen = []
+
+    def predictor(wanted):
+        def predict(embeddings):
+            seen.append((embeddings.shape, embeddings.requires_grad))
+            scores = torch.zeros(embeddings.shape[:2])
+            scores[:, wanted] = 1
+            return scores
+
+        return predict
+
+    model = make_model("llama")
+    config = LeMoConfig(policy="predictor", retention=0.3, block_size=8, agree_across_layers=False)
+    apply_lemo(model, config, predictors=[predictor(i + 2) for i in range(4)])
+    with recorded_sets(monkeypatch) as chosen:
+        model(**batch())
+    assert seen == [((2, 9, 32), False)] * 4
+    for index, (_, keep_mask) in enumerate(chosen):
+        expected = [0, index + 2, 8]
+        assert keep_mask[:, ::8].nonzero()[:, 1].tolist() == expected * 2
+
+
+def test_a_predictor_of_the_wrong_shape_is_named():
+    model = make_model("llama")
+    config = LeMoConfig(policy="predictor", block_size=8)
+    apply_lemo(model, config, predictors=[lambda e: e.sum(-1)[:, :3]] * 4)
+    with pytest.raises(
+        ValueError, match=r"predictor of layer 0 returned \(2, 3\), expected \(2, 9\)"
+    ):
+        model(**batch())
+    assert model._lemo.passes.step is None

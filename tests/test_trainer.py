@@ -1,0 +1,333 @@
+"""`LeMoTrainer` in place of `Trainer`: same losses, same files, same everything else."""
+
+import json
+import logging
+
+import pytest
+import torch
+from models import make_model, with_lora
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.patch import transformers_model
+
+SPARSE = LeMoConfig(block_size=8, policy="random", segment_size=40)
+FULL = LeMoConfig(retention=1.0, block_size=8, segment_size=40)
+
+
+def dataset(rows=32, tokens=64, answers=None):
+    ids = torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    samples = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+    if answers is not None:
+        for sample in samples:
+            sample["labels"][: tokens - answers] = [-100] * (tokens - answers)
+    return samples
+
+
+def make_trainer(tmp_path, config, *, cls=LeMoTrainer, model=None, data=None, **arguments):
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 7,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    trainer_options = {}
+    for name in ("callbacks", "compute_loss_func", "data_collator", "eval_dataset", "model_init"):
+        if name in arguments:
+            trainer_options[name] = arguments.pop(name)
+    if cls is LeMoTrainer:
+        trainer_options["lemo_config"] = config
+    if "model_init" not in trainer_options:
+        trainer_options["model"] = with_lora(make_model("llama")) if model is None else model
+    return cls(
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=dataset() if data is None else data,
+        **trainer_options,
+    )
+
+
+def losses(trainer, **train):
+    trainer.train(**train)
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def adapter(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(a, b, **tolerance):
+    for name, value in adapter(a).items():
+        torch.testing.assert_close(value, adapter(b)[name], msg=name, **tolerance)
+
+
+def test_no_config_is_trainer_to_the_bit(tmp_path):
+    plain = make_trainer(tmp_path, None, cls=Trainer)
+    ours = make_trainer(tmp_path, None)
+    assert losses(ours) == losses(plain)
+    assert_same_weights(ours, plain, rtol=0, atol=0)
+    assert ours.state.log_history[0].keys() == plain.state.log_history[0].keys()
+    assert [type(m) for m in ours.model.modules()] == [type(m) for m in plain.model.modules()]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+def test_retention_1_trains_as_trainer_does(tmp_path, arguments):
+    plain = make_trainer(tmp_path, None, cls=Trainer, **arguments)
+    ours = make_trainer(tmp_path, FULL, **arguments)
+    tolerance = 2e-2 if arguments.get("bf16") else 1e-5
+    assert losses(ours) == pytest.approx(losses(plain), rel=tolerance)
+    if not arguments.get("bf16"):
+        assert_same_weights(ours, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+@pytest.mark.parametrize("dense_first_layers", [0, 2])
+def test_gradient_checkpointing_changes_nothing(tmp_path, kwargs, dense_first_layers):
+    config = LeMoConfig(
+        block_size=8,
+        policy="random",
+        agree_across_layers=False,
+        dense_first_layers=dense_first_layers,
+    )
+    plain = make_trainer(tmp_path, config)
+    checkpointed = make_trainer(
+        tmp_path, config, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
+    )
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
+    assert_same_weights(checkpointed, plain)
+    assert checkpointed.model.get_base_model().model.layers[3].gradient_checkpointing
+
+
+@pytest.mark.parametrize("answers", [None, 20])
+@pytest.mark.parametrize("supervise", ["kept", "all"])
+def test_accumulation_equals_a_larger_batch(tmp_path, supervise, answers):
+    config = LeMoConfig(block_size=8, policy="random", supervise=supervise)
+    data = dataset(answers=answers)
+    one = make_trainer(tmp_path, config, data=data, per_device_train_batch_size=4)
+    four = make_trainer(
+        tmp_path,
+        config,
+        data=data,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    assert_same_weights(four, one, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_resumed_training_goes_on_as_if_nothing_happened(tmp_path, checkpointing):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    arguments["gradient_checkpointing"] = checkpointing
+    whole = make_trainer(tmp_path / "whole", SPARSE, **arguments)
+    expected = losses(whole)
+    resumed = make_trainer(tmp_path / "resumed", SPARSE, **arguments)
+    again = losses(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again == expected  # the log history of the first three steps is restored
+    assert_same_weights(resumed, whole, rtol=0, atol=0)
+
+
+def test_resuming_with_another_config_is_said(tmp_path, caplog):
+    make_trainer(tmp_path, SPARSE, save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tmp_path / "other", LeMoConfig(block_size=16, policy="random"))
+    with caplog.at_level(logging.WARNING):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "block_size=16 (was 8)" in caplog.text
+
+
+def test_adapter_loads_without_lemo(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE)
+    trainer.train()
+    trainer.save_model()
+    assert LeMoConfig.from_pretrained(tmp_path) == SPARSE
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
+    ids = torch.tensor([dataset()[0]["input_ids"]])
+    with torch.no_grad():
+        ours = trainer.model.eval()(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, ours)
+        merged = trainer.model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_full_model_loads_without_lemo(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = torch.tensor([dataset()[0]["input_ids"]])
+    with torch.no_grad():
+        ours = trainer.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, ours)
+
+
+def test_evaluation_is_dense(tmp_path):
+    data = dataset(8)
+    plain = make_trainer(tmp_path, None, cls=Trainer, eval_dataset=data)
+    ours = make_trainer(tmp_path, SPARSE, eval_dataset=data)
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    ours.train()
+    report = ours.lemo.passes.counts
+    before = dict(report)
+    ours.evaluate()
+    assert ours.lemo.passes.counts == before
+
+
+def test_logs_say_what_was_kept(tmp_path, capsys):
+    config = LeMoConfig(block_size=8, policy="random", dense_first_layers=2, mlp_retention=0.25)
+    trainer = make_trainer(tmp_path, config)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    for log in logs:
+        assert log["lemo/attention_retention"] == pytest.approx((2 + 2 * 0.5) / 4)
+        assert log["lemo/mlp_retention"] == pytest.approx((2 + 2 * 0.25) / 4)
+        assert log["lemo/kept_tokens_per_second"] > 0
+    out = capsys.readouterr().out
+    assert "LeMo: 2 of 4 layers (2 to 3) are sparse, attention retention 0.5" in out
+    assert "MLP retention 0.25" in out and "stay dense" in out
+
+
+def test_peak_memory_is_logged_on_cuda_alone(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE)
+    trainer.train()
+    logged = "lemo/peak_memory_gib" in trainer.state.log_history[0]
+    assert logged == torch.cuda.is_available()
+
+
+def test_callbacks_collators_and_packing(tmp_path):
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            Count.steps += 1
+
+    data = [{"input_ids": row["input_ids"][: 20 + i % 30]} for i, row in enumerate(dataset())]
+    arguments = {"data": data, "callbacks": [Count], "per_device_train_batch_size": 4}
+    arguments["data_collator"] = DataCollatorWithFlattening()
+    packed = make_trainer(tmp_path, SPARSE, **arguments)
+    assert all(0 < loss < 20 for loss in losses(packed)) and Count.steps == 4
+    assert packed.state.log_history[0]["lemo/attention_retention"] < 0.7
+    full = losses(make_trainer(tmp_path, FULL, **arguments))
+    plain = losses(make_trainer(tmp_path, None, cls=Trainer, **arguments))
+    assert full == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_users_own_loss_is_respected(tmp_path):
+    """It gets logits and labels as from Trainer; eliminated tokens' labels are struck."""
+    calls = []
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        calls.append((labels.clone(), float(num_items_in_batch)))
+        nll = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return nll / num_items_in_batch
+
+    full = losses(make_trainer(tmp_path, FULL, compute_loss_func=own_loss))
+    plain = losses(make_trainer(tmp_path, None, cls=Trainer, compute_loss_func=own_loss))
+    assert full == pytest.approx(plain, rel=1e-5)
+    calls.clear()
+    everything = LeMoConfig(block_size=8, policy="random", supervise="all")
+    make_trainer(tmp_path, everything, compute_loss_func=own_loss).train()
+    assert all((labels != -100).all() and items == 126 for labels, items in calls)
+    calls.clear()
+    kept = losses(make_trainer(tmp_path, SPARSE, compute_loss_func=own_loss))
+    for labels, items in calls:
+        # Half of 64 tokens are kept, the last among them, which has nothing to predict.
+        assert (labels[:, 1:] != -100).sum() == 2 * 31 and items == pytest.approx(2 * 31)
+    assert kept == pytest.approx(losses(make_trainer(tmp_path, SPARSE)), rel=1e-5)
+
+
+def test_label_smoothing_is_trainers(tmp_path):
+    full = losses(make_trainer(tmp_path, FULL, label_smoothing_factor=0.1))
+    plain = losses(make_trainer(tmp_path, None, cls=Trainer, label_smoothing_factor=0.1))
+    assert full == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_forward_on_the_instance_keeps_its_loss(tmp_path):
+    """As Liger and TRL do: the loss is theirs, and gets the labels of kept tokens."""
+    model = make_model("llama")
+    stock, seen = model.forward, []
+
+    def forward(input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        logits = stock(input_ids=input_ids, **kwargs).logits
+        seen.append((labels, num_items_in_batch))
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return {"loss": nll / num_items_in_batch}
+
+    model.forward = forward
+    theirs = losses(make_trainer(tmp_path, SPARSE, model=model))
+    assert all((labels[:, 1:] != -100).sum() == 2 * 31 for labels, _ in seen)
+    ours = losses(make_trainer(tmp_path, SPARSE, model=make_model("llama")))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_completion_only_trains_every_answer(tmp_path):
+    """All label blocks are kept, so the loss covers every answer token."""
+    data = dataset(answers=20)
+    kept = losses(make_trainer(tmp_path, SPARSE, data=data))
+    everything = LeMoConfig(block_size=8, policy="random", segment_size=40, supervise="all")
+    assert kept == losses(make_trainer(tmp_path, everything, data=data))
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_any_head_trains(tmp_path, lora, tied):
+    """Frozen, wrapped by LoRA or trained in full, tied to the embeddings or not."""
+
+    def model():
+        return with_lora(make_model("llama", tie_word_embeddings=tied), **lora)
+
+    full = make_trainer(tmp_path, FULL, model=model())
+    plain = make_trainer(tmp_path, None, cls=Trainer, model=model())
+    assert losses(full) == pytest.approx(losses(plain), rel=1e-5)
+    assert_same_weights(full, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_model_init(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE, model_init=lambda: make_model("llama"))
+    direct = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
+    assert losses(trainer) == losses(direct)
+
+
+def test_pushes_carry_the_config(tmp_path, monkeypatch):
+    pushed = []
+
+    class Job:
+        def done(self):
+            return True
+
+    def upload_folder(*_, folder_path, **kwargs):
+        with open(f"{folder_path}/lemo_config.json", encoding="utf-8") as file:
+            pushed.append((kwargs["commit_message"], json.load(file)["block_size"]))
+        return Job()
+
+    trainer = make_trainer(tmp_path, SPARSE, save_strategy="steps", save_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.hub_model_id, trainer.push_in_progress = "me/model", None
+    module = __import__("transformers.trainer", fromlist=["trainer"])
+    if hasattr(module, "hf_api"):
+        api = type("Api", (), {"upload_folder": staticmethod(upload_folder)})
+        monkeypatch.setattr(module, "hf_api", lambda: api)
+    else:
+        monkeypatch.setattr(module, "upload_folder", upload_folder)
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda *_, **__: None)
+    trainer.train()
+    assert pushed == [(f"Training in progress, step {n}", 8) for n in (2, 4)]
+    assert "lemo-hf" in transformers_model(trainer.model).model_tags
