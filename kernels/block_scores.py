@@ -3,13 +3,16 @@
 With ``S_ij`` the mean over heads of ``max(q_i . k_j / sqrt(d), 0)`` for visible pairs and 0 for
 hidden ones, block (m, n) of ``b x b`` tokens scores the maximum of ``S`` inside it, and token block
 ``n`` scores the sum over query blocks m. A streaming pass over query blocks, so that the largest
-buffer is ``[B, b, T]`` and never ``[T, T]``.
+buffer is ``[B, H, rows, T]`` for as many rows as `BUFFER` elements allow, and never ``[T, T]``.
 
 Source: LeMo, arXiv:2501.09767, "Information-driven Token Elimination".
 """
 
 import torch
 from torch import Tensor
+
+# Elements of the largest buffer: 128 MiB in fp32 (more if a single block of rows needs more).
+BUFFER = 2**25
 
 
 def block_scores_reference(
@@ -42,34 +45,32 @@ def block_scores_reference(
         ``[B, ceil(T / block_size)]`` fp32, >= 0.
     """
     batch, heads, tokens, _ = query.shape
-    groups = heads // key.shape[1]
     num_blocks = -(-tokens // block_size)
+    key = key.float().repeat_interleave(heads // key.shape[1], 1).mT
     positions = torch.arange(tokens, device=query.device)
     scores = torch.zeros(batch, num_blocks, device=query.device)
     seen_by = torch.zeros_like(scores)
-    for start in range(0, tokens, block_size):
-        rows = slice(start, min(start + block_size, tokens))
-        visible = positions[None, None, :] <= positions[None, rows, None]  # [1, b, T]
+    chunk = block_size * max(1, BUFFER // (batch * heads * tokens * block_size))
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        visible = positions <= positions[None, rows, None]  # [1, rows, T]
         if window is not None:
             visible = visible & (positions[rows, None] - positions < window)
         if documents is not None:
             visible = visible & (documents[:, rows, None] == documents[:, None, :])
         if valid is not None:
             visible = visible & valid[:, rows, None] & valid[:, None, :]
-        mean = query.new_zeros(batch, rows.stop - start, tokens, dtype=torch.float32)
-        for head in range(heads):
-            score = query[:, head, rows].float() @ key[:, head // groups].float().mT * scaling
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
-            mean += score.clamp_min_(0)
-        mean = mean.mul_(1 / heads) * visible
-        scores += _pool_max(mean.amax(1), block_size, num_blocks)
-        seen = visible.any(1).expand(batch, -1).float()
-        seen_by += _pool_max(seen, block_size, num_blocks)
+        pairs = (query[:, :, rows].float() @ key).mul_(scaling)  # [B, H, rows, T]
+        if softcap is not None:
+            pairs = pairs.div_(softcap).tanh_().mul_(softcap)
+        pairs = pairs.clamp_min_(0).mean(1) * visible
+        scores += _block_max(pairs, block_size).sum(1)
+        seen_by += _block_max(visible.float(), block_size).sum(1)
     return scores / seen_by.clamp_min(1) if normalize else scores
 
 
-def _pool_max(columns: Tensor, block_size: int, num_blocks: int) -> Tensor:
-    """Maximum of non-negative ``columns [B, T]`` over blocks of tokens: ``[B, num_blocks]``."""
-    padding = num_blocks * block_size - columns.shape[1]
-    return torch.nn.functional.pad(columns, (0, padding)).unflatten(1, (num_blocks, -1)).amax(2)
+def _block_max(pairs: Tensor, block_size: int) -> Tensor:
+    """Maxima of non-negative ``pairs [B, rows, T]`` over blocks of ``block_size`` squared."""
+    padding = (0, -pairs.shape[2] % block_size, 0, -pairs.shape[1] % block_size)
+    blocks = torch.nn.functional.pad(pairs, padding)
+    return blocks.unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size)).amax((2, 4))

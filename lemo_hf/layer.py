@@ -110,7 +110,7 @@ def _sparse_forward(
     **kwargs: Any,
 ) -> Tensor:
     """The stream ``x [B, T, H]``, its kept rows updated in place (in a copy if the layer opens)."""
-    if plan.opens:
+    if plan.opens or x._is_view():  # FSDP2 hands each layer a view that must not be written to
         x = open_stream(x)
     flash = _uses_flash(layer, plan.family, step)
     run = _checkpointed(layer, plan)

@@ -31,7 +31,7 @@ def gradients_of(model, loss):
 def test_no_further_from_the_truth_than_a_masked_dense_model(
     family, case, dtype, implementation, monkeypatch
 ):
-    """Error against fp32 of the sparse layers <= twice the masked dense model's at this dtype."""
+    """Error against fp64 of the sparse layers <= twice the masked dense model's at this dtype."""
     inputs = to_gpu(case())
     config = LeMoConfig(block_size=8, policy="random", supervise="all", agree_across_layers=False)
 
@@ -53,7 +53,7 @@ def test_no_further_from_the_truth_than_a_masked_dense_model(
         loss = model(**inputs).loss
         gradients = gradients_of(model, loss)
     sets = [(mask.cuda(), mask.cuda()) for _, mask in chosen]
-    truth, true_gradients = masked(build("eager", torch.float32), sets)
+    truth, true_gradients = masked(build("eager", torch.float64), sets)
     same, same_gradients = masked(build("eager", dtype), sets)
     eps = torch.finfo(dtype).eps
     assert abs(loss.item() - truth) <= 2 * abs(same - truth) + 4 * eps * truth

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lemo_hf.kernels import block_scores
 from lemo_hf.kernels.block_scores import block_scores_reference
 from lemo_hf.kernels.rows import close_stream, open_stream, update_rows
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_entropy
@@ -114,7 +115,11 @@ def materialised_scores(query, key, size, scaling, valid, documents, window, sof
 @pytest.mark.parametrize("window", [None, 10])
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize(("tokens", "size"), [(37, 8), (32, 16), (5, 8), (20, 1)])
-def test_block_scores_stream_the_definition(tokens, size, softcap, window, normalize):
+@pytest.mark.parametrize("buffer", [1, 6000, 2**25])
+def test_block_scores_stream_the_definition(
+    tokens, size, softcap, window, normalize, buffer, monkeypatch
+):
+    monkeypatch.setattr(block_scores, "BUFFER", buffer)
     query, key = torch.randn(3, 6, tokens, 8), torch.randn(3, 2, tokens, 8)
     valid = torch.arange(tokens)[None] >= torch.tensor([0, 2, 4])[:, None]
     documents = (torch.arange(tokens)[None] // torch.tensor([50, 11, 3])[:, None]).long()
