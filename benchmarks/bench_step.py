@@ -38,7 +38,6 @@ from lemo_hf import LeMoConfig
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = [8192, 16384, 32768, 65536]
-LEMO = {"policy": "random", "block_size": 64, "agree_across_layers": True}
 MAY_DIFFER = ("date", "commands")  # between the runs of one file
 
 
@@ -176,7 +175,7 @@ def parse_args(argv: list[str], shapes: dict = SHAPES) -> argparse.Namespace:
     add("--append", action="store_true", help="keep the output's rows that are not measured again")
     fields = [f.name for f in dataclasses.fields(LeMoConfig) if f.name != "retention"]
     for name in fields:
-        add(f"--{name.replace('_', '-')}", type=_value, default=LEMO.get(name), metavar="VALUE")
+        add(f"--{name.replace('_', '-')}", type=_value, metavar="VALUE")
     args = parser.parse_args(argv)
     args.lemo = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     models = []

@@ -12,9 +12,8 @@ from lemo_hf import LeMoConfig, apply_lemo
 
 @pytest.fixture
 def mesh(tmp_path):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    meeting = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
@@ -36,7 +35,8 @@ def test_fully_sharded_layers(mesh, checkpointing):
         loss = model(**batch()).loss
         loss.backward()
         gradients = {
-            n: getattr(p.grad, "_local_tensor", p.grad) for n, p in model.named_parameters()
+            name: getattr(parameter.grad, "_local_tensor", parameter.grad)
+            for name, parameter in model.named_parameters()
         }
         results.append((loss.item(), gradients, model._lemo.report()))
     (loss, gradients, report), (sharded_loss, sharded, sharded_report) = results
