@@ -131,7 +131,9 @@ def _sparse_forward(
             )
 
     shares = plan.mlp_retention is None
-    kept = step.choose("attention", plan.retention, partial(score, "attention"), shared=shares)
+    kept = step.choose(
+        plan.index, "attention", plan.retention, partial(score, "attention"), shared=shares
+    )
 
     def attend(rows: Tensor) -> Tensor:
         inputs = kept_attention_inputs(kept, step, position_embeddings, attention_mask, flash)
@@ -142,7 +144,7 @@ def _sparse_forward(
         x = update_rows(x, kept.index, run(lambda rows: mlp(attend(rows))), kept.slot_mask)
     else:
         x = update_rows(x, kept.index, run(attend), kept.slot_mask)
-        mlp_kept = step.choose("mlp", plan.mlp_retention, partial(score, "mlp"))
+        mlp_kept = step.choose(plan.index, "mlp", plan.mlp_retention, partial(score, "mlp"))
         x = update_rows(x, mlp_kept.index, run(mlp), mlp_kept.slot_mask)
     return close_stream(x) if plan.closes else x
 

@@ -8,6 +8,7 @@ struck once the last sparse layer has run.
 """
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from lemo_hf.families import Family
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import segment_loss, shifted, supervised_targets
 from lemo_hf.step import Step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Passes:
         step: The sparse pass under way, or None.
         global_step: Optimizer steps done.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
+        kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
     """
 
     def __init__(self, model: nn.Module, config: LeMoConfig, family: Family, last: nn.Module):
@@ -82,7 +86,9 @@ class Passes:
         self.step: Step | None = None
         self.global_step = 0
         self.counts: dict[str, Any] = {}
+        self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.reset_counts()
+        self._warned = False
         self._promised: Labels | None = None
         self._loss: Tensor | None = None
         self._for_this_pass: list = []
@@ -165,6 +171,10 @@ class Passes:
         loss, self._loss = self._loss, None
         if step is None or output is None:
             return output
+        self.kept_blocks = step.kept_blocks
+        if step.exceeded and not self._warned:
+            logger.warning("%s. Said once; the logged retention shows how often.", step.exceeded)
+            self._warned = True
         self.counts["real"] += step.real_tokens
         for name, count in step.kept_tokens.items():
             self.counts[name] = self.counts[name] + count

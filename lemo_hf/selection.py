@@ -16,12 +16,14 @@ class KeptSet:
             that causal order is slot order; then idle slots, if the row keeps fewer than K.
         slot_mask: ``[B, K]`` bool, False at idle slots; None if there are none.
         kept_tokens: Kept tokens of the batch, int64 scalar tensor.
+        blocks: ``[B, N]`` bool, the kept blocks.
         cache: What was gathered by this set already, where layers share it; else None.
     """
 
     index: Tensor
     slot_mask: Tensor | None
     kept_tokens: Tensor
+    blocks: Tensor
     cache: dict | None = field(default=None, repr=False)
 
 
@@ -57,8 +59,8 @@ def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor) 
     return (rank < budget[:, None]) & real
 
 
-def kept_set(kept: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet:
-    """The set of the tokens ``kept [B, T]`` bool in ``num_slots`` slots a row.
+def kept_set(kept: Tensor, blocks: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet:
+    """The set of the tokens ``kept [B, T]`` bool, of ``blocks``, in ``num_slots`` slots a row.
 
     ``exact`` says that every row keeps exactly ``num_slots``; ``shared`` that layers share the set.
     """
@@ -67,4 +69,4 @@ def kept_set(kept: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet
     counts = kept.sum(1)
     slots = torch.arange(num_slots, device=kept.device)
     slot_mask = None if exact else slots < counts[:, None]
-    return KeptSet(index.contiguous(), slot_mask, counts.sum(), {} if shared else None)
+    return KeptSet(index.contiguous(), slot_mask, counts.sum(), blocks, {} if shared else None)

@@ -1,6 +1,5 @@
 """What one forward pass knows about its batch, and what its layers keep of it."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.predictors.training_free import row_keys
 from lemo_hf.selection import KeptSet, block_any, keep_blocks, kept_set, num_kept_blocks
-
-logger = logging.getLogger(__name__)
 
 # Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
 # that is masked like padding) still count as labels on the whole sequence.
@@ -80,6 +77,8 @@ class Step:
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens = {"attention": 0, "mlp": 0}
+        self.kept_blocks: dict[tuple[int, str], Tensor] = {}
+        self.exceeded: str | None = None  # why a row keeps more than its budget
 
     @property
     def real_tokens(self) -> int:
@@ -110,11 +109,17 @@ class Step:
         return real, required, [_RowCounts(*row) for row in table]
 
     def choose(
-        self, sublayer: str, retention: float, score: Callable[[], Tensor], shared: bool = False
+        self,
+        layer_index: int,
+        sublayer: str,
+        retention: float,
+        score: Callable[[], Tensor],
+        shared: bool = False,
     ) -> KeptSet:
-        """The rows that ``sublayer`` ("attention" or "mlp") of the next layer keeps.
+        """The rows that ``sublayer`` ("attention" or "mlp") of a layer keeps.
 
         Args:
+            layer_index: Of the layer that asks.
             sublayer: Layers that agree look for the set of this name first.
             retention: Share of each row's blocks.
             score: Called only if something is left to choose: ``[B, N]`` block scores.
@@ -127,12 +132,13 @@ class Step:
                 self.agreed[sublayer] = kept
         for name in ("attention", "mlp") if shared else (sublayer,):
             self.kept_tokens[name] = self.kept_tokens[name] + kept.kept_tokens
+            self.kept_blocks[layer_index, name] = kept.blocks
         return kept
 
     def _choose(self, retention: float, score: Callable[[], Tensor]) -> KeptSet:
         size = self.config.block_size
         budgets = [row.num_blocks(retention) for row in self.rows]
-        self._warn_if_exceeded(retention)
+        self._note_excess(retention)
         if all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True)):
             blocks = self.real
         else:
@@ -150,20 +156,16 @@ class Step:
             exact &= full == row.tokens
         num_slots = max(1, *slots)
         exact &= all(n == num_slots for n in slots)
-        return kept_set(tokens, num_slots, exact, shared=self.config.agree_across_layers)
+        return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
 
-    def _warn_if_exceeded(self, retention: float) -> None:
+    def _note_excess(self, retention: float) -> None:
         for index, row in enumerate(self.rows):
             budget = num_kept_blocks(retention, row.blocks)
             if row.label_blocks > budget:
-                logger.warning(
-                    "row %d has labels in %d of its %d blocks, more than retention %g allows (%d): "
-                    "all blocks with labels are kept.",
-                    index,
-                    row.label_blocks,
-                    row.blocks,
-                    retention,
-                    budget,
+                self.exceeded = (
+                    f"row {index} has labels in {row.label_blocks} of its {row.blocks} blocks, "
+                    f"more than retention {retention:g} allows ({budget}): "
+                    "all blocks with labels are kept"
                 )
 
     def supervised(self) -> Tensor:

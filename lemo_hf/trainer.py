@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithFlattening, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import CONFIG_NAME, LeMoConfig
@@ -49,8 +50,11 @@ class LeMoMixin:
         """As Trainer's; checks first what would otherwise go wrong in the middle."""
         if self.lemo is not None:
             self._check_train_dataset()
-            if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-                self._check_resumed_config(resume_from_checkpoint)
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint:
+                self._check_resumed_config(checkpoint)
             if self.is_world_process_zero():
                 print(self.lemo.describe())
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -17,8 +17,8 @@ def recorded_sets(monkeypatch):
     chosen = []
     choose = Step.choose
 
-    def record(step, sublayer, *args, **kwargs):
-        kept = choose(step, sublayer, *args, **kwargs)
+    def record(step, layer_index, sublayer, *args, **kwargs):
+        kept = choose(step, layer_index, sublayer, *args, **kwargs)
         slots = torch.ones_like(kept.index, dtype=torch.bool)
         slots = slots if kept.slot_mask is None else kept.slot_mask
         keep_mask = slots.new_zeros(step.batch, step.tokens)
@@ -45,8 +45,10 @@ def masked_dense(layers, sets, mlp_output):
 
         def hide_keys(_, args, kwargs, keep=attention):
             mask = kwargs["attention_mask"].expand(len(keep), -1, -1, -1)
-            hidden = ~keep[:, None, None, :]
-            kwargs["attention_mask"] = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+            # Eager attention's softmax is fp32 at any dtype: fp64's lowest value would overflow.
+            floor = max(torch.finfo(mask.dtype).min, -1e9)
+            mask = mask.clamp_min(floor).masked_fill(~keep[:, None, None, :], floor)
+            kwargs["attention_mask"] = mask
             return args, kwargs
 
         def zero_attention(_, args, output, keep=attention):

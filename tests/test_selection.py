@@ -1,7 +1,5 @@
 """Budgets, always-kept blocks and kept sets."""
 
-import logging
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ def make_step(shape, retention=0.5, block_size=4, **inputs):
 
 def kept_tokens(step, scores, retention=0.5):
     """Positions kept in each row, idle slots left out."""
-    kept = step.choose("attention", retention, lambda: scores)
+    kept = step.choose(0, "attention", retention, lambda: scores)
     slots = [True] * kept.index.shape[1]
     return [
         [i for i, live in zip(row, slots if mask is None else mask, strict=True) if live]
@@ -102,27 +100,27 @@ def test_blocks_with_answers_are_kept_and_the_context_pays():
     assert row == [0, 1, 2, 3, 4, 5, 6, 7, *range(24, 32), *range(36, 40)]
 
 
-def test_answers_beyond_the_budget_win_and_are_logged(caplog):
+def test_answers_beyond_the_budget_win_and_are_noted():
     targets = torch.full((1, 40), IGNORE_INDEX)
     targets[0, 8:32] = 7
     step = make_step((1, 40), targets=targets)
-    with caplog.at_level(logging.WARNING):
-        (row,) = kept_tokens(step, torch.zeros(1, 10))
+    (row,) = kept_tokens(step, torch.zeros(1, 10))
     assert set(range(8, 33)) <= set(row)
-    assert "labels in 7 of its 10 blocks, more than retention 0.5 allows (5)" in caplog.text
+    assert "labels in 7 of its 10 blocks, more than retention 0.5 allows (5)" in step.exceeded
 
 
-def test_labels_on_the_whole_sequence_bind_nothing(caplog):
+def test_labels_on_the_whole_sequence_bind_nothing():
     """Packed rows ignore the first label of each document; that is no completion-only batch."""
     targets = torch.arange(40)[None].clone()
     targets[0, [12, 39]] = IGNORE_INDEX
-    (row,) = kept_tokens(make_step((1, 40), targets=targets), torch.rand(1, 10))
-    assert len(row) == 20 and not caplog.text
+    step = make_step((1, 40), targets=targets)
+    (row,) = kept_tokens(step, torch.rand(1, 10))
+    assert len(row) == 20 and step.exceeded is None
 
 
 def test_kept_set_puts_idle_slots_last():
     tokens = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
-    kept = kept_set(tokens, 3, exact=False, shared=False)
+    kept = kept_set(tokens, tokens, 3, exact=False, shared=False)
     assert kept.index[0].tolist() == [0, 2, 4] and kept.index[1, 0] == 3
     assert len(set(kept.index[1].tolist())) == 3
     assert kept.slot_mask.tolist() == [[True] * 3, [True, False, False]]

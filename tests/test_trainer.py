@@ -141,10 +141,12 @@ def test_resumed_training_goes_on_as_if_nothing_happened(tmp_path, checkpointing
 
 def test_resuming_with_another_config_is_said(tmp_path, caplog):
     make_trainer(tmp_path, SPARSE, save_strategy="steps", save_steps=2).train()
-    other = make_trainer(tmp_path / "other", LeMoConfig(block_size=16, policy="random"))
-    with caplog.at_level(logging.WARNING):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "block_size=16 (was 8)" in caplog.text
+    for output, checkpoint in ((tmp_path / "b", str(tmp_path / "checkpoint-2")), (tmp_path, True)):
+        caplog.clear()
+        other = make_trainer(output, LeMoConfig(block_size=16, policy="random"))
+        with caplog.at_level(logging.WARNING):
+            other.train(resume_from_checkpoint=checkpoint)
+        assert "block_size=16 (was 8)" in caplog.text
 
 
 def test_adapter_loads_without_lemo(tmp_path):
@@ -274,6 +276,14 @@ def test_a_forward_on_the_instance_keeps_its_loss(tmp_path):
     assert all((labels[:, 1:] != -100).sum() == 2 * 31 for labels, _ in seen)
     ours = losses(make_trainer(tmp_path, SPARSE, model=make_model("llama")))
     assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_answers_beyond_the_budget_are_logged_once(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, SPARSE, data=dataset(answers=50))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert caplog.text.count("more than retention 0.5 allows (4): all blocks with labels") == 1
+    assert trainer.state.log_history[0]["lemo/attention_retention"] > 0.8
 
 
 def test_completion_only_trains_every_answer(tmp_path):

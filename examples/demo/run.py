@@ -23,7 +23,7 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from plot import draw  # noqa: E402
-from transformers import (  # noqa: E402  # noqa: E402
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,16 +36,17 @@ from lemo_hf import LeMoConfig, LeMoTrainer, __version__  # noqa: E402
 from lemo_hf.step import Step  # noqa: E402
 
 TOKENS = 2048
-ROPE_FACTOR = 4.0  # the model was pretrained on 512 tokens
+# The model was pretrained on 512 tokens. Linear scaling starts and ends worse (see docs/LOG.md).
+ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 TRAINING = dict(
     per_device_train_batch_size=2,
-    learning_rate=1e-2,
+    learning_rate=1e-3,
     lr_scheduler_type="cosine",
     warmup_steps=5,
     logging_steps=1,
 )
-LEMO = LeMoConfig(retention=0.5, policy="pooled", block_size=128, dense_first_layers=3)
+LEMO = LeMoConfig(retention=0.5, policy="pooled", agree_across_layers=False, dense_first_layers=2)
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def main() -> None:
         "kept_blocks": kept.tolist(),
         "settings": {
             "tokens": TOKENS,
-            "rope_factor": ROPE_FACTOR,
+            "rope": ROPE,
             "steps": args.steps,
             "seed": args.seed,
             "train_rows": len(train),
@@ -137,7 +138,7 @@ def make_trainer(lemo_config, train, heldout, args) -> LeMoTrainer:
     """A LoRA model whose positions are scaled to the new context, and its Trainer."""
     set_seed(args.seed)
     config = AutoConfig.from_pretrained(HERE / "model", use_cache=False)
-    config.rope_parameters |= {"rope_type": "linear", "factor": ROPE_FACTOR}
+    config.rope_parameters |= ROPE
     config.max_position_embeddings = TOKENS
     model = AutoModelForCausalLM.from_pretrained(HERE / "model", config=config, dtype="float32")
     trainer = LeMoTrainer(
