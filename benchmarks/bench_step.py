@@ -38,7 +38,7 @@ from lemo_hf import LeMoConfig
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = [8192, 16384, 32768, 65536]
-MAY_DIFFER = ("date", "commands")  # between the runs of one file
+MAY_DIFFER = ("date", "commands", "commit")  # between the runs of one file
 
 
 def measure_length(
@@ -145,6 +145,8 @@ def earlier_rows(path: Path, header: dict) -> list[dict]:
     if differs:
         raise SystemExit(f"--append: {path.name} differs from this run in {', '.join(differs)}.")
     header["commands"] = old["commands"] + header["commands"]
+    if old["commit"] != header["commit"]:
+        header["commit"] = f"{old['commit']}, {header['commit']}"
     return rows
 
 
