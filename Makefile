@@ -15,6 +15,7 @@ test: $(VENV)/ready $(VENV)/oldest/ready lint
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) benchmarks/table.py --check
 
 # Needs a CUDA GPU; writes benchmarks/results/ and the README's tables.
 bench:

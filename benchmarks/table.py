@@ -1,7 +1,7 @@
-"""The README's tables of optimizer steps, from ``results/*/bench_step.json``.
+"""The README's tables, from the JSON of the benchmarks and of the demo.
 
-Without an option the tables are printed; ``--write`` puts them into README.md between the markers,
-``--check`` fails if README.md differs from them.
+Without an option the tables are printed; ``--write`` puts them into README.md between the markers
+of their name, ``--check`` fails if README.md differs from them.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-START, END = "<!-- bench_step -->", "<!-- /bench_step -->"
+DEMO = HERE.parent / "docs" / "demo" / "report.json"
 PACKAGES = ("torch", "triton", "transformers", "peft")
 OPTIONS = (
     "policy",
@@ -81,21 +81,75 @@ def conditions(header: dict, rows: list[dict]) -> str:
     )
 
 
-def all_tables() -> str:
-    """The tables of every GPU there are results of."""
-    files = sorted(HERE.glob("results/*/bench_step.json"))
-    if not files:
-        raise SystemExit("There are no results: run benchmarks/bench_step.py on a GPU first.")
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return "\n\n".join(tables(content["header"], content["rows"]) for content in contents)
+def quality_table(header: dict, rows: list[dict]) -> str:
+    """Markdown: a configuration a row, beside dense."""
+    dense = next(row for row in rows if row["options"] is None)
+    lines = [["trained", "retention", "perplexity", "against dense", "s"], ["---"] * 5]
+    for row in rows:
+        options = row["options"]
+        name = "dense LoRA"
+        if options is not None:
+            name = f"`LeMoConfig({', '.join(f'{k}={v!r}' for k, v in options.items())})`"
+        change = row["perplexity"] / dense["perplexity"] - 1
+        lines.append(
+            [
+                name,
+                f"{row['retention']:.2f}",
+                f"{row['perplexity']:.2f}",
+                "" if options is None else f"{change:+.1%}",
+                f"{row['seconds']:.1f}",
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\nBefore fine-tuning {header['before']:.1f}. {header['gpu']}, torch "
+        f"{header['torch']}, transformers {header['transformers']}, commit `{header['commit']}`, "
+        f"{header['date']}, `benchmarks/bench_quality.py`, seed {header['seed']}."
+    )
 
 
-def insert(text: str, block: str) -> str:
-    """``text`` with ``block`` between the markers."""
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README.md must hold {START} and {END} once each.")
-    before, _, rest = text.partition(START)
-    return f"{before}{START}\n\n{block}\n\n{END}{rest.partition(END)[2]}"
+def demo_table(report: dict) -> str:
+    """Markdown: the demo's results."""
+    columns = {
+        "perplexity": ("held-out perplexity", ".2f"),
+        "train_seconds": ("training s", ".0f"),
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "kept_tokens": ("kept tokens a layer", ",.0f"),
+        "saved_mib": ("saved for backward, MiB", ".0f"),
+    }
+    lines = [["", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
+    for name, result in report["results"].items():
+        form = {key: ".3f" if name == "ratio" else form for key, (_, form) in columns.items()}
+        cells = [f"{result[key]:{form[key]}}" if key in result else "" for key in columns]
+        lines.append(["LeMo / dense" if name == "ratio" else name, *cells])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table}\n\n{report['settings']['steps']} steps on 2 CPU cores; {versions}."
+
+
+def blocks() -> dict[str, str]:
+    """Every generated block of the README by the name of its markers."""
+    steps, quality = [], []
+    for file in sorted(HERE.glob("results/*/*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == "bench_step.json":
+            steps.append(tables(content["header"], content["rows"]))
+        elif file.name == "bench_quality.json":
+            quality.append(quality_table(content["header"], content["rows"]))
+    return {
+        "bench_step": "\n\n".join(steps),
+        "bench_quality": "\n\n".join(quality),
+        "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
+    }
+
+
+def insert(text: str, name: str, block: str) -> str:
+    """``text`` with ``block`` between the markers ``name``."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise SystemExit(f"README.md must hold {start} and {end} once each.")
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
@@ -104,15 +158,14 @@ def main() -> None:
     how.add_argument("--write", action="store_true", help="put the tables into README.md")
     how.add_argument("--check", action="store_true", help="fail if README.md has others")
     args = parser.parse_args()
-    block = all_tables()
-    if not (args.write or args.check):
-        print(block)
-        return
-    text = README.read_text(encoding="utf-8")
-    new = insert(text, block)
+    text = new = README.read_text(encoding="utf-8")
+    for name, block in blocks().items():
+        new = insert(new, name, block)
+        if not (args.write or args.check):
+            print(block, end="\n\n")
     if args.write:
         README.write_text(new, encoding="utf-8")
-    elif text != new:
+    elif args.check and text != new:
         raise SystemExit("README.md is not up to date: python benchmarks/table.py --write")
 
 
