@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready $(VENV)/oldest/ready lint
 	$(RUN) -m pytest
-	PYTHONPATH=$(VENV)/oldest $(RUN) -m pytest tests/test_families.py tests/test_trainer.py tests/test_flash_attention.py
+	PYTHONPATH=$(VENV)/oldest $(RUN) -m pytest
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -1,0 +1,99 @@
+"""A real model on real text: the demo's, and the example script as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import loss_and_gradients, relative_error, with_lora
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo"
+TOKENS = 1024
+
+
+def load():
+    """The demo's model for twice its context: positions scaled, nothing trained yet."""
+    config = AutoConfig.from_pretrained(DEMO / "model", use_cache=False)
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    config.max_position_embeddings = TOKENS
+    return AutoModelForCausalLM.from_pretrained(DEMO / "model", config=config, dtype=torch.float32)
+
+
+def rows(name, count):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    text = (DEMO / "text" / name).read_text(encoding="utf-8")
+    ids = tokenizer(text, verbose=False)["input_ids"][: TOKENS * count]
+    return [
+        {"input_ids": ids[i : i + TOKENS], "labels": ids[i : i + TOKENS]}
+        for i in range(0, len(ids), TOKENS)
+    ]
+
+
+def test_retention_1_on_real_text_is_the_stock_model():
+    torch.manual_seed(0)
+    model = with_lora(load())
+    inputs = {k: torch.tensor([v]) for k, v in rows("train-alice-adams.txt", 1)[0].items()}
+    loss, gradients = loss_and_gradients(model, **inputs)
+    apply_lemo(model, LeMoConfig(retention=1.0, segment_size=300))
+    sparse_loss, sparse_gradients = loss_and_gradients(model, **inputs)
+    assert sparse_loss == pytest.approx(loss, rel=1e-6)
+    # 1,024 tokens add up in another order than 70 do in the family tests, hence 1e-5.
+    assert all(relative_error(sparse_gradients[n], gradients[n]) < 1e-5 for n in gradients)
+    remove_lemo(model)
+
+
+def test_sparse_training_extends_the_context_of_the_dense_model(tmp_path):
+    trainer = LeMoTrainer(
+        model=with_lora(load(), r=16, lora_alpha=32, init_lora_weights=True),
+        args=TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=12,
+            per_device_train_batch_size=2,
+            learning_rate=2e-3,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows("train-alice-adams.txt", 24),
+        eval_dataset=rows("heldout-oh-money-money.txt", 4),
+        lemo_config=LeMoConfig(retention=0.5, dense_first_layers=2),
+    )
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()  # as PEFT begins: the adapter does nothing yet
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+
+
+def test_the_example_script(tmp_path):
+    text = (DEMO / "text" / "train-alice-adams.txt").read_text(encoding="utf-8")
+    data = tmp_path / "books.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": text[i : i + 9000]}) + "\n" for i in range(0, 90000, 9000))
+    )
+    command = [sys.executable, "examples/train_lora.py", "--model", str(DEMO / "model")]
+    options = {"--data": data, "--tokens": 512, "--steps": 2, "--output": tmp_path / "out"}
+    result = subprocess.run(
+        command + [str(part) for option in options.items() for part in option],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "LeMo: 10 of 10 layers" in result.stdout
+    assert LeMoConfig.from_pretrained(tmp_path / "out").retention == 0.5
+    adapted = PeftModel.from_pretrained(load(), tmp_path / "out")
+    weights = {n: p for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert weights and all(p.abs().max() > 0 for p in weights.values())
