@@ -58,6 +58,13 @@ class SparseLayer:
         plan: LayerPlan = self.__dict__[_PLAN]
         step = plan.passes.step
         if step is None:
+            cached = kwargs.get("past_key_values") is not None
+            if self.training and torch.is_grad_enabled() and not cached:
+                raise RuntimeError(
+                    f"layer {plan.index} was called in training mode outside a pass of its causal "
+                    "LM, where it would run dense. Call the causal LM itself; for a dense pass "
+                    "call model.eval() or remove_lemo(model) first."
+                )
             return super().forward(hidden_states, **kwargs)
         return _sparse_forward(self, plan, step, hidden_states, **kwargs)
 

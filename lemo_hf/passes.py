@@ -116,11 +116,13 @@ class Passes:
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         if not model.training or kwargs.get("past_key_values") is not None:
             return (), kwargs
+        ids = kwargs.get("input_ids")
+        main = kwargs.get("inputs_embeds") if ids is None else ids
+        if main is None:
+            return (), kwargs  # the model's own error is as good
         check_call(model, kwargs)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         labels = promised or Labels.in_call(kwargs)
-        ids = kwargs.get("input_ids")
-        main = kwargs["inputs_embeds"] if ids is None else ids
         self.step = Step(
             self.config,
             tuple(main.shape[:2]),

@@ -78,6 +78,18 @@ def test_outputs_a_sparse_pass_does_not_have(name):
     assert model(**batch(), **{name: True}).loss.isfinite()
 
 
+def test_a_decoder_called_without_its_causal_lm_does_not_run_dense_unnoticed():
+    model = make_model("llama")
+    apply_lemo(model, CONFIG)
+    ids = batch()["input_ids"]
+    with pytest.raises(RuntimeError, match=r"layer 0 was called in training mode outside a pass"):
+        model.model(input_ids=ids, use_cache=False)
+    model.eval()
+    assert model.model(input_ids=ids).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model.train()()
+
+
 def test_flex_attention_is_refused():
     with pytest.raises(ValueError, match="flex_attention' is not supported.*Use 'sdpa'"):
         apply_lemo(make_model("llama", "flex_attention"), CONFIG)

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -57,6 +58,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.disable_progress_bar()
 
     tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
