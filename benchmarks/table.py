@@ -16,6 +16,7 @@ OPTIONS = (
     "policy",
     "block_size",
     "agree_across_layers",
+    "normalize_scores",
     "mlp_retention",
     "dense_first_layers",
     "dense_last_layers",

