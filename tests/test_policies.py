@@ -1,5 +1,7 @@
 """What each policy ranks highest, that it is repeatable, and the seam for predictors."""
 
+import dataclasses
+
 import pytest
 import torch
 from dense_reference import recorded_sets
@@ -150,12 +152,13 @@ def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):
 
 def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     model = make_model("llama")
-    apply_lemo(model, LeMoConfig(block_size=8, dense_first_layers=1))
+    config = LeMoConfig(block_size=8, dense_first_layers=1, normalize_scores=True)
+    apply_lemo(model, config)
     with recorded_sets(monkeypatch) as agreed:
         model(**batch())
     assert len(agreed) == 3 and all(torch.equal(agreed[0][1], mask) for _, mask in agreed)
     remove_lemo(model)
-    apply_lemo(model, LeMoConfig(block_size=8, dense_first_layers=1, agree_across_layers=False))
+    apply_lemo(model, dataclasses.replace(config, agree_across_layers=False))
     with recorded_sets(monkeypatch) as own:
         model(**batch())
     assert torch.equal(own[0][1], agreed[0][1])
