@@ -113,7 +113,8 @@ class Passes:
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         promised, self._promised = self._promised, None
-        kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+        if args:
+            kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         if not model.training or kwargs.get("past_key_values") is not None:
             return (), kwargs
         ids = kwargs.get("input_ids")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,17 +69,20 @@ class Step:
         if position_ids is not None and attention_mask is None:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
             self.documents = restarts.cumsum(1).expand(self.batch, -1)
-        self.keys = (
-            torch.arange(self.batch, device=device)
-            if input_ids is None
-            else row_keys(input_ids, self.valid)
-        )
+        self._input_ids = input_ids
         self.real, self.required, self.rows = self._blocks(targets)
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.exceeded: str | None = None  # why a row keeps more than its budget
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
+        if self._input_ids is None:
+            return torch.arange(self.batch, device=self.device)
+        return row_keys(self._input_ids, self.valid)
 
     @property
     def real_tokens(self) -> int:

@@ -31,19 +31,17 @@ class LeMoMixin:
         super().__init__(*args, **kwargs)
         if lemo_config is not None:
             check_trainer(self.args, getattr(self.accelerator, "parallelism_config", None))
-            self._apply_lemo()
+            self._apply_lemo(self.model)
 
-    def _apply_lemo(self) -> None:
-        model = transformers_model(self.accelerator.unwrap_model(self.model))
+    def _apply_lemo(self, model) -> None:
         self.lemo = apply_lemo(model, self.lemo_config)
-        model.add_model_tags(["lemo-hf"])
-        self._report_started = time.perf_counter()
+        transformers_model(model).add_model_tags(["lemo-hf"])
 
     def call_model_init(self, trial=None):
         """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
         model = super().call_model_init(trial)
         if self.lemo is not None:  # the first model gets it at the end of __init__
-            self.lemo = apply_lemo(model, self.lemo_config)
+            self._apply_lemo(model)
         return model
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -57,6 +55,8 @@ class LeMoMixin:
                 self._check_resumed_config(checkpoint)
             if self.is_world_process_zero():
                 print(self.lemo.describe())
+            self.lemo.passes.reset_counts()
+            self._report_started = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

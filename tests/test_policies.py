@@ -10,6 +10,7 @@ from test_kernels import materialised_scores
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.config import POLICIES as CONFIG_POLICIES
 from lemo_hf.families import FAMILIES
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys
@@ -105,6 +106,10 @@ def test_mlp_scores_are_the_intermediate_activation(family):
     truth = torch.stack([part.amax(1) for part in activity.split(8, 1)], 1)
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-6)
     assert score(model, "pooled", "mlp")[0].shape == (2, 9)
+
+
+def test_every_policy_of_the_config_exists():
+    assert tuple(POLICIES) == CONFIG_POLICIES
 
 
 def test_pool_blocks_means_valid_tokens_only():

@@ -201,6 +201,24 @@ def test_logs_say_what_was_kept(tmp_path, capsys):
     assert "MLP retention 0.25" in out and "stay dense" in out
 
 
+def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):
+    """Kept tokens per second count from the start of training, not from the Trainer's making."""
+    clock = [100.0]
+    monkeypatch.setattr("lemo_hf.trainer.time.perf_counter", lambda: clock[0])
+    trainer = make_trainer(tmp_path, SPARSE, max_steps=1)
+    clock[0] += 900
+    stock_step = trainer.training_step
+
+    def step(*args, **kwargs):
+        clock[0] += 2
+        return stock_step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["lemo/kept_tokens_per_second"] == pytest.approx(2 * 32 / 2)
+
+
 def test_peak_memory_is_logged_on_cuda_alone(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE)
     trainer.train()
