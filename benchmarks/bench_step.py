@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import environment, load, save, summary
+from record import command_line, earlier_rows, environment, save, summary
 from steps import (
     LORA,
     PROVIDERS,
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace, shapes: dict, device: torch.device) -> list[di
     }
     slug = header["gpu"].lower().replace(" ", "-")
     path = args.output or RESULTS / slug / "bench_step.json"
-    kept = earlier_rows(path, header) if args.append and path.exists() else []
+    kept = earlier_rows(path, header, MAY_DIFFER) if args.append and path.exists() else []
     done: list[dict] = []
     for title, lengths in args.models:
         model = optimizer = None  # the one before makes room
@@ -136,18 +135,6 @@ def run(args: argparse.Namespace, shapes: dict, device: torch.device) -> list[di
 def case(row: dict) -> tuple:
     """What makes a row unique."""
     return row["model"], row["tokens"], row["provider"]
-
-
-def earlier_rows(path: Path, header: dict) -> list[dict]:
-    """Rows of a run that this one continues; its commands go into ``header``."""
-    old, rows = load(path)
-    differs = [k for k in header if k not in MAY_DIFFER and old.get(k) != header[k]]
-    if differs:
-        raise SystemExit(f"--append: {path.name} differs from this run in {', '.join(differs)}.")
-    header["commands"] = old["commands"] + header["commands"]
-    if old["commit"] != header["commit"]:
-        header["commit"] = f"{old['commit']}, {header['commit']}"
-    return rows
 
 
 def print_row(row: dict) -> None:
@@ -195,11 +182,7 @@ def parse_args(argv: list[str], shapes: dict = SHAPES) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     args.deadline = time.monotonic() + args.time_budget
-    before = ["", *argv]  # where the numbers went is nothing to reproduce
-    shown = [
-        a for a, b in zip(argv, before, strict=False) if "--output" not in (a.split("=")[0], b)
-    ]
-    args.command = shlex.join(["python", "benchmarks/bench_step.py", *shown])
+    args.command = command_line("bench_step.py", argv)
     return args
 
 

@@ -3,6 +3,7 @@
 import datetime
 import importlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -55,10 +56,11 @@ def summary(samples: list[dict[str, float]], tokens: int) -> dict[str, float]:
     }
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(
+    device: torch.device, packages: tuple[str, ...] = ("torch", "triton", "transformers", "peft")
+) -> dict[str, str]:
     """GPU, versions and date."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    packages = ("torch", "triton", "transformers", "peft")
     versions = {name: str(importlib.import_module(name).__version__) for name in packages}
     return {"gpu": gpu, **versions, "date": datetime.date.today().isoformat()}
 
@@ -67,6 +69,27 @@ def load(path: Path) -> tuple[dict, list[dict]]:
     """Header and rows of a file that `save` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return content["header"], content["rows"]
+
+
+def command_line(script: str, argv: list[str]) -> str:
+    """What was called, but for ``--output``: where the numbers went is nothing to reproduce."""
+    before = ["", *argv]
+    shown = [
+        a for a, b in zip(argv, before, strict=False) if "--output" not in (a.split("=")[0], b)
+    ]
+    return shlex.join(["python", f"benchmarks/{script}", *shown])
+
+
+def earlier_rows(path: Path, header: dict, may_differ: tuple[str, ...]) -> list[dict]:
+    """Rows of a run that this one continues; its commands go into ``header``."""
+    old, rows = load(path)
+    differs = [k for k in header if k not in may_differ and old.get(k) != header[k]]
+    if differs:
+        raise SystemExit(f"--append: {path.name} differs from this run in {', '.join(differs)}.")
+    header["commands"] = old["commands"] + header["commands"]
+    if old["commit"] != header["commit"]:
+        header["commit"] = f"{old['commit']}, {header['commit']}"
+    return rows
 
 
 def save(path: Path, header: dict, rows: list[dict]) -> None:

@@ -8,6 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
+from kernel_table import kernel_tables
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 DEMO = HERE.parent / "docs" / "demo" / "report.json"
@@ -130,15 +132,18 @@ def demo_table(report: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, quality = [], []
+    steps, kernels, quality = [], [], []
     for file in sorted(HERE.glob("results/*/*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
             steps.append(tables(content["header"], content["rows"]))
+        elif file.name == "bench_kernels.json":
+            kernels.append(kernel_tables(content["header"], content["rows"]))
         elif file.name == "bench_quality.json":
             quality.append(quality_table(content["header"], content["rows"]))
     return {
         "bench_step": "\n\n".join(steps),
+        "bench_kernels": "\n\n".join(kernels),
         "bench_quality": "\n\n".join(quality),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
     }
@@ -150,7 +155,8 @@ def insert(text: str, name: str, block: str) -> str:
     if text.count(start) != 1 or text.count(end) != 1:
         raise SystemExit(f"README.md must hold {start} and {end} once each.")
     before, _, rest = text.partition(start)
-    return f"{before}{start}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
+    body = f"\n\n{block}\n\n" if block else "\n"
+    return f"{before}{start}{body}{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:

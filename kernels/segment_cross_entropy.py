@@ -2,40 +2,46 @@
 
 Logits, loss and gradient of a segment exist together and are gone before the next segment begins,
 so the vocabulary-sized peak is ``[segment_size, V]`` and no ``[T, V]`` tensor is ever made. Tokens
-without a label never reach the head. The gradient is taken in the forward, where the logits are.
+without a label never reach the head. The gradient is taken in the forward, where the logits are,
+and overwrites them: there is no fp32 copy, the softmax is fp32 in registers.
 
-Memory, in elements of one segment: V logits in the head's dtype, V in fp32, V gradients in the
-head's dtype.
+Memory traffic of a segment besides the head's own, in elements: reads 2*S*V, writes S*V.
 
-Source: LeMo, arXiv:2501.09767, "segment-based peak cutting".
+Source: LeMo, arXiv:2501.09767, "segment-based peak cutting"; z-loss: PaLM, arXiv:2204.02311.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+import triton
+import triton.language as tl
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from lemo_hf.kernels.launch import use_triton
 
 IGNORE_INDEX = -100
 
 
-def _segment(
-    raw: Tensor,  # [S, V] logits as the head returns them
-    targets: Tensor,  # [S]
-    weights: Tensor,  # [S] fp32
-    divisor: float,
-    softcap: float | None,
+def segment_reference(
+    raw: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    divisor: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss sum of a segment (fp32 scalar) and its gradient ``[S, V]`` to ``raw``."""
-    logits = raw.detach().to(torch.float32, copy=True).div_(divisor)
+    """Weighted loss sum of logits ``[S, V]`` as the head returns them, and its gradient to them."""
+    wide = torch.promote_types(raw.dtype, torch.float32)
+    logits = raw.detach().to(wide, copy=True).div_(divisor)
     if softcap is not None:
         capped = torch.tanh(logits / softcap)
         logits = capped * softcap
     log_z = logits.logsumexp(1)
-    target_logits = logits.gather(1, targets[:, None]).squeeze(1)
-    loss = ((log_z - target_logits) * weights).sum()
-    grad = logits.sub_(log_z[:, None]).exp_()
+    nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
+    loss = ((nll + z_loss * log_z.square()) * weights).sum()
+    grad = logits.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
     grad.mul_(weights[:, None]).div_(divisor)
     if softcap is not None:
@@ -43,30 +49,175 @@ def _segment(
     return loss, grad.to(raw.dtype)
 
 
+@triton.jit
+def _capped(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    logits = logits.to(tl.float32) * scale
+    if HAS_SOFTCAP:
+        logits = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * logits)) - 1.0)
+    return logits
+
+
+@triton.jit
+def _segment_kernel(
+    logits_ptr,  # [S, V], overwritten by their gradient if GRADIENT
+    targets_ptr,  # [S]
+    weights_ptr,  # [S] fp32
+    losses_ptr,  # [S] fp32, out
+    stride,
+    scale,
+    softcap,
+    z_loss,
+    vocabulary,
+    HAS_SOFTCAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    weight = tl.load(weights_ptr + row)
+    # Read before the first reduction: later on another thread may have overwritten it.
+    at_target = _capped(tl.load(logits_ptr + target), scale, softcap, HAS_SOFTCAP)
+    lane = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + lane < vocabulary
+        logits = tl.load(logits_ptr + start + lane, mask=inside, other=0.0)
+        logits = _capped(logits, scale, softcap, HAS_SOFTCAP)
+        logits = tl.where(inside, logits, -float("inf"))
+        higher = tl.maximum(highest, logits)
+        total = total * tl.exp(highest - higher) + tl.exp(logits - higher)
+        highest = higher
+    peak = tl.max(highest, 0)
+    log_z = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
+    loss = weight * (log_z - at_target + z_loss * log_z * log_z)
+    tl.store(losses_ptr + row, loss)
+    if GRADIENT:
+        slope = 1.0 + 2.0 * z_loss * log_z
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + lane < vocabulary
+            logits = tl.load(logits_ptr + start + lane, mask=inside, other=0.0)
+            logits = _capped(logits, scale, softcap, HAS_SOFTCAP)
+            grad = tl.exp(logits - log_z) * slope
+            grad -= tl.where(start + lane == target, 1.0, 0.0)
+            grad *= weight * scale
+            if HAS_SOFTCAP:
+                capped = logits / softcap
+                grad *= 1.0 - capped * capped
+            grad = grad.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + start + lane, grad, mask=inside)
+
+
+def segment_loss_(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    divisor: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    gradient: bool = True,
+) -> Tensor:
+    """Weighted loss sum of one segment; its gradient overwrites the logits if it is wanted.
+
+    Args:
+        logits: ``[S, V]`` as the head returns them, any float dtype, rows contiguous.
+        targets: ``[S]`` int64, all of them tokens.
+        weights: ``[S]`` fp32.
+        divisor: As for `segment_cross_entropy`, and so are the others.
+        softcap: See there.
+        z_loss: See there.
+        gradient: Overwrite ``logits``.
+
+    Returns:
+        fp32 scalar.
+    """
+    logits = logits.detach()
+    if not use_triton(logits):
+        loss, grad = segment_reference(logits, targets, weights, divisor, softcap, z_loss)
+        if gradient:
+            logits.copy_(grad)
+        return loss
+    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    with torch.cuda.device_of(logits):
+        _segment_kernel[(len(targets),)](
+            logits,
+            targets,
+            weights,
+            losses,
+            logits.stride(0),
+            1.0 / divisor,
+            softcap,
+            z_loss,
+            logits.shape[1],
+            HAS_SOFTCAP=softcap is not None,
+            GRADIENT=gradient,
+            BLOCK=8192,
+            num_warps=16,
+        )
+    return losses.sum()
+
+
+def plain_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The weight of a head that is ``hidden @ weight.T`` and nothing else; else None."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return None
+    if any(getattr(head, name) for name in hooks) or type(head.weight) is not nn.Parameter:
+        return None
+    return head.weight
+
+
+def choose_segment_size(hidden_size: int, trains_head: bool) -> int:
+    """Rows a segment, so that logits stay small beside what the head holds anyway.
+
+    The logits of an eighth of H rows are an eighth of the head's weight. A head that is trained has
+    an fp32 gradient as well, which is read and written once a segment: half of H rows then.
+    """
+    return max(512, hidden_size // (2 if trains_head else 8))
+
+
 class _SegmentCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden, targets, weights, head, segment_size, divisor, softcap, *parameters):
+    def forward(ctx, hidden, targets, weights, head, segment_size, options, *parameters):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         loss = torch.zeros((), device=hidden.device)
+        weight = plain_weight(head)
+        # The matrix product itself can add up the gradient of a 16-bit weight, in fp32.
+        direct = weight is not None and hidden.is_cuda and hidden.element_size() == 2
+        direct = direct and weight.dtype == hidden.dtype and len(parameters) == 1
         labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
         for index in labelled.split(segment_size):
             rows = hidden.detach().index_select(0, index)
-            with torch.set_grad_enabled(needs_grad):
-                rows.requires_grad_(grad_hidden is not None)
+            with torch.set_grad_enabled(needs_grad and not direct):
+                rows.requires_grad_(grad_hidden is not None and not direct)
                 raw = head(rows)
-            part, grad = _segment(raw, targets[index], weights[index], divisor, softcap)
-            loss += part
+            loss += segment_loss_(
+                raw, targets[index], weights[index], **options, gradient=needs_grad
+            )
             if not needs_grad:
                 continue
-            wanted = ([rows] if grad_hidden is not None else []) + list(parameters)
-            grads = list(torch.autograd.grad(raw, wanted, grad, allow_unused=True))
+            grad = raw.detach()
+            if direct:
+                grads = [grad @ weight] if grad_hidden is not None else []
+                torch.addmm(
+                    grad_parameters[0],
+                    grad.T,
+                    rows,
+                    out_dtype=torch.float32,
+                    out=grad_parameters[0],
+                )
+            else:
+                wanted = ([rows] if grad_hidden is not None else []) + list(parameters)
+                grads = list(torch.autograd.grad(raw, wanted, grad, allow_unused=True))
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, index, grads.pop(0).to(hidden.dtype))
-            for total, partial in zip(grad_parameters, grads, strict=True):
+            for total, partial in zip(grad_parameters, grads, strict=False):
                 if partial is not None:
                     total += partial
+            del raw, grad  # or they would stay until the next segment's exist
         ctx.grad_hidden = grad_hidden
         ctx.grad_parameters = [
             total.to(p.dtype) for total, p in zip(grad_parameters, parameters, strict=True)
@@ -83,7 +234,7 @@ class _SegmentCrossEntropy(Function):
             grad.mul_(grad_loss)
         grad_hidden, grad_parameters = ctx.grad_hidden, ctx.grad_parameters
         ctx.grad_hidden = ctx.grad_parameters = None
-        return grad_hidden, None, None, None, None, None, None, *grad_parameters
+        return grad_hidden, None, None, None, None, None, *grad_parameters
 
 
 def segment_cross_entropy(
@@ -92,9 +243,10 @@ def segment_cross_entropy(
     weights: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
-    segment_size: int,
+    segment_size: int | None = None,
     divisor: float = 1.0,
     softcap: float | None = None,
+    z_loss: float = 0.0,
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:
     """Weighted sum of the next-token losses of ``hidden`` under ``head``.
@@ -105,15 +257,19 @@ def segment_cross_entropy(
         weights: Factor of each row's loss, ``[N]`` fp32.
         head: Maps ``[S, H]`` to logits ``[S, V]``; a module with adapters or quantised weights
             works, since only its call is used.
-        segment_size: Rows of logits that exist at a time.
+        segment_size: Rows of logits that exist at a time; None: `choose_segment_size`.
         divisor: Logits are divided by it (Granite).
         softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
+        z_loss: Adds ``z_loss * log_z ** 2`` to a row's loss, ``log_z`` its log-sum-exp.
         parameters: The head's parameters that need a gradient.
 
     Returns:
         Sum over labelled rows of ``weight * nll``, nats, fp32 scalar; the softmax is fp32. Zero,
         still differentiable, if no row has a label. Supports one backward.
     """
+    if segment_size is None:
+        segment_size = choose_segment_size(hidden.shape[1], bool(parameters))
+    options = {"divisor": divisor, "softcap": softcap, "z_loss": z_loss}
     return _SegmentCrossEntropy.apply(
-        hidden, targets, weights, head, segment_size, divisor, softcap, *parameters
+        hidden, targets, weights, head, segment_size, options, *parameters
     )

@@ -38,7 +38,7 @@ class LeMoConfig:
         supervise: ``"kept"``: a token that is eliminated more often than the average of its
             sequence is not asked to predict, and the mean over the others stands for the
             sequence. ``"all"``: the loss covers every label, as in the paper.
-        segment_size: Tokens whose logits exist at a time.
+        segment_size: Tokens whose logits exist at a time; None chooses by the model's width.
         checkpoint_kept_rows: Store only a layer's kept rows and recompute the rest in the
             backward. ``None`` follows ``gradient_checkpointing`` of the model.
         seed: Of the random policy.
@@ -58,7 +58,7 @@ class LeMoConfig:
     dense_first_layers: int = 0
     dense_last_layers: int = 0
     supervise: str = "kept"
-    segment_size: int = 1024
+    segment_size: int | None = None
     checkpoint_kept_rows: bool | None = None
     seed: int = 0
 
@@ -81,6 +81,8 @@ class LeMoConfig:
             ("dense_last_layers", 0),
         ):
             value = getattr(self, name)
+            if value is None and name == "segment_size":
+                continue
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):

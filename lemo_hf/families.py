@@ -11,9 +11,12 @@ from dataclasses import dataclass
 class Family:
     """Attribute names of a pre-norm decoder layer; the defaults are Llama's.
 
-    ``mlp`` is one module or a chain of modules. ``intermediate`` names the Linear whose input is
-    the MLP's intermediate activation, None where experts have no single one. ``pre_norm_flag``
-    names an attribute which, when False, moves both norms behind the residual addition.
+    ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
+    and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
+    of all norms, as `lemo_hf.kernels.gather_norm.KINDS` names it. ``intermediate`` names the Linear
+    whose input is the MLP's intermediate activation, None where experts have no single one.
+    ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
+    addition.
     """
 
     layers: str = "model.layers"
@@ -21,7 +24,10 @@ class Family:
     attention_norm: str | None = "input_layernorm"
     attention_output_norm: str | None = None
     attention_dropout: str | None = None
+    norm: str = "rms"
     mlp: tuple[str, ...] = ("mlp",)
+    gate: tuple[str, ...] = ("gate_proj", "up_proj")
+    activation: str = "act_fn"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     mlp_dropout: str | None = None
@@ -33,8 +39,9 @@ class Family:
 
 
 _LLAMA = Family()
-_MOE = Family(intermediate=None)
+_MOE = Family(intermediate=None, gate=())
 _GEMMA = Family(
+    norm="rms_plus_one",
     attention_output_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
@@ -58,12 +65,19 @@ FAMILIES = {
         mlp_norm=None,
         mlp_output_norm="post_feedforward_layernorm",
     ),
-    "phi3": Family(attention_dropout="resid_attn_dropout", mlp_dropout="resid_mlp_dropout"),
+    "phi3": Family(
+        attention_dropout="resid_attn_dropout",
+        gate=("gate_up_proj",),
+        activation="activation_fn",
+        mlp_dropout="resid_mlp_dropout",
+    ),
     "opt": Family(
         layers="model.decoder.layers",
         attention_norm="self_attn_layer_norm",
         attention_dropout="dropout",
+        norm="layer",
         mlp=("fc1", "activation_fn", "fc2"),
+        gate=(),
         mlp_norm="final_layer_norm",
         mlp_dropout="dropout",
         intermediate="fc2",

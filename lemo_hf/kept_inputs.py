@@ -5,21 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo_hf.kernels.rows import gather_rows
+from lemo_hf.kernels.rotary import KeptRotary
 from lemo_hf.selection import KeptSet
 from lemo_hf.step import Step
 
 
 def kept_positions(
     position_embeddings: tuple[Tensor, Tensor] | None, kept: KeptSet
-) -> tuple[Tensor, Tensor] | None:
-    """Rotary cos and sin at the kept positions: ``[B or 1, T, D]`` to ``[B, K, D]`` each."""
+) -> tuple[KeptRotary, KeptRotary] | None:
+    """Rotary cos and sin ``[B or 1, T, R]`` at the kept positions; nothing is gathered yet."""
     if position_embeddings is None:
         return None
-    batch = kept.index.shape[0]
-    return tuple(
-        gather_rows(part.expand(batch, -1, -1), kept.index) for part in position_embeddings
-    )
+    return tuple(KeptRotary(table, kept.index) for table in position_embeddings)
 
 
 def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
@@ -81,21 +78,18 @@ def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
 def kept_attention_inputs(
     kept: KeptSet,
     step: Step,
-    position_embeddings: tuple[Tensor, Tensor] | None,
     attention_mask: Tensor | None,
     flash: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments of the attention module for the kept rows.
+    """Keyword arguments of the attention module for the kept rows, but their rotary positions.
 
     ``position_ids`` are left out: only flash attention reads them, and it takes gaps between kept
     positions for document boundaries. It is given the real boundaries instead.
     """
-    key = (id(position_embeddings), id(attention_mask))
+    key = id(attention_mask)
     if kept.cache is not None and key in kept.cache:
         return kept.cache[key]
     inputs: dict[str, Any] = {"attention_mask": kept_mask(attention_mask, kept)}
-    if position_embeddings is not None:
-        inputs["position_embeddings"] = kept_positions(position_embeddings, kept)
     if flash and step.documents is not None:
         inputs |= kept_documents(step.documents, kept)
     if kept.cache is not None:

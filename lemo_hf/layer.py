@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lemo_hf.families import Family
-from lemo_hf.kept_inputs import kept_attention_inputs
-from lemo_hf.kernels.rows import close_stream, open_stream, update_rows
+from lemo_hf.fused import call_attention
+from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
+from lemo_hf.kernels.gather_norm import gather_norm
+from lemo_hf.kernels.rows import close_stream, open_stream
+from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
 from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.selection import KeptSet
 from lemo_hf.step import Step
+from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
 
 _PLAN = "_lemo_plan"
 
@@ -120,7 +125,7 @@ def _sparse_forward(
     if plan.opens or x._is_view():  # FSDP2 hands each layer a view that must not be written to
         x = open_stream(x)
     flash = _uses_flash(layer, plan.family, step)
-    run = _checkpointed(layer, plan)
+    checkpointed = _checkpointed(layer, plan)
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
@@ -142,84 +147,47 @@ def _sparse_forward(
         plan.index, "attention", plan.retention, partial(score, "attention"), shared=shares
     )
 
-    def attend(rows: Tensor) -> Tensor:
-        inputs = kept_attention_inputs(kept, step, position_embeddings, attention_mask, flash)
-        return attention_rows(layer, plan.family, rows, **{**kwargs, **inputs})
+    def attend(hidden: Tensor) -> Tensor:
+        inputs = kept_attention_inputs(kept, step, attention_mask, flash)
+        positions = kept_positions(position_embeddings, kept)
+        module = getattr(layer, plan.family.attention)
+        return call_attention(
+            module, positions, hidden_states=hidden, past_key_values=None, **{**kwargs, **inputs}
+        )
 
-    mlp = partial(mlp_rows, layer, plan.family)
-    if shares:
-        x = update_rows(x, kept.index, run(lambda rows: mlp(attend(rows))), kept.slot_mask)
-    else:
-        x = update_rows(x, kept.index, run(attend), kept.slot_mask)
+    attention = attention_sublayer(layer, plan.family, attend)
+    mlp = mlp_sublayer(layer, plan.family)
+    x = _update(x, kept, [attention, mlp] if shares else [attention], checkpointed)
+    if not shares:
         mlp_kept = step.choose(plan.index, "mlp", plan.mlp_retention, partial(score, "mlp"))
-        x = update_rows(x, mlp_kept.index, run(mlp), mlp_kept.slot_mask)
+        x = _update(x, mlp_kept, [mlp], checkpointed)
     return close_stream(x) if plan.closes else x
 
 
-def attention_rows(layer: nn.Module, family: Family, rows: Tensor, **kwargs: Any) -> Tensor:
-    """``rows [B, K, H]`` after the attention sublayer, residual included."""
-    attention = getattr(layer, family.attention)
-    return _residual(
-        layer,
-        family,
-        rows,
-        lambda hidden: attention(hidden_states=hidden, past_key_values=None, **kwargs)[0],
-        family.attention_norm,
-        family.attention_output_norm,
-        family.attention_dropout,
-    )
-
-
-def mlp_rows(layer: nn.Module, family: Family, rows: Tensor) -> Tensor:
-    """``rows [B, K, H]`` after the MLP sublayer, residual included."""
-
-    def mlp(hidden: Tensor) -> Tensor:
-        for name in family.mlp:
-            hidden = getattr(layer, name)(hidden)
-        return hidden
-
-    return _residual(
-        layer, family, rows, mlp, family.mlp_norm, family.mlp_output_norm, family.mlp_dropout
-    )
-
-
-def _residual(
-    layer: nn.Module,
-    family: Family,
-    rows: Tensor,
-    sublayer: Callable[[Tensor], Tensor],
-    norm: str | None,
-    output_norm: str | None,
-    dropout: str | None,
+def _update(
+    x: Tensor, kept: KeptSet, sublayers: list[Sublayer], checkpointed: Callable | None
 ) -> Tensor:
-    """``rows + sublayer(norm(rows))`` with what the family puts in between, in the stock order."""
-    post_norm = family.pre_norm_flag is not None and not getattr(layer, family.pre_norm_flag)
-    hidden = getattr(layer, norm)(rows) if norm and not post_norm else rows
-    hidden = sublayer(hidden)
-    if output_norm:
-        hidden = getattr(layer, output_norm)(hidden)
-    if dropout:
-        drop = getattr(layer, dropout)
-        if isinstance(drop, nn.Module):
-            hidden = drop(hidden)
-        else:
-            hidden = nn.functional.dropout(hidden, p=drop, training=layer.training)
-    if family.residual_scale:
-        hidden = hidden * getattr(layer, family.residual_scale)
-    rows = rows + hidden
-    return getattr(layer, norm)(rows) if norm and post_norm else rows
+    """``sublayers`` on the kept rows of the stream, stored back into it."""
+    # What is checkpointed begins with the rows, so that nothing but they is stored.
+    norm = None if checkpointed else sublayers[0].fused_norm()
+    x, rows, hidden = gather_norm(x, kept.index, norm, kept.slot_mask)
+    run = partial(run_sublayers, sublayers)
+    rows, update = checkpointed(run, rows) if checkpointed else run(rows, hidden)
+    return scatter_add_(x, rows, update, kept.index, kept.slot_mask, sublayers[-1].scale)
 
 
-def _checkpointed(layer: nn.Module, plan: LayerPlan) -> Callable[[Callable], Callable]:
-    """How a layer runs a function of its kept rows: plainly, or storing nothing but the rows."""
+def _checkpointed(layer: nn.Module, plan: LayerPlan) -> Callable | None:
+    """What calls a function of kept rows and stores nothing but the rows; None to call it plainly.
+
+    It is the model's own checkpoint function, so that its options (offload, reentrant) hold here.
+    """
     wanted = getattr(layer, "gradient_checkpointing", False)
     if plan.checkpoint is not None:
         wanted = plan.checkpoint
     if not wanted:
-        return lambda function: function
-    # The model's own checkpoint function, so that its options (offload, reentrant) hold here too.
+        return None
     function = layer.__dict__.get("_gradient_checkpointing_func")
-    return partial(partial, function or partial(checkpoint, use_reentrant=False))
+    return function or partial(checkpoint, use_reentrant=False)
 
 
 def _uses_flash(layer: nn.Module, family: Family, step: Step) -> bool:

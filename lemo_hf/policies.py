@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lemo_hf.families import Family
-from lemo_hf.kernels.block_scores import block_scores_reference
+from lemo_hf.kernels.block_scores import block_scores
 from lemo_hf.predictors.training_free import pool_blocks, random_scores, recent_scores
 from lemo_hf.step import Step
 
@@ -67,7 +67,7 @@ def oracle(inputs: ScoreInputs) -> Tensor:
         padding = -step.tokens % size
         return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
     captured = _query_key(inputs, sublayer_input(inputs, inputs.x), inputs.position_embeddings)
-    return block_scores_reference(
+    return block_scores(
         captured.query,
         captured.key,
         size,
@@ -99,7 +99,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     if positions is not None:
         positions = tuple(part[:, middles] for part in positions)
     captured = _query_key(inputs, means, positions)
-    return block_scores_reference(
+    return block_scores(
         captured.query,
         captured.key,
         1,

@@ -1,13 +1,18 @@
-"""Seeds, poison and tiny models shared by all tests."""
+"""Seeds, poison, and kernels that run where there is no GPU."""
 
 import os
 
+import torch
+
 # Before anything imports triton or the Hub client.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
+
+from lemo_hf.kernels.launch import DEVICES
 
 
 def pytest_collection_modifyitems(items):
@@ -36,3 +41,28 @@ def _poison(monkeypatch):
             return out
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def device(request, monkeypatch):
+    """Where a test of a kernel runs: on the CPU by its definition, and by its kernel.
+
+    The kernel runs on the GPU, or in Triton's interpreter where there is none.
+    """
+    if request.param == "reference":
+        return torch.device("cpu")
+    return kernel_device(monkeypatch)
+
+
+def kernel_device(monkeypatch):
+    """The GPU, or the CPU with kernels in Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", DEVICES | {"cpu"})
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def kernels_on(monkeypatch):
+    """`kernel_device`, for tests of kernels alone."""
+    return kernel_device(monkeypatch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense_reference import recorded_sets
 from models import batch, make_model, with_lora
-from test_kernels import materialised_scores
+from parity import materialised_scores
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo

@@ -1,0 +1,33 @@
+"""When kernels launch.
+
+A tensor on a CUDA device takes the Triton kernel, and an error there is raised. A tensor anywhere
+else takes the plain PyTorch definition that each kernel file begins with.
+"""
+
+import os
+
+import triton
+from torch import Tensor
+
+# Triton's interpreter runs kernels on the CPU, which is how they are tested without a GPU. It has
+# no bf16 arithmetic, so what a kernel hands to tl.dot must be fp32 there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+DEVICES = {"cuda"}  # types of device whose tensors take kernels
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether functions of ``x`` launch kernels."""
+    return x.device.type in DEVICES
+
+
+def row_block(width: int) -> dict[str, int]:
+    """Block and warps of a program that holds one row of ``width`` elements in registers.
+
+    Raises:
+        ValueError: A row does not fit.
+    """
+    block = triton.next_power_of_2(width)
+    if block > 65536:
+        raise ValueError(f"rows of {width} elements do not fit a program; the most is 65536")
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}

@@ -1,0 +1,109 @@
+"""Where a kernel may stand in for a module's own forward, and where the module must be called.
+
+A kernel reads a norm's weight, or calls the Linear modules inside an MLP, and leaves out the call
+of the module around them. That is only right if the module is transformers' own and nobody hangs
+on its call: no hooks (accelerate, DeepSpeed, FSDP, a user's), no replaced forward (Liger).
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lemo_hf.families import Family
+from lemo_hf.kernels.gated_activation import gated_activation
+from lemo_hf.kernels.gather_norm import Norm
+from lemo_hf.kernels.rotary import KeptRotary, rotary
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ROTARY = "apply_rotary_pos_emb"
+_ACTIVATIONS = {
+    type(ACT2FN[name]): kernel
+    for name, kernel in (
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),
+    )
+}
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else."""
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+
+
+def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
+    """What the kernels need of a norm module; None if the module itself must be called."""
+    if module is None or not untouched(module) or getattr(module, "weight", None) is None:
+        return None
+    known = type(module) is nn.LayerNorm if kind == "layer" else _of_transformers(module)
+    if not known:
+        return None
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(kind, module.weight, getattr(module, "bias", None), eps)
+
+
+def gated_mlp(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | None:
+    """The MLP of a layer with its gate fused, by its Linear modules; None if it must be called."""
+    mlp = getattr(layer, family.mlp[0])
+    activation = _ACTIVATIONS.get(type(getattr(mlp, family.activation, None)))
+    projections = [getattr(mlp, name, None) for name in family.gate]
+    if activation is None or not projections or None in projections:
+        return None
+    if not (untouched(mlp) and _of_transformers(mlp)):
+        return None
+    down = layer.get_submodule(family.intermediate)
+
+    def run(hidden: Tensor) -> Tensor:
+        parts = [projection(hidden) for projection in projections]
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+        return down(gated_activation(gate, up, activation))
+
+    return run
+
+
+def call_attention(
+    attention: nn.Module, positions: tuple[KeptRotary, KeptRotary] | None, **kwargs: Any
+) -> Tensor:
+    """Output of the attention module for kept rows, rotated by the kernel where it can be.
+
+    transformers' attention modules look up the rotary function among the globals of their forward.
+    For the time of the call the instance gets the same code with one global replaced.
+
+    Args:
+        attention: The layer's attention.
+        positions: cos and sin at the kept positions, or None.
+        **kwargs: Of its forward, ``position_embeddings`` excepted.
+    """
+    if positions is None:
+        return attention(**kwargs)[0]
+    forward = type(attention).forward
+    code = getattr(forward, "__code__", None)
+    if "forward" in vars(attention) or code is None or _ROTARY not in code.co_names:
+        gathered = tuple(part.gathered() for part in positions)
+        return attention(position_embeddings=gathered, **kwargs)[0]
+    own = FunctionType(
+        code,
+        {**forward.__globals__, _ROTARY: _rotate_both},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    attention.forward = MethodType(own, attention)
+    try:
+        return attention(position_embeddings=positions, **kwargs)[0]
+    finally:
+        del attention.forward
+
+
+def _rotate_both(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary):
+    return rotary(query, cos, sin), rotary(key, cos, sin)
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
