@@ -226,7 +226,7 @@ def rotary_cases() -> Iterator[Case]:
 
     def lemo() -> Call:
         tables = [KeptRotary(table, keep) for table in (cos, sin)]
-        return lambda: [rotary(part, *tables) for part in (query, key)]
+        return lambda: rotary(query, key, *tables)
 
     def hf() -> Call:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

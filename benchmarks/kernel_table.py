@@ -17,8 +17,8 @@ KERNELS = {
     ),
     "segment_cross_entropy": (
         ("ms_median", "peak_mib", "extra_mib", "grad_error", "weight_error"),
-        "`segment_cross_entropy`: ms, peak memory, of it beside the inputs, error of the gradient of hidden "
-        "(and of the weight) against fp64",
+        "`segment_cross_entropy`: ms, peak memory, of it beside the inputs, error of the gradient "
+        "of hidden (and of the weight) against fp64",
     ),
     "gated_activation": (
         ("ms_median", "share_of_copy", "saved_mib"),

@@ -70,7 +70,7 @@ def _block_max(pairs: Tensor, block_size: int) -> Tensor:
 
 
 @triton.jit
-def _kernel(
+def _block_scores_kernel(
     query_ptr,  # [B, H, T, D], any strides but the last
     key_ptr,  # [B, H_kv, T, D], any strides but the last
     ids_ptr,  # [B, T] int32: pairs of one id >= 0 are visible
@@ -208,7 +208,7 @@ def _launch(
     block_d = max(16, triton.next_power_of_2(dim))
     stage = 2 * tile * block_d * query.element_size()  # bytes of one tile of queries and keys
     with torch.cuda.device_of(query):
-        _kernel[(spans, chunks, batch)](
+        _block_scores_kernel[(spans, chunks, batch)](
             query,
             key,
             ids,

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from lemo_hf.kernels.launch import use_triton
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-BLOCK = 2048
+# Elements of a row that a program takes, at most: on an H200 whole rows of 14,336 were the fastest.
+BLOCK = 16384
 
 
 def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -34,27 +35,32 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """The activation of ``x`` and its derivative."""
-    if ACTIVATION == 0:
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        value = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    elif ACTIVATION == 1:
-        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        value = x * share
-        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        share = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
-        value = x * share
-        bend = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        slope = share + x * 2.0 * share * (1.0 - share) * bend
-    return value, slope
+def _sigmoid(x):
+    """``sigmoid(x)`` and ``1 - sigmoid(x)``, each without cancellation or overflow."""
+    small = tl.exp(-tl.abs(x))
+    high = 1.0 / (1.0 + small)
+    low = small * high
+    return tl.where(x >= 0, high, low), tl.where(x >= 0, low, high)
 
 
 @triton.jit
-def _forward_kernel(
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation of ``x`` and its derivative."""
+    if ACTIVATION == 0:
+        share, rest = _sigmoid(x)
+        slope = share * (1.0 + x * rest)
+    elif ACTIVATION == 1:
+        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        share, rest = _sigmoid(inner)  # (1 + tanh(inner / 2)) / 2
+        slope = share + x * share * rest * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return x * share, slope
+
+
+@triton.jit
+def _gated_forward(
     gate_ptr,  # [R, I]
     up_ptr,  # [R, I]
     out_ptr,  # [R, I], contiguous
@@ -75,7 +81,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_backward(
     grad_ptr,  # [R, I], contiguous
     gate_ptr,  # [R, I]
     up_ptr,  # [R, I]
@@ -107,7 +113,7 @@ class _GatedActivation(Function):
         ctx.save_for_backward(gate, up)
         ctx.activation = ACTIVATIONS[activation]
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _launch(_forward_kernel, gate, up, (gate, up, out), ctx.activation)
+        _launch(_gated_forward, gate, up, (gate, up, out), ctx.activation)
         return out
 
     @staticmethod
@@ -118,17 +124,24 @@ class _GatedActivation(Function):
             torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (gate, up)
         )
         tensors = (grad.contiguous(), gate, up, grad_gate, grad_up)
-        _launch(_backward_kernel, gate, up, tensors, ctx.activation)
+        _launch(_gated_backward, gate, up, tensors, ctx.activation)
         return grad_gate, grad_up, None
 
 
 def _launch(kernel, gate: Tensor, up: Tensor, tensors: tuple[Tensor, ...], activation: int):
     width = gate.shape[-1]
     if gate.numel():
-        grid = (gate.numel() // width, triton.cdiv(width, BLOCK))
+        block = min(BLOCK, triton.next_power_of_2(width))
+        grid = (gate.numel() // width, triton.cdiv(width, block))
         with torch.cuda.device_of(gate):
             kernel[grid](
-                *tensors, gate.stride(-2), up.stride(-2), width, ACTIVATION=activation, BLOCK=BLOCK
+                *tensors,
+                gate.stride(-2),
+                up.stride(-2),
+                width,
+                ACTIVATION=activation,
+                BLOCK=block,
+                num_warps=max(1, block // 512),
             )
 
 

@@ -26,6 +26,7 @@ from lemo_hf.kernels.rows import check_stream, gather_rows, store_rows_
 # "rms_plus_one" scales by 1 + weight (Gemma).
 KINDS = {"rms": 1, "rms_plus_one": 2, "layer": 3}
 PARTIALS = 264  # programs that sum a share of the weight's gradient each: two a multiprocessor
+STAGES = 2  # rows that such a program loads ahead
 
 
 class Norm(NamedTuple):
@@ -58,7 +59,7 @@ def _out_dtype(rows: Tensor, norm: Norm) -> torch.dtype:
 
 
 @triton.jit
-def _forward_kernel(
+def _gather_norm_forward(
     x_ptr,  # [B, T, H] if HAS_INDEX, else [B * K, H]
     update_ptr,  # [B * K, H]
     index_ptr,  # [B * K]
@@ -113,7 +114,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gather_norm_backward(
     grad_rows_ptr,  # [B * K, H], None if not HAS_GRAD_ROWS
     grad_hidden_ptr,  # [B * K, H]
     rows_ptr,  # [B * K, H]
@@ -134,6 +135,7 @@ def _backward_kernel(
     HAS_GRAD_ROWS: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr,
     GRAD_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -146,7 +148,7 @@ def _backward_kernel(
         weight += 1.0
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     grad_bias = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, num_rows, tl.num_programs(0)):
+    for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=STAGES):
         grad = tl.zeros((BLOCK,), tl.float32)
         if KIND > 0:
             value = tl.load(rows_ptr + row * width + columns, mask=inside, other=0.0)
@@ -201,7 +203,7 @@ def launch_forward(
     num_rows = shape[0] * shape[1]
     if num_rows:
         with torch.cuda.device_of(x):
-            _forward_kernel[(num_rows,)](
+            _gather_norm_forward[(num_rows,)](
                 x,
                 update,
                 keep_index,
@@ -247,7 +249,7 @@ def launch_backward(
     ]
     if num_rows:
         with torch.cuda.device_of(out):
-            _backward_kernel[(programs,)](
+            _gather_norm_backward[(programs,)](
                 grad_rows,
                 grad_hidden,
                 rows,
@@ -267,6 +269,7 @@ def launch_backward(
                 HAS_GRAD_ROWS=grad_rows is not None,
                 GRAD_WEIGHT=grad_weight,
                 GRAD_BIAS=grad_bias,
+                STAGES=STAGES if grad_weight or grad_bias else 1,
                 **row_block(width),
             )
     return tuple(p if p is None else p.sum(0).to(norm.weight.dtype) for p in partials)

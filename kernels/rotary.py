@@ -1,9 +1,9 @@
 """Rotary position embedding at kept positions, reading cos and sin of the whole sequence.
 
-One pass over queries and one over keys; no gathered cos and sin, no rotated copy.
+One pass over queries and keys; no gathered cos and sin, no rotated copy.
 
-Memory traffic, in elements: reads and writes K*heads*D, cos and sin come from the cache (unfused:
-five times that, for the products, the rotated halves and their sum).
+Memory traffic, in elements: reads and writes K*D of all heads; cos and sin come from the cache
+(unfused: five times that, for the products, the rotated halves and their sum).
 
 Source: RoFormer, arXiv:2104.09864, in the half-rotation layout of transformers.
 """
@@ -44,17 +44,14 @@ def rotary_reference(x: Tensor, cos: KeptRotary, sin: KeptRotary) -> Tensor:
 
 
 @triton.jit
-def _rotary_kernel(
-    x_ptr,  # [B, heads, K, D], any strides but the last
-    cos_ptr,  # [B or 1, T, R]
-    sin_ptr,  # [B or 1, T, R]
-    index_ptr,  # [B * K]
-    out_ptr,  # [B, K, heads, D]
-    stride_b,
+def _rotate(
+    x_ptr,  # [heads, D] of one token
+    out_ptr,  # [heads, D] of one token, contiguous
+    cos_1,  # [1, HALF], and so are the others
+    cos_2,
+    sin_1,
+    sin_2,
     stride_h,
-    stride_k,
-    table_stride_b,
-    kept,
     heads,
     dim,
     half,
@@ -63,20 +60,10 @@ def _rotary_kernel(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    batch, slot = row // kept, row % kept
-    position = tl.load(index_ptr + row)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    in_table = column < half
-    inside = (head < heads) & in_table
-    table = batch * table_stride_b + position * (2 * half) + column
-    cos_1 = tl.load(cos_ptr + table, mask=in_table, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos_ptr + table + half, mask=in_table, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin_ptr + table, mask=in_table, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin_ptr + table + half, mask=in_table, other=0.0).to(tl.float32)
-    source = x_ptr + batch * stride_b + slot * stride_k + head * stride_h
-    target = out_ptr + (row * heads + head) * dim
+    inside = (head < heads) & (column < half)
+    source, target = x_ptr + head * stride_h, out_ptr + head * dim
     first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + column + half, mask=inside, other=0.0).to(tl.float32)
     if BACKWARD:
@@ -94,59 +81,119 @@ def _rotary_kernel(
         tl.store(target + beyond, tl.load(source + beyond, mask=inside), mask=inside)
 
 
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, keep_index: Tensor, backward: bool) -> Tensor:
-    batch, heads, kept, dim = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
+@triton.jit
+def _rotary_kernel(
+    query_ptr,  # [B, heads, K, D], any strides but the last
+    key_ptr,  # [B, heads, K, D], any strides but the last
+    cos_ptr,  # [B or 1, T, R]
+    sin_ptr,  # [B or 1, T, R]
+    index_ptr,  # [B * K]
+    query_out_ptr,  # [B, K, heads, D]
+    key_out_ptr,  # [B, K, heads, D]
+    query_stride_b,
+    query_stride_h,
+    query_stride_k,
+    key_stride_b,
+    key_stride_h,
+    key_stride_k,
+    table_stride_b,
+    kept,
+    query_heads,
+    key_heads,
+    dim,
+    half,
+    BACKWARD: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch, slot = row // kept, row % kept
+    column = tl.arange(0, HALF)[None, :]
+    in_table = column < half
+    table = batch * table_stride_b + tl.load(index_ptr + row) * (2 * half) + column
+    cos_1 = tl.load(cos_ptr + table, mask=in_table, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + table + half, mask=in_table, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr + table, mask=in_table, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + table + half, mask=in_table, other=0.0).to(tl.float32)
+    _rotate(
+        query_ptr + batch * query_stride_b + slot * query_stride_k,
+        query_out_ptr + row * query_heads * dim,
+        cos_1, cos_2, sin_1, sin_2,
+        query_stride_h, query_heads, dim, half, BACKWARD, QUERY_HEADS, HALF, REST,
+    )  # fmt: skip
+    _rotate(
+        key_ptr + batch * key_stride_b + slot * key_stride_k,
+        key_out_ptr + row * key_heads * dim,
+        cos_1, cos_2, sin_1, sin_2,
+        key_stride_h, key_heads, dim, half, BACKWARD, KEY_HEADS, HALF, REST,
+    )  # fmt: skip
+
+
+def _launch(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, keep_index: Tensor, backward: bool
+) -> tuple[Tensor, Tensor]:
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    batch, _, kept, dim = query.shape
     # The layout of a projection's output, which is what attention kernels like best.
-    out = torch.empty(batch, kept, heads, dim, dtype=x.dtype, device=x.device)
-    if out.numel():
+    outs = [
+        torch.empty(batch, kept, x.shape[1], dim, dtype=x.dtype, device=x.device)
+        for x in (query, key)
+    ]
+    if batch * kept:
         half = cos.shape[-1] // 2
         rest = dim - 2 * half
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(query):
             _rotary_kernel[(batch * kept,)](
-                x,
+                query,
+                key,
                 cos,
                 sin,
                 keep_index,
-                out,
-                *x.stride()[:3],
+                *outs,
+                *query.stride()[:3],
+                *key.stride()[:3],
                 cos.stride(0) if cos.shape[0] > 1 else 0,
                 kept,
-                heads,
+                query.shape[1],
+                key.shape[1],
                 dim,
                 half,
                 BACKWARD=backward,
-                HEADS=triton.next_power_of_2(heads),
+                QUERY_HEADS=triton.next_power_of_2(query.shape[1]),
+                KEY_HEADS=triton.next_power_of_2(key.shape[1]),
                 HALF=triton.next_power_of_2(half),
                 REST=triton.next_power_of_2(rest) if rest else 0,
             )
-    return out.transpose(1, 2)
+    return tuple(out.transpose(1, 2) for out in outs)
 
 
 class _Rotary(Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, keep_index):
+    def forward(ctx, query, key, cos, sin, keep_index):
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin, keep_index)
-        return _launch(x, cos, sin, keep_index, backward=False)
+        return _launch(query, key, cos, sin, keep_index, backward=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return _launch(grad, *ctx.saved_tensors, backward=True), None, None, None
+    def backward(ctx, grad_query, grad_key):
+        return *_launch(grad_query, grad_key, *ctx.saved_tensors, backward=True), None, None, None
 
 
-def rotary(x: Tensor, cos: KeptRotary, sin: KeptRotary) -> Tensor:
-    """Rotate queries or keys of kept tokens by their positions in the whole sequence.
+def rotary(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys of kept tokens by their positions in the whole sequence.
 
     Args:
-        x: ``[B, heads, K, D]``, any float dtype.
+        query: ``[B, heads, K, D]``, any float dtype.
+        key: ``[B, key heads, K, D]``.
         cos: ``[B or 1, T, R]`` with R even and at most D, and the ``[B, K]`` positions.
         sin: The same of the sine.
 
     Returns:
-        Shape and dtype of ``x``; dimensions from R on are unchanged.
+        Both, in their shapes and dtypes; dimensions from R on are unchanged.
     """
-    if not use_triton(x):
-        return rotary_reference(x, cos, sin)
-    return _Rotary.apply(x, cos.table, sin.table, cos.keep_index)
+    if not use_triton(query):
+        return rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)
+    return _Rotary.apply(query, key, cos.table, sin.table, cos.keep_index)

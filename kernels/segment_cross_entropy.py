@@ -2,8 +2,9 @@
 
 Logits, loss and gradient of a segment exist together and are gone before the next segment begins,
 so the vocabulary-sized peak is ``[segment_size, V]`` and no ``[T, V]`` tensor is ever made. Tokens
-without a label never reach the head. The gradient is taken in the forward, where the logits are,
-and overwrites them: there is no fp32 copy, the softmax is fp32 in registers.
+without a label do not reach the head, unless they are so few that leaving them out costs more. The
+gradient is taken in the forward, where the logits are, and overwrites them: there is no fp32 copy,
+the softmax is fp32 in registers.
 
 Memory traffic of a segment besides the head's own, in elements: reads 2*S*V, writes S*V.
 
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lemo_hf.kernels.launch import use_triton
 
 IGNORE_INDEX = -100
+WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
 
 
 def segment_reference(
@@ -32,7 +34,7 @@ def segment_reference(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss sum of logits ``[S, V]`` as the head returns them, and its gradient to them."""
+    """Weighted losses ``[S]`` of logits ``[S, V]`` as the head returns them, and their gradient."""
     wide = torch.promote_types(raw.dtype, torch.float32)
     logits = raw.detach().to(wide, copy=True).div_(divisor)
     if softcap is not None:
@@ -40,13 +42,13 @@ def segment_reference(
         logits = capped * softcap
     log_z = logits.logsumexp(1)
     nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
-    loss = ((nll + z_loss * log_z.square()) * weights).sum()
+    losses = (nll + z_loss * log_z.square()) * weights
     grad = logits.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
     grad.mul_(weights[:, None]).div_(divisor)
     if softcap is not None:
         grad.mul_(1 - capped.square_())
-    return loss, grad.to(raw.dtype)
+    return losses, grad.to(raw.dtype)
 
 
 @triton.jit
@@ -109,36 +111,35 @@ def _segment_kernel(
             tl.store(logits_ptr + start + lane, grad, mask=inside)
 
 
-def segment_loss_(
+def segment_losses_(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor,
+    losses: Tensor,
     divisor: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     gradient: bool = True,
-) -> Tensor:
-    """Weighted loss sum of one segment; its gradient overwrites the logits if it is wanted.
+) -> None:
+    """Weighted losses of one segment; their gradient overwrites the logits if it is wanted.
 
     Args:
-        logits: ``[S, V]`` as the head returns them, any float dtype, rows contiguous.
+        logits: ``[S, V]`` as the head returns them, any float dtype.
         targets: ``[S]`` int64, all of them tokens.
         weights: ``[S]`` fp32.
+        losses: ``[S]`` fp32, written.
         divisor: As for `segment_cross_entropy`, and so are the others.
         softcap: See there.
         z_loss: See there.
         gradient: Overwrite ``logits``.
-
-    Returns:
-        fp32 scalar.
     """
     logits = logits.detach()
     if not use_triton(logits):
-        loss, grad = segment_reference(logits, targets, weights, divisor, softcap, z_loss)
+        rows, grad = segment_reference(logits, targets, weights, divisor, softcap, z_loss)
+        losses.copy_(rows)
         if gradient:
             logits.copy_(grad)
-        return loss
-    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        return
     with torch.cuda.device_of(logits):
         _segment_kernel[(len(targets),)](
             logits,
@@ -155,26 +156,40 @@ def segment_loss_(
             BLOCK=8192,
             num_warps=16,
         )
-    return losses.sum()
 
 
-def plain_weight(head: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """The weight of a head that is ``hidden @ weight.T`` and nothing else; else None."""
+def plain_weight(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, parameters: Sequence[Tensor]
+) -> Tensor | None:
+    """The weight of a head that is ``hidden @ weight.T`` and nothing else; else None.
+
+    Its gradients need no autograd: in fp32 the product itself adds up the one of a 16-bit weight.
+    """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
         return None
     if any(getattr(head, name) for name in hooks) or type(head.weight) is not nn.Parameter:
         return None
+    if head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return None
+    if parameters and not (hidden.is_cuda and hidden.element_size() == 2):
+        return None
     return head.weight
 
 
-def choose_segment_size(hidden_size: int, trains_head: bool) -> int:
-    """Rows a segment, so that logits stay small beside what the head holds anyway.
+def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -> int:
+    """Rows a segment, so that it takes a tenth of the memory that is there anyway.
 
-    The logits of an eighth of H rows are an eighth of the head's weight. A head that is trained has
-    an fp32 gradient as well, which is read and written once a segment: half of H rows then.
+    That is hidden ``[N, H]``, its gradient and the head's weight; a segment is logits, rows and
+    their gradient. At least 512 rows, below which matrix products slow down. A head that is trained
+    has an fp32 gradient as well, read and written once a segment: no fewer than H / 2 rows then.
     """
-    return max(512, hidden_size // (2 if trains_head else 8))
+    num_rows, width = hidden.shape
+    rows = 0
+    if vocabulary is not None:
+        anyway = 2 * num_rows * width + vocabulary * width
+        rows = anyway // (10 * (vocabulary + 2 * width)) // 64 * 64
+    return max(512, rows, width // 2 if trained else 0)
 
 
 class _SegmentCrossEntropy(Function):
@@ -183,46 +198,48 @@ class _SegmentCrossEntropy(Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        loss = torch.zeros((), device=hidden.device)
-        weight = plain_weight(head)
-        # The matrix product itself can add up the gradient of a 16-bit weight, in fp32.
-        direct = weight is not None and hidden.is_cuda and hidden.element_size() == 2
-        direct = direct and weight.dtype == hidden.dtype and len(parameters) == 1
+        weight = plain_weight(head, hidden, parameters)
         labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        for index in labelled.split(segment_size):
-            rows = hidden.detach().index_select(0, index)
-            with torch.set_grad_enabled(needs_grad and not direct):
-                rows.requires_grad_(grad_hidden is not None and not direct)
-                raw = head(rows)
-            loss += segment_loss_(
-                raw, targets[index], weights[index], **options, gradient=needs_grad
+        if len(labelled) < WHOLE * len(targets):
+            targets, weights = targets[labelled], weights[labelled]
+        else:  # not worth moving rows for: those without a label get the weight 0
+            weights = weights * (targets != IGNORE_INDEX)
+            targets, labelled = targets.clamp_min(0), None
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), segment_size):
+            part = slice(start, start + segment_size)
+            rows = hidden.detach()
+            rows = rows[part] if labelled is None else rows.index_select(0, labelled[part])
+            with torch.set_grad_enabled(needs_grad and weight is None):
+                rows.requires_grad_(grad_hidden is not None and weight is None)
+                logits = head(rows)
+            segment_losses_(
+                logits, targets[part], weights[part], losses[part], **options, gradient=needs_grad
             )
             if not needs_grad:
                 continue
-            grad = raw.detach()
-            if direct:
-                grads = [grad @ weight] if grad_hidden is not None else []
-                torch.addmm(
-                    grad_parameters[0],
-                    grad.T,
-                    rows,
-                    out_dtype=torch.float32,
-                    out=grad_parameters[0],
-                )
-            else:
+            if weight is None:
                 wanted = ([rows] if grad_hidden is not None else []) + list(parameters)
-                grads = list(torch.autograd.grad(raw, wanted, grad, allow_unused=True))
+                grads = torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True)
+                grads = list(grads)
+                grad_rows = grads.pop(0) if grad_hidden is not None else None
+                for total, partial in zip(grad_parameters, grads, strict=True):
+                    if partial is not None:
+                        total += partial
+                del grads
+            else:
+                grad_rows = logits @ weight if grad_hidden is not None else None
+                for total in grad_parameters:
+                    torch.addmm(total, logits.T, rows, out_dtype=total.dtype, out=total)
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, index, grads.pop(0).to(hidden.dtype))
-            for total, partial in zip(grad_parameters, grads, strict=False):
-                if partial is not None:
-                    total += partial
-            del raw, grad  # or they would stay until the next segment's exist
+                place = part if labelled is None else labelled[part]
+                grad_hidden[place] = grad_rows.to(hidden.dtype)
+            del logits  # or they would stay until the next segment's exist
         ctx.grad_hidden = grad_hidden
         ctx.grad_parameters = [
             total.to(p.dtype) for total, p in zip(grad_parameters, parameters, strict=True)
         ]
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -268,7 +285,8 @@ def segment_cross_entropy(
         still differentiable, if no row has a label. Supports one backward.
     """
     if segment_size is None:
-        segment_size = choose_segment_size(hidden.shape[1], bool(parameters))
+        vocabulary = getattr(head, "out_features", None)  # Linear, its adapted and quantised kin
+        segment_size = choose_segment_size(hidden, vocabulary, bool(parameters))
     options = {"divisor": divisor, "softcap": softcap, "z_loss": z_loss}
     return _SegmentCrossEntropy.apply(
         hidden, targets, weights, head, segment_size, options, *parameters

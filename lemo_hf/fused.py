@@ -88,7 +88,7 @@ def call_attention(
         return attention(position_embeddings=gathered, **kwargs)[0]
     own = FunctionType(
         code,
-        {**forward.__globals__, _ROTARY: _rotate_both},
+        {**forward.__globals__, _ROTARY: rotary},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -99,10 +99,6 @@ def call_attention(
         return attention(position_embeddings=positions, **kwargs)[0]
     finally:
         del attention.forward
-
-
-def _rotate_both(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary):
-    return rotary(query, cos, sin), rotary(key, cos, sin)
 
 
 def _of_transformers(module: nn.Module) -> bool:

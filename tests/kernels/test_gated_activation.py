@@ -14,7 +14,7 @@ from lemo_hf.kernels.gated_activation import (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 5, 7), (2, 3, 2500), (2, 0, 8), (4, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 5, 7), (2, 3, 17000), (2, 0, 8), (4, 33)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_gated_activation(shape, activation, dtype, fused, device):
     both = (2 * torch.randn(*shape[:-1], 2 * shape[-1])).to(device, dtype)

@@ -10,7 +10,7 @@ from lemo_hf.kernels.gather_norm import Norm, add_norm, gather_norm, norm_refere
 from lemo_hf.kernels.rotary import KeptRotary, rotary, rotary_reference
 from lemo_hf.kernels.rows import close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
-from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy, segment_loss_
+from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy, segment_losses_
 
 pytestmark = pytest.mark.gpu
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -72,9 +72,11 @@ def test_rotary_beyond_two_to_the_31_elements():
     x[:, :, -4:].normal_()
     index = torch.arange(kept, device="cuda")[None]
     table = torch.rand(1, kept, dim, **BF16)
-    out = rotary(x, KeptRotary(table, index), KeptRotary(table, index))
+    tables = KeptRotary(table, index), KeptRotary(table, index)
+    out, key = rotary(x, x[:, :2], *tables)
     last = KeptRotary(table, index[:, -4:])
     torch.testing.assert_close(out[:, :, -4:], rotary_reference(x[:, :, -4:], last, last))
+    torch.testing.assert_close(key, out[:, :2])
 
 
 def test_block_scores_beyond_two_to_the_31_elements():
@@ -97,8 +99,10 @@ def test_segments_beyond_two_to_the_31_logits():
     expected = logits[-2:].clone()
     targets = torch.arange(rows, device="cuda")
     weights = torch.ones(rows, device="cuda")
-    segment_loss_(logits, targets, weights)
-    segment_loss_(expected, targets[-2:], weights[-2:])
+    losses = torch.empty(rows, device="cuda")
+    segment_losses_(logits, targets, weights, losses)
+    segment_losses_(expected, targets[-2:], weights[-2:], losses[:2])
+    assert torch.equal(losses[:2], losses[-2:])
     assert torch.equal(logits[-2:], expected)
 
 
@@ -114,8 +118,9 @@ def test_two_runs_are_bit_equal():
     def run():
         stream, rows, hidden = gather_norm(open_stream(x), index, norm)
         heads = hidden.unflatten(2, (-1, 64)).transpose(1, 2)
-        heads = rotary(heads, KeptRotary(table, index), KeptRotary(table, index))
-        scores = block_scores(heads, heads[:, :4].contiguous(), 64, 0.1, normalize=True)
+        tables = KeptRotary(table, index), KeptRotary(table, index)
+        heads, keys = rotary(heads, heads[:, :4], *tables)
+        scores = block_scores(heads, keys, 64, 0.1, normalize=True)
         update = heads.transpose(1, 2).flatten(2)
         rows, hidden = add_norm(rows, update, norm)
         update = gated_activation(hidden, update, "silu")

@@ -13,38 +13,40 @@ def tables(batch, tokens, width, dtype, device):
     return (torch.randn(batch, tokens, width).to(device, dtype) for _ in range(2))
 
 
+def both(query, key, cos, sin):
+    return rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "heads", "tokens", "kept", "dim", "width"),
+    ("batch", "heads", "key_heads", "tokens", "kept", "dim", "width"),
     [
-        (1, 1, 5, 5, 8, 8),
-        (3, 5, 9, 4, 12, 12),
-        (2, 4, 6, 1, 16, 6),
-        (2, 2, 6, 0, 8, 8),
-        (2, 3, 7, 3, 80, 48),
+        (1, 1, 1, 5, 5, 8, 8),
+        (3, 5, 2, 9, 4, 12, 12),
+        (2, 4, 4, 6, 1, 16, 6),
+        (2, 2, 1, 6, 0, 8, 8),
+        (2, 3, 1, 7, 3, 80, 48),
     ],
 )
 @pytest.mark.parametrize("shared_table", [True, False])
 @pytest.mark.parametrize("projected", [True, False])
-def test_rotary(batch, heads, tokens, kept, dim, width, shared_table, projected, dtype, device):
-    x = torch.randn(batch, kept, heads, dim).to(device, dtype).transpose(1, 2)
-    x = x if projected else x.contiguous()
-    grad = torch.randn(batch, heads, kept, dim).to(device, dtype)
+def test_rotary(
+    batch, heads, key_heads, tokens, kept, dim, width, shared_table, projected, dtype, device
+):
+    inputs, grads = [], []
+    for count in (heads, key_heads):
+        x = torch.randn(batch, kept, count, dim).to(device, dtype).transpose(1, 2)
+        inputs.append(x if projected else x.contiguous())
+        grads.append(torch.randn(batch, count, kept, dim).to(device, dtype))
     index = keep_index(batch, tokens, kept).to(device)
     cos, sin = tables(1 if shared_table else batch, tokens, width, dtype, device)
 
     def run(function, dtype):
-        leaf = x.detach().to(dtype).requires_grad_()
-        parts = (KeptRotary(part.to(dtype), index) for part in (cos, sin))
-        out = function(leaf, *parts)
-        return out, *torch.autograd.grad(out, leaf, grad.to(dtype))
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, *(KeptRotary(part.to(dtype), index) for part in (cos, sin)))
+        return *out, *torch.autograd.grad(out, leaves, [grad.to(dtype) for grad in grads])
 
-    for values in zip(
-        run(rotary, dtype),
-        run(rotary_reference, torch.float64),
-        run(rotary_reference, dtype),
-        strict=True,
-    ):
+    for values in zip(run(rotary, dtype), run(both, torch.float64), run(both, dtype), strict=True):
         assert_as_good(*values)
 
 
@@ -63,7 +65,7 @@ def test_inputs_may_change_after_the_call(device):
     index = torch.arange(4, device=device)[None]
     cos, sin = (KeptRotary(t, index) for t in tables(1, 4, 8, torch.float32, device))
     (expected,) = torch.autograd.grad(rotary_reference(x, cos, sin).sum(), x)
-    out = rotary(x, cos, sin)
+    out, _ = rotary(x, x.detach(), cos, sin)
     with torch.no_grad():
         x.fill_(float("nan"))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], expected)

@@ -145,18 +145,36 @@ def test_it_has_one_backward():
 
 
 def test_only_a_plain_linear_is_bypassed():
-    head = nn.Linear(3, 5, bias=False)
-    assert plain_weight(head) is head.weight
-    assert plain_weight(nn.Linear(3, 5)) is None
-    assert plain_weight(head.forward) is None
+    head, hidden = nn.Linear(3, 5, bias=False), torch.zeros(2, 3)
+    assert plain_weight(head, hidden, []) is head.weight
+    assert plain_weight(head, hidden, [head.weight]) is None  # fp32: autograd adds up
+    assert plain_weight(head, hidden.bfloat16(), []) is None
+    assert plain_weight(nn.Linear(3, 5), hidden, []) is None
+    assert plain_weight(head.forward, hidden, []) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain_weight(head, hidden, []) is None
     handle = head.register_forward_hook(lambda *args: None)
-    assert plain_weight(head) is None
+    assert plain_weight(head, hidden, []) is None
     handle.remove()
     head.forward = lambda rows: rows
-    assert plain_weight(head) is None
+    assert plain_weight(head, hidden, []) is None
 
 
-def test_the_segment_grows_with_the_width():
-    assert choose_segment_size(4096, trains_head=False) == 512
-    assert choose_segment_size(4096, trains_head=True) == 2048
-    assert choose_segment_size(64, trains_head=True) == 512
+@pytest.mark.parametrize(("vocabulary", "rows"), [(128_256, 576), (32_000, 960), (None, 512)])
+def test_segments_take_a_tenth_of_the_memory_there_is(vocabulary, rows):
+    hidden = torch.empty(32_768, 4096, device="meta")
+    assert choose_segment_size(hidden, vocabulary, trained=False) == rows
+    assert choose_segment_size(hidden, vocabulary, trained=True) == 2048
+    assert choose_segment_size(hidden[:1, :64], vocabulary, trained=True) == 512
+
+
+def test_a_frozen_head_is_bypassed_with_the_same_result(device):
+    hidden, weight, targets, weights = inputs(40, 6, 31, torch.float32, device)
+    head = nn.Linear(6, 31, bias=False, device=device).requires_grad_(False)
+    head.weight.copy_(weight)
+    results = []
+    for function in (head, lambda rows: head(rows)):
+        leaf = hidden.detach().requires_grad_()
+        loss = segment_cross_entropy(leaf, targets, weights, function, segment_size=16)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(*results)

@@ -1,0 +1,104 @@
+"""Whole steps with each kernel left out in turn: what it is worth where it is used.
+
+Without a kernel the step does what lemo-hf did before it had one: transformers' norm, MLP and
+rotary code on kept rows, rows moved by PyTorch's indexing, the loss in PyTorch. Variants take
+turns, as the providers of `bench_step.py` do.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from record import command_line, environment, save, summary
+from steps import (
+    SHAPES,
+    adapter_weights,
+    build_model,
+    empty_memory,
+    provider_on,
+    take_turn,
+    train_step,
+)
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "Llama-3 8B"
+KERNELS = "lemo_hf.kernels."
+NORMS = [("lemo_hf.sublayer.norm_of", lambda *_: None)]
+MOVEMENT = [
+    (KERNELS + "gather_norm.use_triton", lambda _: False),
+    (KERNELS + "scatter_add.use_triton", lambda _: False),
+]
+ROTARY = [("lemo_hf.fused._ROTARY", "none")]
+GATED = [("lemo_hf.sublayer.gated_mlp", lambda *_: None)]
+LOSS = [
+    (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),
+    (KERNELS + "segment_cross_entropy.plain_weight", lambda *_: None),
+]
+SCORES = [(KERNELS + "block_scores.use_triton", lambda _: False)]
+WITHOUT = {
+    "all kernels": [],
+    "without norms": NORMS,
+    "without norms and movement": NORMS + MOVEMENT,
+    "without rotary": ROTARY,
+    "without gated_activation": GATED,
+    "without segment_cross_entropy": LOSS,
+    "no kernel": NORMS + MOVEMENT + ROTARY + GATED + LOSS + SCORES,
+}
+ORACLE = {"oracle scores": [], "oracle scores, without block_scores": SCORES}
+# Provider, tokens, options of LeMoConfig, variants.
+CASES = [
+    ("lemo-0.5", 16384, {}, WITHOUT),
+    ("lemo-0.5+checkpointing", 32768, {}, WITHOUT),
+    ("lemo-0.5", 16384, {"policy": "oracle"}, ORACLE),
+]
+
+
+@contextmanager
+def left_out(patches: list[tuple]) -> Iterator[None]:
+    """Replace functions for a while."""
+    with ExitStack() as stack:
+        for target, replacement in patches:
+            stack.enter_context(patch(target, replacement))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--commit", default="unknown", help="of lemo-hf, for the record")
+    parser.add_argument("--output", type=Path, help="default: results/GPU/bench_ablation.json")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    command = command_line("bench_ablation.py", sys.argv[1:])
+    header = {**environment(device), "commit": args.commit, "model": MODEL, "commands": [command]}
+    slug = header["gpu"].lower().replace(" ", "-")
+    path = args.output or RESULTS / slug / "bench_ablation.json"
+    model = build_model(SHAPES[MODEL], max(tokens for _, tokens, *_ in CASES), device)
+    optimizer = torch.optim.AdamW(adapter_weights(model), lr=1e-4, fused=True)
+    rows: list[dict] = []
+    for provider, tokens, options, variants in CASES:
+        samples: dict[str, list] = {name: [] for name in variants}
+        for _ in range(args.rounds):
+            for name, patches in variants.items():
+                empty_memory(optimizer)
+                with left_out(patches), provider_on(model, provider, options) as lemo:
+                    step = partial(train_step, model, optimizer, tokens)
+                    samples[name].append(take_turn(step, lemo, device))
+        for name, taken in samples.items():
+            failed = [sample for sample in taken if isinstance(sample, str)]
+            row = {"provider": provider, "tokens": tokens, "variant": name}
+            row["status"] = failed[0] if failed else "ok"
+            rows.append({**row, **({} if failed else summary(taken, tokens))})
+            shown = failed or f"{rows[-1]['ms_median']:.0f} ms {rows[-1]['peak_gib']:.1f} GiB"
+            print(f"{provider:24s} {tokens:6d} {name:36s} {shown}", flush=True)
+        save(path, header, rows)
+
+
+if __name__ == "__main__":
+    main()
