@@ -26,7 +26,7 @@ from lemo_hf.kernels.rows import check_stream, gather_rows, store_rows_
 # "rms_plus_one" scales by 1 + weight (Gemma).
 KINDS = {"rms": 1, "rms_plus_one": 2, "layer": 3}
 PARTIALS = 264  # programs that sum a share of the weight's gradient each: two a multiprocessor
-STAGES = 2  # rows that such a program loads ahead
+STAGES = 3  # rows that such a program has in flight
 
 
 class Norm(NamedTuple):
