@@ -31,7 +31,7 @@ FORMS = {  # how a field is written
     "gb_per_s": lambda rate: f"{rate:,.0f} GB/s",
     "share_of_copy": lambda share: f"{share:.0%}",
     "peak_mib": lambda mib: memory(mib),
-    "extra_mib": lambda mib: f"+{memory(mib)}",
+    "extra_mib": lambda mib: f"+ {memory(mib)}",
     "saved_mib": lambda mib: f"{memory(mib)} saved",
     "grad_error": lambda error: f"{100 * error:.2g}%",
     "weight_error": lambda error: f"{100 * error:.2g}%",
@@ -40,6 +40,8 @@ FORMS = {  # how a field is written
 
 def memory(mib: float) -> str:
     """MiB, or GiB from 1024 on."""
+    if 0 < mib < 1:
+        return "< 1 MiB"
     return f"{mib:,.0f} MiB" if mib < 1024 else f"{mib / 1024:,.1f} GiB"
 
 
@@ -87,3 +89,22 @@ def kernel_conditions(header: dict) -> str:
         "Peaked: most of the softmax falls on the target, which CCE's filter of small entries is "
         f"made for.\n\n```bash\n{commands}\n```"
     )
+
+
+def ablation_table(header: dict, rows: list[dict]) -> str:
+    """Markdown: a variant a row, a step a column."""
+    steps = list(dict.fromkeys((row["provider"], row["tokens"]) for row in rows))
+    heads = [f"{provider}, {tokens // 1024}K" for provider, tokens in steps]
+    lines = [[f"{header['model']}, whole step", *heads], ["---"] * (len(steps) + 1)]
+    cells = {(r["variant"], r["provider"], r["tokens"]): r for r in rows}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = [cells.get((variant, *step)) for step in steps]
+        lines.append([variant, *("" if row is None else ablation_cell(row) for row in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ablation_cell(row: dict) -> str:
+    """``ms, GiB`` of a row, or why there are none."""
+    if row["status"] != "ok":
+        return row["status"].partition(":")[0]
+    return f"{row['ms_median']:.0f} ms, {row['peak_gib']:.1f} GiB"

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kernel_table import kernel_tables
+from kernel_table import ablation_table, kernel_tables
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -132,18 +132,21 @@ def demo_table(report: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, kernels, quality = [], [], []
+    steps, kernels, ablations, quality = [], [], [], []
     for file in sorted(HERE.glob("results/*/*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
             steps.append(tables(content["header"], content["rows"]))
         elif file.name == "bench_kernels.json":
             kernels.append(kernel_tables(content["header"], content["rows"]))
+        elif file.name == "bench_ablation.json":
+            ablations.append(ablation_table(content["header"], content["rows"]))
         elif file.name == "bench_quality.json":
             quality.append(quality_table(content["header"], content["rows"]))
     return {
         "bench_step": "\n\n".join(steps),
         "bench_kernels": "\n\n".join(kernels),
+        "bench_ablation": "\n\n".join(ablations),
         "bench_quality": "\n\n".join(quality),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
     }

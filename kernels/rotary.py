@@ -8,7 +8,8 @@ Memory traffic, in elements: reads and writes K*D of all heads; cos and sin come
 Source: RoFormer, arXiv:2104.09864, in the half-rotation layout of transformers.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -21,12 +22,14 @@ from lemo_hf.kernels.launch import use_triton
 from lemo_hf.kernels.rows import gather_rows
 
 
-class KeptRotary(NamedTuple):
+@dataclass(frozen=True)
+class KeptRotary:
     """``table [B or 1, T, R]`` (cos or sin) at the positions ``keep_index [B, K]``."""
 
     table: Tensor
     keep_index: Tensor
 
+    @cached_property
     def gathered(self) -> Tensor:
         """``[B, K, R]``, for attention modules that read cos and sin themselves."""
         return gather_rows(self.table.expand(len(self.keep_index), -1, -1), self.keep_index)
@@ -35,7 +38,7 @@ class KeptRotary(NamedTuple):
 def rotary_reference(x: Tensor, cos: KeptRotary, sin: KeptRotary) -> Tensor:
     """``x [B, heads, K, D]`` with its first R dimensions rotated; rounds once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.gathered()[:, None].to(wide) for part in (cos, sin))
+    cos, sin = (part.gathered[:, None].to(wide) for part in (cos, sin))
     width = cos.shape[-1]
     turned = x[..., :width].to(wide)
     first, second = turned.chunk(2, -1)

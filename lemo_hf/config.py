@@ -38,7 +38,8 @@ class LeMoConfig:
         supervise: ``"kept"``: a token that is eliminated more often than the average of its
             sequence is not asked to predict, and the mean over the others stands for the
             sequence. ``"all"``: the loss covers every label, as in the paper.
-        segment_size: Tokens whose logits exist at a time; None chooses by the model's width.
+        segment_size: Tokens whose logits exist at a time; None: a tenth of the memory that hidden
+            states and head take.
         checkpoint_kept_rows: Store only a layer's kept rows and recompute the rest in the
             backward. ``None`` follows ``gradient_checkpointing`` of the model.
         seed: Of the random policy.

@@ -84,7 +84,7 @@ def call_attention(
     forward = type(attention).forward
     code = getattr(forward, "__code__", None)
     if "forward" in vars(attention) or code is None or _ROTARY not in code.co_names:
-        gathered = tuple(part.gathered() for part in positions)
+        gathered = tuple(part.gathered for part in positions)
         return attention(position_embeddings=gathered, **kwargs)[0]
     own = FunctionType(
         code,

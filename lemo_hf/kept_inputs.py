@@ -16,7 +16,13 @@ def kept_positions(
     """Rotary cos and sin ``[B or 1, T, R]`` at the kept positions; nothing is gathered yet."""
     if position_embeddings is None:
         return None
-    return tuple(KeptRotary(table, kept.index) for table in position_embeddings)
+    key = "rotary", id(position_embeddings[0])  # held by what is cached, so no other has it
+    if kept.cache is not None and key in kept.cache:
+        return kept.cache[key]
+    positions = tuple(KeptRotary(table, kept.index) for table in position_embeddings)
+    if kept.cache is not None:
+        kept.cache[key] = positions
+    return positions
 
 
 def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
