@@ -1,4 +1,4 @@
-"""When kernels launch.
+"""When kernels launch, and what they may bypass.
 
 A tensor on a CUDA device takes the Triton kernel, and an error there is raised. A tensor anywhere
 else takes the plain PyTorch definition that each kernel file begins with.
@@ -7,7 +7,7 @@ else takes the plain PyTorch definition that each kernel file begins with.
 import os
 
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 # Triton's interpreter runs kernels on the CPU, which is how they are tested without a GPU. It has
 # no bf16 arithmetic, so what a kernel hands to tl.dot must be fp32 there.
@@ -19,6 +19,16 @@ DEVICES = {"cuda"}  # types of device whose tensors take kernels
 def use_triton(x: Tensor) -> bool:
     """Whether functions of ``x`` launch kernels."""
     return x.device.type in DEVICES
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else.
+
+    Otherwise it must be called: hooks (accelerate, DeepSpeed, FSDP, a user's) or whoever replaced
+    its forward (Liger) count on that.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
 def row_block(width: int) -> dict[str, int]:

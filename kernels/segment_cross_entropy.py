@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lemo_hf.kernels.launch import use_triton
+from lemo_hf.kernels.launch import untouched, use_triton
 
 IGNORE_INDEX = -100
 WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
@@ -165,10 +165,9 @@ def plain_weight(
 
     Its gradients need no autograd: in fp32 the product itself adds up the one of a 16-bit weight.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+    if type(head) is not nn.Linear or head.bias is not None or not untouched(head):
         return None
-    if any(getattr(head, name) for name in hooks) or type(head.weight) is not nn.Parameter:
+    if type(head.weight) is not nn.Parameter:
         return None
     if head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return None

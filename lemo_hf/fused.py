@@ -2,7 +2,7 @@
 
 A kernel reads a norm's weight, or calls the Linear modules inside an MLP, and leaves out the call
 of the module around them. That is only right if the module is transformers' own and nobody hangs
-on its call: no hooks (accelerate, DeepSpeed, FSDP, a user's), no replaced forward (Liger).
+on its call (`untouched`).
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 from lemo_hf.families import Family
 from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.gather_norm import Norm
+from lemo_hf.kernels.launch import untouched
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ROTARY = "apply_rotary_pos_emb"
 _ACTIVATIONS = {
     type(ACT2FN[name]): kernel
@@ -29,11 +29,6 @@ _ACTIVATIONS = {
         ("gelu_new", "gelu_tanh"),
     )
 }
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else."""
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
 
 
 def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
