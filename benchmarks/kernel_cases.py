@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from lemo_hf.kernels.gated_activation import gated_activation
-from lemo_hf.kernels.gather_norm import Norm, gather_norm, launch_backward, launch_forward
+from lemo_hf.kernels.gather_norm import gather_norm
+from lemo_hf.kernels.norm import Norm, launch_backward, launch_forward
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 from lemo_hf.kernels.scatter_add import scatter_add_
 

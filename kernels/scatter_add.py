@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lemo_hf.kernels.gather_norm import launch_forward
 from lemo_hf.kernels.launch import row_block, use_triton
+from lemo_hf.kernels.norm import launch_forward
 from lemo_hf.kernels.rows import check_stream, flat_rows, gather_rows, store_rows_
 
 

@@ -13,7 +13,7 @@ class Family:
 
     ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
     and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
-    of all norms, as `lemo_hf.kernels.gather_norm.KINDS` names it. ``intermediate`` names the Linear
+    of all norms, as `lemo_hf.kernels.norm.KINDS` names it. ``intermediate`` names the Linear
     whose input is the MLP's intermediate activation, None where experts have no single one.
     ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
     addition.

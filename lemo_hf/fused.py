@@ -14,8 +14,8 @@ from transformers.activations import ACT2FN
 
 from lemo_hf.families import Family
 from lemo_hf.kernels.gated_activation import gated_activation
-from lemo_hf.kernels.gather_norm import Norm
 from lemo_hf.kernels.launch import untouched
+from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 
 _ROTARY = "apply_rotary_pos_emb"

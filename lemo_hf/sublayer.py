@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lemo_hf.families import Family
 from lemo_hf.fused import gated_mlp, norm_of
-from lemo_hf.kernels.gather_norm import Norm, add_norm
+from lemo_hf.kernels.gather_norm import add_norm
+from lemo_hf.kernels.norm import Norm
 
 
 @dataclass(frozen=True)

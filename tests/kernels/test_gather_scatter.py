@@ -4,7 +4,8 @@ import pytest
 import torch
 from parity import DTYPES, assert_as_good, keep_index
 
-from lemo_hf.kernels.gather_norm import KINDS, Norm, add_norm, gather_norm, norm_reference
+from lemo_hf.kernels.gather_norm import add_norm, gather_norm
+from lemo_hf.kernels.norm import KINDS, Norm, norm_reference
 from lemo_hf.kernels.rows import close_stream, gather_rows, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_, scatter_add_reference
 

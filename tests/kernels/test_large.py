@@ -6,7 +6,8 @@ from torch import nn
 
 from lemo_hf.kernels.block_scores import block_scores, block_scores_reference
 from lemo_hf.kernels.gated_activation import gated_activation, gated_activation_reference
-from lemo_hf.kernels.gather_norm import Norm, add_norm, gather_norm, norm_reference
+from lemo_hf.kernels.gather_norm import add_norm, gather_norm
+from lemo_hf.kernels.norm import Norm, norm_reference
 from lemo_hf.kernels.rotary import KeptRotary, rotary, rotary_reference
 from lemo_hf.kernels.rows import close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
