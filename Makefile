@@ -19,7 +19,8 @@ lint: $(VENV)/ready
 
 # Needs a CUDA GPU; writes benchmarks/results/ and the README's tables.
 bench:
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_step.py --commit $$(git rev-parse --short HEAD)
+	for what in step kernels ablation; do PYTHONPATH=. $(PYTHON) benchmarks/bench_$$what.py \
+		--commit $$(git rev-parse --short HEAD) || exit 1; done
 	PYTHONPATH=. $(PYTHON) benchmarks/table.py --write
 
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lemo_hf.kernels.launch import use_triton
 from lemo_hf.kernels.norm import Norm, launch_backward, launch_forward, norm_reference
-from lemo_hf.kernels.rows import check_stream, gather_rows, store_rows_
+from lemo_hf.kernels.rows import add_update, check_stream, gather_rows, store_rows_
 
 
 class _GatherNorm(Function):
@@ -154,8 +154,7 @@ def add_norm(
         its norm.
     """
     if not use_triton(rows):
-        if update is not None:
-            rows = (rows + (update if scale == 1 else update * scale)).to(rows.dtype)
+        rows = add_update(rows, update, scale).to(rows.dtype)
         return rows, norm_reference(rows, norm)
     update = update if update is None else update.contiguous()
     return _AddNorm.apply(

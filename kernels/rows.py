@@ -35,6 +35,13 @@ def store_rows_(x: Tensor, rows: Tensor, keep_index: Tensor, slot_mask: Tensor |
     x.flatten(0, 1).index_copy_(0, flat, rows.to(x.dtype).flatten(0, 1))
 
 
+def add_update(rows: Tensor, update: Tensor | None, scale: float) -> Tensor:
+    """``rows + scale * update``, both ``[B, K, H]``; None adds nothing."""
+    if update is None:
+        return rows
+    return rows + (update if scale == 1 else update * scale)
+
+
 def open_stream(x: Tensor) -> Tensor:
     """A contiguous copy of ``x [B, T, H]``, to be updated in place; the caller's stays whole."""
     return x.clone(memory_format=_contiguous)

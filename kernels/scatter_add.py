@@ -17,7 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from lemo_hf.kernels.launch import row_block, use_triton
 from lemo_hf.kernels.norm import launch_forward
-from lemo_hf.kernels.rows import check_stream, flat_rows, gather_rows, store_rows_
+from lemo_hf.kernels.rows import (
+    add_update,
+    check_stream,
+    flat_rows,
+    gather_rows,
+    store_rows_,
+)
 
 
 def scatter_add_reference(
@@ -29,9 +35,7 @@ def scatter_add_reference(
     scale: float = 1.0,
 ) -> Tensor:
     """`scatter_add_` out of place."""
-    if update is not None:
-        rows = rows + scale * update
-    rows = rows.to(x.dtype)
+    rows = add_update(rows, update, scale).to(x.dtype)
     if slot_mask is not None:
         rows = rows.where(slot_mask[..., None], gather_rows(x, keep_index))
     flat = flat_rows(keep_index, x.shape[1])
@@ -75,8 +79,7 @@ class _ScatterAdd(Function):
         ctx.scale = scale
         ctx.dtypes = rows.dtype, None if update is None else update.dtype
         if not use_triton(x):
-            rows = rows if update is None else rows + scale * update
-            store_rows_(x, rows, keep_index, slot_mask)
+            store_rows_(x, add_update(rows, update, scale), keep_index, slot_mask)
             return x
         if keep_index.numel():
             with torch.cuda.device_of(x):

@@ -13,6 +13,7 @@ from lemo_hf.families import Family
 from lemo_hf.fused import gated_mlp, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.norm import Norm
+from lemo_hf.kernels.rows import add_update
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sublayer:
         norm = self.fused_norm()
         if norm is not None:
             return add_norm(rows, update, norm, self.scale)
-        rows = settle(rows, update, self.scale)
+        rows = add_update(rows, update, self.scale)
         return rows, rows if self.norm is None else self.norm(rows)
 
     def apply(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,15 +60,8 @@ class Sublayer:
         if self.dropout is not None:
             update = self.dropout(update)
         if self.post_norm is not None:
-            return self.post_norm(settle(rows, update, self.scale)), None
+            return self.post_norm(add_update(rows, update, self.scale)), None
         return rows, update
-
-
-def settle(rows: Tensor, update: Tensor | None, scale: float) -> Tensor:
-    """``rows + scale * update``; None adds nothing."""
-    if update is None:
-        return rows
-    return rows + (update if scale == 1 else update * scale)
 
 
 def run_sublayers(
