@@ -111,6 +111,27 @@ def quality_table(header: dict, rows: list[dict]) -> str:
     )
 
 
+def predictor_table(header: dict, rows: list[dict]) -> str:
+    """Markdown: recall of each reported predictor and of other rankings, mean (least layer)."""
+    policies = ("predictor", "position", "previous", "pooled", "random")
+    lines = [["scores", "documents", "retention", *policies], ["---"] * (3 + len(policies))]
+    cells = {}
+    for row in rows:
+        if row["part"] == "recall" and row["model"] == "base":
+            key = (row["training"], row["head"], row["documents"], row["retention"])
+            cells.setdefault(key, {})[row["policy"]] = f"{row['mean']:.3f} ({row['least']:.2f})"
+    for (training, head, documents, retention), found in cells.items():
+        if set(policies) <= set(found):
+            named = training if head == "attention" else "MLP activation"
+            lines.append([named, documents, f"{retention:g}", *(found[name] for name in policies)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\n{header['gpu']}, torch {header['torch']}, transformers "
+        f"{header['transformers']}, commit `{header['commit']}`, {header['date']}, "
+        f"{header['tokens']:,} tokens, `benchmarks/bench_predictor.py`."
+    )
+
+
 def demo_table(report: dict) -> str:
     """Markdown: the demo's results."""
     columns = {
@@ -132,7 +153,7 @@ def demo_table(report: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, kernels, ablations, quality = [], [], [], []
+    steps, kernels, ablations, quality, predictors = [], [], [], [], []
     for file in sorted(HERE.glob("results/*/*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
@@ -143,11 +164,14 @@ def blocks() -> dict[str, str]:
             ablations.append(ablation_table(content["header"], content["rows"]))
         elif file.name == "bench_quality.json":
             quality.append(quality_table(content["header"], content["rows"]))
+        elif file.name == "bench_predictor.json":
+            predictors.append(predictor_table(content["header"], content["rows"]))
     return {
         "bench_step": "\n\n".join(steps),
         "bench_kernels": "\n\n".join(kernels),
         "bench_ablation": "\n\n".join(ablations),
         "bench_quality": "\n\n".join(quality),
+        "bench_predictor": "\n\n".join(predictors),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
     }
 

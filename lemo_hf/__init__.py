@@ -7,9 +7,17 @@ any other training loop.
 from lemo_hf.config import LeMoConfig
 from lemo_hf.version import __version__
 
-__all__ = ["LeMoConfig", "LeMoTrainer", "__version__", "apply_lemo", "remove_lemo"]
+__all__ = [
+    "LeMoConfig",
+    "LeMoPredictor",
+    "LeMoTrainer",
+    "__version__",
+    "apply_lemo",
+    "remove_lemo",
+]
 
 _LAZY = {
+    "LeMoPredictor": "lemo_hf.predictors.predictor_set",
     "LeMoTrainer": "lemo_hf.trainer",
     "apply_lemo": "lemo_hf.patch",
     "remove_lemo": "lemo_hf.patch",

@@ -1,11 +1,11 @@
 """What LeMo refuses, said before training starts: the value, and the way out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.families import Family, family_of
 
 
@@ -47,30 +47,78 @@ def check_attention(config: Any) -> None:
         )
 
 
-def check_predictors(config: LeMoConfig, predictors: Sequence | None, num_layers: int) -> None:
-    """Raises ValueError unless predictors and policy go together."""
+def check_predictors(
+    config: LeMoConfig,
+    heads: Mapping[str, Sequence | None],
+    rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
+) -> None:
+    """Raises ValueError unless predictors, policy and sparse layers go together.
+
+    Args:
+        config: The user's choice.
+        heads: Predictors of ``"attention"`` and ``"mlp"``, one a layer or None; or None.
+        rules: `LeMoConfig.layer_rules`.
+    """
+    predictors = heads["attention"]
     if config.policy != "predictor":
         if predictors is not None:
             raise ValueError(
                 f"predictors were given but policy={config.policy!r}: set policy='predictor'."
             )
-    elif predictors is None or len(predictors) != num_layers:
+        return
+    if predictors is None or len(predictors) != len(rules):
         given = "none" if predictors is None else len(predictors)
         raise ValueError(
-            f"policy='predictor' needs one predictor a layer: the model has {num_layers} layers, "
-            f"given: {given}. Pass predictors=[...], or use policy='pooled', which needs none."
+            f"policy='predictor' needs one predictor a layer: the model has {len(rules)} layers, "
+            f"given: {given}. Set LeMoConfig(predictor=...), pass predictors=[...], or use "
+            "policy='pooled', which needs none."
         )
+    for place, (sublayer, head) in enumerate(heads.items()):
+        choosing = [i for i, pair in enumerate(rules) if pair and _leaves_out(pair[place])]
+        if config.agree_across_layers:
+            choosing = choosing[:1]
+        if choosing and head is None:
+            field = "mlp_retention" if config.mlp_threshold is None else "mlp_threshold"
+            raise ValueError(
+                f"{field}={getattr(config, field)} lets MLPs choose for themselves, but the "
+                f"predictors have no MLP head: set {field}=None (the MLP keeps what attention "
+                "keeps), or use predictors with one."
+            )
+        missing = [i for i in choosing if head[i] is None]
+        if missing:
+            raise ValueError(
+                f"layer {missing[0]} has no {sublayer} predictor, it is to stay dense, but by the "
+                f"LeMoConfig it leaves tokens out: {_way_to_dense(missing[0], head)}."
+            )
+
+
+def _leaves_out(rule: KeepRule | None) -> bool:
+    return rule not in (None, KeepRule(retention=1), KeepRule(threshold=0))
+
+
+def _way_to_dense(layer: int, head: Sequence) -> str:
+    known = [i for i, predictor in enumerate(head) if predictor is not None]
+    if layer < known[0]:
+        return f"set dense_first_layers={known[0]}"
+    if layer > known[-1]:
+        return f"set dense_last_layers={len(head) - 1 - known[-1]}"
+    return (
+        f"set agree_across_layers=False and give retention as a list, with 1 for layer {layer} "
+        "(or threshold, with 0)"
+    )
 
 
 def check_intermediate(config: LeMoConfig, family: Family, model_type: str) -> None:
     """Raises ValueError if an MLP is to be scored by an activation that it does not have."""
-    scored = config.policy in ("oracle", "pooled")
-    if config.mlp_retention is not None and scored and family.intermediate is None:
-        raise ValueError(
-            f"mlp_retention={config.mlp_retention} with policy={config.policy!r}: the experts of "
-            f"{model_type!r} have no single intermediate activation to score. Leave mlp_retention "
-            "unset (the MLP keeps what attention keeps), or use policy 'random' or 'recent'."
-        )
+    if config.policy not in ("oracle", "pooled") or family.intermediate is not None:
+        return
+    for name in ("mlp_retention", "mlp_threshold"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} with policy={config.policy!r}: the experts of "
+                f"{model_type!r} have no single intermediate activation to score. Leave {name} "
+                "unset (the MLP keeps what attention keeps), or use policy 'random' or 'recent'."
+            )
 
 
 def check_block_size(config: LeMoConfig, longest: int) -> None:

@@ -1,17 +1,31 @@
 """`LeMoConfig`: every number a user may set, checked once."""
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.version import __version__
 
-CONFIG_NAME = "lemo_config.json"
 POLICIES = ("oracle", "pooled", "random", "recent", "predictor")
 SUPERVISE = ("kept", "all")
+# Fields that say how much is kept, and the value at which that is everything.
+_KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """How many of a row's blocks a sublayer keeps; one of the two is None.
+
+    Attributes:
+        retention: Share of the row's blocks: the best ones.
+        threshold: Blocks whose score is at least this many times the row's mean score.
+    """
+
+    retention: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -20,14 +34,27 @@ class LeMoConfig:
 
     Args:
         retention: Share of the token blocks each attention keeps, in (0, 1]. One number, or one
-            per decoder layer (the dense first and last layers' entries must then be 1).
-        mlp_retention: The same for the MLPs, with a kept set of their own, chosen by the MLP's
-            intermediate activation. ``None``: the MLP keeps what its layer's attention keeps.
+            per decoder layer (the dense first and last layers' entries must then be 1). ``None``
+            is 0.5, unless ``threshold`` takes its place.
+        threshold: Instead of a share: a block is kept where its score is at least ``threshold``
+            times the mean score of its row's blocks. Being relative to the row's own mean, it
+            depends neither on the length of the row nor on the scale of the scores; 0 keeps
+            everything, and what is kept differs from row to row. One number of at least 0, or
+            one per decoder layer (dense layers' entries must then be 0). Each choice makes the
+            host wait for the scores once, since they fix the shapes.
+        mlp_retention: ``retention`` for the MLPs, with a kept set of their own, chosen by the MLP's
+            intermediate activation. Without it and ``mlp_threshold`` the MLP keeps what its
+            layer's attention keeps.
+        mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
         policy: What ranks the blocks. ``"pooled"``: attention scores of mean-pooled queries and
             keys, no training needed. ``"oracle"``: the paper's score from the layer's real queries
-            and keys; exact and slow. ``"random"``, ``"recent"``: baselines. ``"predictor"``:
-            predictors given to `apply_lemo`.
+            and keys; exact and slow. ``"random"``, ``"recent"``: baselines. ``"predictor"``: the
+            learned ones of ``predictor``, or those given to `apply_lemo`. ``None``: as
+            ``predictor`` says, ``"pooled"`` without one.
+        predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
+            those that are registered for the model's name.
+        predictor_revision: Branch, tag or commit of that repository.
         agree_across_layers: One kept set for all sparse layers, chosen at the first of them;
             otherwise each layer chooses its own.
         normalize_scores: Divide a block's score by the number of query blocks that can see it.
@@ -50,10 +77,14 @@ class LeMoConfig:
     Source: LeMo, arXiv:2501.09767.
     """
 
-    retention: float | tuple[float, ...] = 0.5
+    retention: float | tuple[float, ...] | None = None
+    threshold: float | tuple[float, ...] | None = None
     mlp_retention: float | tuple[float, ...] | None = None
+    mlp_threshold: float | tuple[float, ...] | None = None
     block_size: int = 64
-    policy: str = "pooled"
+    policy: str | None = None
+    predictor: str | None = None
+    predictor_revision: str | None = None
     agree_across_layers: bool = True
     normalize_scores: bool = False
     dense_first_layers: int = 0
@@ -64,17 +95,30 @@ class LeMoConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("retention", "mlp_retention"):
+        self._settle_policy()
+        for name in _KEEPS_ALL:
             value = getattr(self, name)
             if isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, name, value := tuple(value))
-            if value is None and name == "mlp_retention":
+            if value is None:
                 continue
-            for share in value if isinstance(value, tuple) else (value,):
-                if not _is_number(share) or not 0 < share <= 1:
+            interval = "(0, 1]" if name.endswith("retention") else "[0, inf)"
+            for number in value if isinstance(value, tuple) else (value,):
+                inside = _is_number(number) and (
+                    0 < number <= 1 if name.endswith("retention") else number >= 0
+                )
+                if not inside:
                     raise ValueError(
-                        f"{name} must lie in (0, 1], got {share!r} in {name}={value!r}"
+                        f"{name} must lie in {interval}, got {number!r} in {name}={value!r}"
                     )
+        for share, limit in (("retention", "threshold"), ("mlp_retention", "mlp_threshold")):
+            if getattr(self, share) is not None and getattr(self, limit) is not None:
+                raise ValueError(
+                    f"{share}={getattr(self, share)!r} and {limit}={getattr(self, limit)!r} both "
+                    f"say how much is kept: set one of them to None."
+                )
+        if self.retention is None and self.threshold is None:
+            object.__setattr__(self, "retention", 0.5)
         for name, least in (
             ("block_size", 1),
             ("segment_size", 1),
@@ -100,14 +144,35 @@ class LeMoConfig:
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
-    def layer_retentions(self, num_layers: int) -> list[tuple[float, float | None] | None]:
-        """Attention's and MLP's retention of each layer; None for a dense layer.
+    def _settle_policy(self) -> None:
+        for name in ("predictor", "predictor_revision"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, value := os.fspath(value))
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name} must be a string or None, got {value!r}")
+        if self.predictor is None and self.predictor_revision is not None:
+            raise ValueError(
+                f"predictor_revision={self.predictor_revision!r} without a predictor: set "
+                "predictor='organisation/name'."
+            )
+        if self.policy is None:
+            policy = "pooled" if self.predictor is None else "predictor"
+            object.__setattr__(self, "policy", policy)
+        elif self.predictor is not None and self.policy != "predictor":
+            raise ValueError(
+                f"predictor={self.predictor!r} and policy={self.policy!r} cannot both choose the "
+                "blocks: leave policy unset, or predictor."
+            )
+
+    def layer_rules(self, num_layers: int) -> list[tuple[KeepRule, KeepRule | None] | None]:
+        """What attention and MLP of each layer keep; None for a dense layer.
 
         The MLP's is None where it shares the attention's kept set.
 
         Raises:
             ValueError: A list has another length than the model has layers, no layer is sparse,
-                a dense layer has a retention below 1, or layers that agree differ in retention.
+                a dense layer's entry leaves something out, or layers that agree differ.
         """
         first, last = self.dense_first_layers, self.dense_last_layers
         if first + last >= num_layers:
@@ -117,7 +182,7 @@ class LeMoConfig:
             )
         sparse = range(first, num_layers - last)
         per_layer = {}
-        for name in ("retention", "mlp_retention"):
+        for name, keeps_all in _KEEPS_ALL.items():
             value = getattr(self, name)
             if not isinstance(value, tuple):
                 per_layer[name] = [value] * num_layers
@@ -127,11 +192,11 @@ class LeMoConfig:
                     f"{name} has {len(value)} entries, the model has {num_layers} layers: "
                     "give one number or one a layer."
                 )
-            wrong = [i for i in range(num_layers) if i not in sparse and value[i] != 1]
+            wrong = [i for i in range(num_layers) if i not in sparse and value[i] != keeps_all]
             if wrong:
                 raise ValueError(
                     f"{name} of layer {wrong[0]} is {value[wrong[0]]}, but the layer is dense by "
-                    f"dense_first_layers={first}, dense_last_layers={last}: set it to 1."
+                    f"dense_first_layers={first}, dense_last_layers={last}: set it to {keeps_all}."
                 )
             if self.agree_across_layers and len({value[i] for i in sparse}) > 1:
                 raise ValueError(
@@ -139,9 +204,11 @@ class LeMoConfig:
                     "set: set agree_across_layers=False."
                 )
             per_layer[name] = list(value)
+        attention = map(KeepRule, per_layer["retention"], per_layer["threshold"])
+        mlp = map(KeepRule, per_layer["mlp_retention"], per_layer["mlp_threshold"])
         return [
-            (per_layer["retention"][i], per_layer["mlp_retention"][i]) if i in sparse else None
-            for i in range(num_layers)
+            (rule, None if mlp_rule == KeepRule() else mlp_rule) if i in sparse else None
+            for i, (rule, mlp_rule) in enumerate(zip(attention, mlp, strict=True))
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,27 +229,42 @@ class LeMoConfig:
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``lemo_config.json`` into ``save_directory``, which is made if missing."""
+        """Write ``lemo_config.json`` into ``save_directory``, which is made if missing.
+
+        The directory of its own ``predictor`` stays one: what the file says of that is kept.
+        """
         os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, CONFIG_NAME), "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
+        target = os.path.join(save_directory, CONFIG_NAME)
+        values = self.to_dict()
+        if self.predictor and os.path.exists(self.predictor) and os.path.isfile(target):
+            section = read_json(target).get("predictor")
+            if isinstance(section, dict) and os.path.samefile(self.predictor, save_directory):
+                values["predictor"] = section
+                del values["predictor_revision"]
+        with whole_file(target) as path:
+            write_json(path, values)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs) -> "LeMoConfig":
         """Read ``lemo_config.json`` from a directory or a Hub repository.
 
+        Where predictors lie beside it, the config is the one recommended for them, and its
+        ``predictor`` is ``path_or_repo``.
+
         Args:
             path_or_repo: Directory, or repository id.
             **hub_kwargs: ``revision``, ``token``, ``cache_dir`` for `hf_hub_download`.
-        """
-        path = os.path.join(path_or_repo, CONFIG_NAME)
-        if not os.path.isdir(path_or_repo):
-            from huggingface_hub import hf_hub_download
 
-            path = hf_hub_download(str(path_or_repo), CONFIG_NAME, **hub_kwargs)
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+        Raises:
+            OSError: There is no such directory or repository, or it cannot be reached.
+            ValueError: The file is missing, is no JSON, or a value in it is wrong.
+        """
+        (path,) = find_files(path_or_repo, [CONFIG_NAME], **hub_kwargs)
+        values = read_json(path)
+        if isinstance(values.get("predictor"), dict):
+            revision = None if os.path.isdir(path_or_repo) else hub_kwargs.get("revision")
+            values |= {"predictor": os.fspath(path_or_repo), "predictor_revision": revision}
+        return cls.from_dict(values)
 
 
 def _is_number(value: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lemo_hf.config import KeepRule
 from lemo_hf.families import Family
 from lemo_hf.fused import call_attention
 from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
@@ -36,24 +37,31 @@ class LayerPlan:
     Attributes:
         family: Where its parts are.
         index: Its place in the stack.
-        retention: Of its attention.
-        mlp_retention: Of its MLP; None if the MLP keeps the attention's rows.
+        rule: How much its attention keeps.
+        mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
         opens: It is the first of a run of sparse layers, so it copies the stream.
         closes: It is the last of a run.
         checkpoint: Store kept rows only; None follows the model's gradient checkpointing.
-        predictor: For the predictor policy.
+        predictor: Of its attention, for the predictor policy.
+        mlp_predictor: Of its MLP.
         passes: Knows the forward pass under way.
     """
 
     family: Family
     index: int
-    retention: float
-    mlp_retention: float | None
+    rule: KeepRule
+    mlp_rule: KeepRule | None
     opens: bool
     closes: bool
     checkpoint: bool | None
     predictor: Callable[[Tensor], Tensor] | None
+    mlp_predictor: Callable[[Tensor], Tensor] | None
     passes: Passes
+
+    def predictor_for(self, sublayer: str, device: torch.device) -> Callable | None:
+        """The predictor of ``sublayer``, a module moved to where the stream is."""
+        predictor = self.predictor if sublayer == "attention" else self.mlp_predictor
+        return predictor.to(device) if isinstance(predictor, nn.Module) else predictor
 
 
 class SparseLayer:
@@ -138,13 +146,13 @@ def _sparse_forward(
                     x=x.detach(),
                     position_embeddings=position_embeddings,
                     step=step,
-                    predictor=plan.predictor,
+                    predictor=plan.predictor_for(sublayer, x.device),
                 )
             )
 
-    shares = plan.mlp_retention is None
+    shares = plan.mlp_rule is None
     kept = step.choose(
-        plan.index, "attention", plan.retention, partial(score, "attention"), shared=shares
+        plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
     )
 
     def attend(hidden: Tensor) -> Tensor:
@@ -159,7 +167,7 @@ def _sparse_forward(
     mlp = mlp_sublayer(layer, plan.family)
     x = _update(x, kept, [attention, mlp] if shares else [attention], checkpointed)
     if not shares:
-        mlp_kept = step.choose(plan.index, "mlp", plan.mlp_retention, partial(score, "mlp"))
+        mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
         x = _update(x, mlp_kept, [mlp], checkpointed)
     return close_stream(x) if plan.closes else x
 

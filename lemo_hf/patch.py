@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from lemo_hf.checks import check_intermediate, check_model, check_predictors
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
+from lemo_hf.load_predictor import load_predictor
 from lemo_hf.passes import Passes
+from lemo_hf.predictors.predictor_set import LeMoPredictor
 
 _LEMO = "_lemo"
 
@@ -20,21 +22,23 @@ _LEMO = "_lemo"
 def apply_lemo(
     model: nn.Module,
     config: LeMoConfig,
-    predictors: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    predictors: LeMoPredictor | Sequence[Callable[[Tensor], Tensor]] | None = None,
 ) -> "LeMo":
     """Make the training passes of ``model`` sparse.
 
     Args:
         model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
         config: What to leave out.
-        predictors: For ``policy="predictor"``, one a decoder layer: block embeddings ``[B, N, H]``
-            (mean rows of the stream the layer is about to read) to scores ``[B, N]``.
+        predictors: For ``policy="predictor"``; None loads ``config.predictor``. A `LeMoPredictor`,
+            or one callable a decoder layer: block embeddings ``[B, N, H]`` (mean rows of the
+            stream the layer is about to read) to scores ``[B, N]``.
 
     Returns:
         The `LeMo` now on the model. `remove_lemo` takes it off.
 
     Raises:
-        ValueError: The model, one of its settings, or the config does not fit.
+        OSError: ``config.predictor`` does not exist or cannot be reached.
+        ValueError: The model, one of its settings, the config or the predictors do not fit.
     """
     model = transformers_model(model)
     if hasattr(model, _LEMO):
@@ -63,35 +67,44 @@ class LeMo:
     Attributes:
         config: The user's choice.
         passes: Hooks and counts of the forward passes.
-        retentions: One entry a layer: attention's and MLP's retention, or None for a dense layer.
+        rules: One entry a layer: what attention and MLP keep, or None for a dense layer.
+        predictor: The `LeMoPredictor` in use, or None.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: LeMoConfig,
-        predictors: Sequence[Callable[[Tensor], Tensor]] | None,
+        predictors: LeMoPredictor | Sequence[Callable[[Tensor], Tensor]] | None,
     ):
         family = check_model(model)
         layers = model.get_submodule(family.layers)
-        retentions = config.layer_retentions(len(layers))
-        check_predictors(config, predictors, len(layers))
+        rules = config.layer_rules(len(layers))
         check_intermediate(config, family, model.config.model_type)
-        self.config, self.retentions = config, retentions
+        if predictors is None and config.predictor is not None:
+            predictors = load_predictor(config, model.config)
+        self.predictor = predictors if isinstance(predictors, LeMoPredictor) else None
+        heads = {"attention": predictors, "mlp": predictors}
+        if self.predictor is not None:
+            predictors.check(model.config, config)
+            heads = {"attention": predictors.attention, "mlp": predictors.mlp}
+        check_predictors(config, heads, rules)
+        self.config, self.rules = config, rules
         sparse = self.sparse_layers
         self._layers = [layers[i] for i in sparse]
         self.passes = Passes(model, config, family, last=self._layers[-1])
         for i in sparse:
-            attention, mlp = retentions[i]
+            rule, mlp_rule = rules[i]
             plan = LayerPlan(
                 family=family,
                 index=i,
-                retention=attention,
-                mlp_retention=mlp,
+                rule=rule,
+                mlp_rule=mlp_rule,
                 opens=i - 1 not in sparse,
                 closes=i + 1 not in sparse,
                 checkpoint=config.checkpoint_kept_rows,
-                predictor=None if predictors is None else predictors[i],
+                predictor=heads["attention"] and heads["attention"][i],
+                mlp_predictor=heads["mlp"] and heads["mlp"][i],
                 passes=self.passes,
             )
             make_sparse(layers[i], plan)
@@ -99,7 +112,7 @@ class LeMo:
     @property
     def sparse_layers(self) -> list[int]:
         """Indices of the layers that leave tokens out."""
-        return [i for i, retention in enumerate(self.retentions) if retention is not None]
+        return [i for i, rules in enumerate(self.rules) if rules is not None]
 
     def remove(self) -> None:
         """Undo everything but the mark that `remove_lemo` deletes."""
@@ -110,13 +123,14 @@ class LeMo:
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""
         config, sparse = self.config, self.sparse_layers
-        attention = [self.retentions[i][0] for i in sparse]
-        mlp = [self.retentions[i][1] for i in sparse]
-        mlp_text = "MLP on the same rows" if mlp[0] is None else f"MLP retention {_shares(mlp)}"
+        attention = [self.rules[i][0] for i in sparse]
+        mlp = [self.rules[i][1] for i in sparse]
+        learned = "" if self.predictor is None else f" ({self.predictor.describe()})"
+        mlp_text = "MLP on the same rows" if mlp[0] is None else f"MLP {_span(mlp)}"
         return (
-            f"LeMo: {len(sparse)} of {len(self.retentions)} layers ({sparse[0]} to {sparse[-1]}) "
-            f"are sparse, attention retention {_shares(attention)}, {mlp_text}, "
-            f"{config.block_size}-token blocks by {config.policy!r}, "
+            f"LeMo: {len(sparse)} of {len(self.rules)} layers ({sparse[0]} to {sparse[-1]}) "
+            f"are sparse, attention {_span(attention)}, {mlp_text}, "
+            f"{config.block_size}-token blocks by {config.policy!r}{learned}, "
             f"{'one kept set for all' if config.agree_across_layers else 'a kept set each'}, "
             f"loss on {config.supervise} tokens; the other layers, evaluation and generation stay "
             "dense."
@@ -132,7 +146,7 @@ class LeMo:
         real = int(self.passes.counts["real"])
         if not real:
             return {}
-        total = len(self.retentions)
+        total = len(self.rules)
         dense = total - len(self._layers)
         attention, mlp = (
             (int(self.passes.counts[name]) / real + dense) / total for name in ("attention", "mlp")
@@ -144,6 +158,8 @@ class LeMo:
         }
 
 
-def _shares(values: list[float]) -> str:
+def _span(rules: list[KeepRule]) -> str:
+    name = "retention" if rules[0].threshold is None else "threshold"
+    values = [getattr(rule, name) for rule in rules]
     low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"

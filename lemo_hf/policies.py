@@ -1,11 +1,11 @@
 """Selection policies: what ranks the blocks of a layer. One function a policy.
 
-Each maps a `ScoreInputs` to block scores ``[B, N]``, higher is better, without gradient. A policy
-that learns plugs in as ``"predictor"``: a callable a layer, from block embeddings to scores.
+Each maps a `ScoreInputs` to block scores ``[B, N]``, at least 0 and without gradient; higher is
+better.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from lemo_hf.families import Family
 from lemo_hf.kernels.block_scores import block_scores
+from lemo_hf.predictors.block_predictor import BlockPredictor, Embedded
 from lemo_hf.predictors.training_free import pool_blocks, random_scores, recent_scores
 from lemo_hf.step import Step
 
@@ -33,7 +34,7 @@ class ScoreInputs:
         x: Residual stream, ``[B, T, H]``.
         position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
         step: The batch's padding, documents and seeds.
-        predictor: Block embeddings ``[B, N, H]`` to scores ``[B, N]``, or None.
+        predictor: Of this layer and sublayer, or None.
     """
 
     layer: nn.Module
@@ -43,7 +44,7 @@ class ScoreInputs:
     x: Tensor
     position_embeddings: tuple[Tensor, Tensor] | None
     step: Step
-    predictor: Callable[[Tensor], Tensor] | None
+    predictor: BlockPredictor | None
 
 
 def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
@@ -84,17 +85,14 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     """The same score from one query and one key a block: of the block's mean row, at its middle."""
     config, step = inputs.step.config, inputs.step
     size = config.block_size
-    chunk = max(1, CHUNK // size) * size
-    means = []
-    for start in range(0, step.tokens, chunk):
-        part = slice(start, start + chunk)
-        valid = None if step.valid is None else step.valid[:, part]
-        means.append(pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size))
+    means = [
+        pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
+        for part, valid in _chunks(step)
+    ]
     means = torch.cat(means, 1)
     if inputs.sublayer == "mlp":
         return _mlp_activity(inputs, means, normed=True)
-    middles = torch.arange(step.num_blocks, device=inputs.x.device) * size + size // 2
-    middles = middles.clamp_max(step.tokens - 1)
+    middles = _middles(step, size)
     positions = inputs.position_embeddings
     if positions is not None:
         positions = tuple(part[:, middles] for part in positions)
@@ -125,19 +123,31 @@ def recent(inputs: ScoreInputs) -> Tensor:
 
 
 def predictor(inputs: ScoreInputs) -> Tensor:
-    """Whatever the layer's predictor says of the blocks' mean rows.
+    """Whatever the layer's predictor says, in shares of the row's best block."""
+    step, network = inputs.step, inputs.predictor
+    size = step.config.block_size
+    parts = [
+        network.embed_rows(sublayer_input(inputs, inputs.x[:, part]), valid)
+        for part, valid in _chunks(step)
+    ]
+    documents = None if step.documents is None else step.documents[:, _middles(step, size)]
+    scores = network.score(Embedded.join(parts), documents)
+    return (scores - scores.amax(1, keepdim=True)).exp()
 
-    Raises:
-        ValueError: It returned something else than ``[B, N]``.
-    """
-    step = inputs.step
-    scores = inputs.predictor(pool_blocks(inputs.x, step.valid, step.config.block_size))
-    if scores.shape != (step.batch, step.num_blocks):
-        raise ValueError(
-            f"the predictor of layer {inputs.layer_index} returned {tuple(scores.shape)}, "
-            f"expected {(step.batch, step.num_blocks)}"
-        )
-    return scores
+
+def _chunks(step: Step) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slices of whole blocks, about `CHUNK` tokens each, and their validity."""
+    size = step.config.block_size
+    chunk = max(1, CHUNK // size) * size
+    for start in range(0, step.tokens, chunk):
+        part = slice(start, start + chunk)
+        yield part, None if step.valid is None else step.valid[:, part]
+
+
+def _middles(step: Step, size: int) -> Tensor:
+    """The position in the middle of each block, ``[N]``."""
+    middles = torch.arange(step.num_blocks, device=step.device) * size + size // 2
+    return middles.clamp_max(step.tokens - 1)
 
 
 POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {

@@ -59,6 +59,26 @@ def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor) 
     return (rank < budget[:, None]) & real
 
 
+def blocks_above(scores: Tensor, real: Tensor, required: Tensor, threshold: float) -> Tensor:
+    """The blocks that score at least ``threshold`` times the mean of their row's real blocks.
+
+    Args:
+        scores: ``[B, N]``, at least 0. NaN counts as 0.
+        real: ``[B, N]`` bool, False at blocks of padding alone: never kept, no part of the mean.
+        required: ``[B, N]`` bool: always kept.
+        threshold: At least 0, which keeps every real block.
+
+    Returns:
+        ``[B, N]`` bool. Rows keep different numbers of blocks.
+
+    Source: LeMo, arXiv:2501.09767, Algorithm 1, which starts each layer's threshold at the mean.
+    """
+    # In fp64 no padding beside a row, and no block beside a block, moves a score over the line.
+    scores = scores.double().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max) * real
+    mean = scores.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    return ((scores >= threshold * mean) | required) & real
+
+
 def kept_set(kept: Tensor, blocks: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet:
     """The set of the tokens ``kept [B, T]`` bool, of ``blocks``, in ``num_slots`` slots a row.
 

@@ -7,10 +7,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.predictors.training_free import row_keys
-from lemo_hf.selection import KeptSet, block_any, keep_blocks, kept_set, num_kept_blocks
+from lemo_hf.selection import (
+    KeptSet,
+    block_any,
+    blocks_above,
+    keep_blocks,
+    kept_set,
+    num_kept_blocks,
+)
 
 # Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
 # that is masked like padding) still count as labels on the whole sequence.
@@ -108,7 +115,7 @@ class Step:
             required = required | label_blocks
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
         counts = [valid, real, required, in_required, label_blocks]
-        # The one host synchronisation of a step: tensor shapes depend on these.
+        # The one host synchronisation of a step without thresholds: shapes depend on these.
         table = torch.stack([count.sum(1) for count in counts], 1).tolist()
         return real, required, [_RowCounts(*row) for row in table]
 
@@ -116,7 +123,7 @@ class Step:
         self,
         layer_index: int,
         sublayer: str,
-        retention: float,
+        rule: KeepRule,
         score: Callable[[], Tensor],
         shared: bool = False,
     ) -> KeptSet:
@@ -125,13 +132,13 @@ class Step:
         Args:
             layer_index: Of the layer that asks.
             sublayer: Layers that agree look for the set of this name first.
-            retention: Share of each row's blocks.
+            rule: How many of each row's blocks.
             score: Called only if something is left to choose: ``[B, N]`` block scores.
             shared: The MLP keeps the same rows, and is counted with them.
         """
         kept = self.agreed.get(sublayer)
         if kept is None:
-            kept = self._choose(retention, score)
+            kept = self._choose(rule, score)
             if self.config.agree_across_layers:
                 self.agreed[sublayer] = kept
         for name in ("attention", "mlp") if shared else (sublayer,):
@@ -139,7 +146,31 @@ class Step:
             self.kept_blocks[layer_index, name] = kept.blocks
         return kept
 
-    def _choose(self, retention: float, score: Callable[[], Tensor]) -> KeptSet:
+    def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
+        if rule.threshold is None:
+            blocks, slots, exact = self._best(rule.retention, score)
+            tokens = self._tokens_of(blocks)
+        else:
+            blocks = self.real
+            if rule.threshold > 0:
+                blocks = blocks_above(score(), self.real, self.required, rule.threshold)
+            tokens = self._tokens_of(blocks)
+            # The scores fix how many slots there are, so the host waits for them at each choice.
+            slots, exact = tokens.sum(1).tolist(), True
+        self.times_kept += tokens
+        num_slots = max(1, *slots)
+        exact &= all(n == num_slots for n in slots)
+        return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
+
+    def _tokens_of(self, blocks: Tensor) -> Tensor:
+        """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""
+        tokens = blocks.repeat_interleave(self.config.block_size, 1)[:, : self.tokens]
+        return tokens if self.valid is None else tokens & self.valid
+
+    def _best(
+        self, retention: float, score: Callable[[], Tensor]
+    ) -> tuple[Tensor, list[int], bool]:
+        """The best share of blocks ``[B, N]``, each row's slots, and whether it fills them all."""
         size = self.config.block_size
         budgets = [row.num_blocks(retention) for row in self.rows]
         self._note_excess(retention)
@@ -148,19 +179,13 @@ class Step:
         else:
             budget = torch.tensor(budgets, device=self.device)
             blocks = keep_blocks(score(), self.real, self.required, budget)
-        tokens = blocks.repeat_interleave(size, 1)[:, : self.tokens]
-        if self.valid is not None:
-            tokens = tokens & self.valid
-        self.times_kept += tokens
         # A row's required blocks may be cut short by padding; all others count block_size tokens.
         slots, exact = [], True
         for k, row in zip(budgets, self.rows, strict=True):
             full = row.required_tokens + (row.blocks - row.required_blocks) * size
             slots.append(min(row.tokens, row.required_tokens + (k - row.required_blocks) * size))
             exact &= full == row.tokens
-        num_slots = max(1, *slots)
-        exact &= all(n == num_slots for n in slots)
-        return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
+        return blocks, slots, exact
 
     def _note_excess(self, retention: float) -> None:
         for index, row in enumerate(self.rows):

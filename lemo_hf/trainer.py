@@ -11,8 +11,10 @@ from transformers import DataCollatorWithFlattening, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lemo_hf.checks import check_block_size, check_trainer
-from lemo_hf.config import CONFIG_NAME, LeMoConfig
-from lemo_hf.patch import LeMo, apply_lemo, transformers_model
+from lemo_hf.config import LeMoConfig
+from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
+from lemo_hf.predictors.predictor_set import LeMoPredictor
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +33,37 @@ class LeMoMixin:
         super().__init__(*args, **kwargs)
         if lemo_config is not None:
             check_trainer(self.args, getattr(self.accelerator, "parallelism_config", None))
-            self._apply_lemo(self.model)
+            try:
+                # What must be downloaded comes once; the other processes find it in the cache.
+                with self.args.main_process_first(desc="loading the LeMo predictor"):
+                    self._apply_lemo(self.model)
+            except OSError as error:
+                # A checkpoint may hold the predictor, and evaluation needs none: train() decides.
+                logger.warning("the predictor is needed by train() unless it resumes: %s", error)
 
-    def _apply_lemo(self, model) -> None:
-        self.lemo = apply_lemo(model, self.lemo_config)
+    def _apply_lemo(self, model, predictor: LeMoPredictor | None = None) -> None:
+        self.lemo = apply_lemo(model, self.lemo_config, predictor)
         transformers_model(model).add_model_tags(["lemo-hf"])
 
     def call_model_init(self, trial=None):
         """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
         model = super().call_model_init(trial)
         if self.lemo is not None:  # the first model gets it at the end of __init__
-            self._apply_lemo(model)
+            self._apply_lemo(model, self.lemo.predictor)
         return model
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As Trainer's; checks first what would otherwise go wrong in the middle."""
-        if self.lemo is not None:
+        if self.lemo_config is not None:
             self._check_train_dataset()
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint:
                 self._check_resumed_config(checkpoint)
+                self._resume_predictor(checkpoint)
+            if self.lemo is None:  # the predictor was out of reach
+                self._apply_lemo(self.model)
             if self.is_world_process_zero():
                 print(self.lemo.describe())
             self.lemo.passes.reset_counts()
@@ -99,15 +110,21 @@ class LeMoMixin:
         return logs
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As Trainer's, with ``lemo_config.json`` beside the model."""
+        """As Trainer's, with ``lemo_config.json`` and the predictor beside the model."""
         if self.lemo is not None and self.args.should_save:
-            self.lemo_config.save_pretrained(output_dir or self.args.output_dir)
+            self._save_lemo(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_lemo(self, directory: str | os.PathLike) -> None:
+        if self.lemo.predictor is None:
+            self.lemo_config.save_pretrained(directory)
+        else:
+            self.lemo.predictor.save_files(directory, self.lemo_config)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer copies only the files it knows from a checkpoint to what it pushes.
         if self.lemo is not None and self.is_world_process_zero():
-            self.lemo_config.save_pretrained(self.args.output_dir)
+            self._save_lemo(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_train_dataset(self) -> None:
@@ -136,11 +153,31 @@ class LeMoMixin:
             f"{name}={value!r} (was {getattr(saved, name)!r})"
             for name, value in vars(self.lemo_config).items()
             if getattr(saved, name) != value
+            and name not in ("predictor", "predictor_revision")  # its weights are compared
         ]
         if changed:
             logger.warning(
                 "resuming %s with another LeMoConfig: %s", checkpoint, "; ".join(changed)
             )
+
+    def _resume_predictor(self, checkpoint: str | os.PathLike) -> None:
+        """Choose blocks as the checkpoint's run did; the Hub is not asked."""
+        if self.lemo_config.policy != "predictor":
+            return
+        if not os.path.isfile(os.path.join(checkpoint, WEIGHTS_NAME)):
+            return
+        saved = LeMoPredictor.from_pretrained(checkpoint)
+        given = None if self.lemo is None else self.lemo.predictor
+        if given is not None and given.same_as(saved):
+            return
+        if given is not None:
+            logger.warning(
+                "%s was trained with another predictor than %r: resuming with the checkpoint's.",
+                checkpoint,
+                self.lemo_config.predictor,
+            )
+        remove_lemo(self.model)
+        self._apply_lemo(self.model, saved)
 
 
 class LeMoTrainer(LeMoMixin, Trainer):

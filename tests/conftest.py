@@ -14,6 +14,10 @@ import pytest
 
 from lemo_hf.kernels.launch import DEVICES
 
+# PyTorch notes at first use which functions a device context reaches: before `_poison` does.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_collection_modifyitems(items):
     """GPU tests need a GPU; everywhere else they are shown as skipped, with the reason."""

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lemo_hf import LeMoConfig, __version__
+from lemo_hf.config import KeepRule
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,9 @@ from lemo_hf import LeMoConfig, __version__
         ("retention", float("nan"), "got nan"),
         ("retention", "half", "got 'half'"),
         ("retention", (0.5, -1), r"got -1 in retention=\(0.5, -1\)"),
-        ("retention", None, "got None"),
+        ("threshold", -0.1, r"threshold must lie in \[0, inf\), got -0.1 "),
+        ("threshold", (1, float("inf")), "got inf in threshold="),
+        ("mlp_threshold", True, "mlp_threshold .* got True"),
         ("mlp_retention", 2, "mlp_retention .* got 2"),
         ("block_size", 0, "block_size must be an integer of at least 1, got 0"),
         ("block_size", 64.0, "got 64.0"),
@@ -80,17 +83,33 @@ def test_from_pretrained_reads_the_hub(tmp_path, monkeypatch):
             "retention of layer 0 is 0.5, but the layer is dense",
         ),
         ({"retention": (0.5, 0.4, 0.5, 0.5)}, "differs between layers.*agree_across_layers=False"),
+        ({"threshold": (1.0, 1.0)}, "threshold has 2 entries, the model has 4 layers"),
+        ({"threshold": (1, 1, 1, 1), "dense_last_layers": 1}, "threshold of layer 3 is 1.*to 0"),
+        ({"mlp_threshold": (1, 2, 1, 1)}, "mlp_threshold=.* differs between layers"),
     ],
 )
 def test_retentions_must_fit_the_model(options, message):
     with pytest.raises(ValueError, match=message):
-        LeMoConfig(**options).layer_retentions(4)
+        LeMoConfig(**options).layer_rules(4)
 
 
-def test_layer_retentions():
+def test_share_or_threshold():
+    assert LeMoConfig().retention == 0.5 and LeMoConfig(threshold=1.0).retention is None
+    with pytest.raises(ValueError, match=r"retention=0.5 and threshold=1 both .* one of them to N"):
+        LeMoConfig(retention=0.5, threshold=1)
+    with pytest.raises(ValueError, match="mlp_retention=0.5 and mlp_threshold=0 both"):
+        LeMoConfig(mlp_retention=0.5, mlp_threshold=0)
+    config = LeMoConfig(threshold=[0, 1.5], agree_across_layers=False, dense_first_layers=1)
+    assert LeMoConfig.from_dict(config.to_dict()) == config
+    assert config.layer_rules(2) == [None, (KeepRule(threshold=1.5), None)]
+    assert LeMoConfig(mlp_threshold=2.0).layer_rules(1) == [(KeepRule(0.5), KeepRule(None, 2.0))]
+
+
+def test_layer_rules():
     config = LeMoConfig(retention=0.4, mlp_retention=(1, 0.5, 0.5, 1), dense_first_layers=1)
     with pytest.raises(ValueError, match="differs between layers"):
-        config.layer_retentions(4)
+        config.layer_rules(4)
     own = dataclasses.replace(config, agree_across_layers=False)
-    assert own.layer_retentions(4) == [None, (0.4, 0.5), (0.4, 0.5), (0.4, 1)]
-    assert LeMoConfig(retention=0.4).layer_retentions(2) == [(0.4, None)] * 2
+    shares = [None, (0.4, 0.5), (0.4, 0.5), (0.4, 1)]
+    assert own.layer_rules(4) == [pair and tuple(map(KeepRule, pair)) for pair in shares]
+    assert LeMoConfig(retention=0.4).layer_rules(2) == [(KeepRule(0.4), None)] * 2

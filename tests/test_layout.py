@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from lower floors only.
 FLOORS = {
     "version": 0,
+    "files": 0,
     "kernels.launch": 0,
     "kernels.rows": 0,
     "kernels.norm": 1,
@@ -19,6 +20,13 @@ FLOORS = {
     "kernels.block_scores": 1,
     "kernels.segment_cross_entropy": 1,
     "predictors.training_free": 1,
+    "predictors.base_model": 1,
+    "predictors.registry": 1,
+    "predictors.model_card": 1,
+    "predictors.predictor_files": 2,
+    "predictors.block_predictor": 2,
+    "predictors.fit": 3,
+    "predictors.predictor_set": 3,
     "config": 1,
     "families": 1,
     "selection": 1,
@@ -28,11 +36,20 @@ FLOORS = {
     "loss": 3,
     "kept_inputs": 3,
     "policies": 3,
+    "load_predictor": 4,
+    "observe": 4,
+    "recall": 5,
     "sublayer": 3,
     "passes": 4,
     "layer": 5,
     "patch": 6,
     "trainer": 7,
+    "train_predictor": 7,
+    "text_rows": 0,
+    "measure": 7,
+    "allocate": 8,
+    "calibrate": 9,
+    "cli": 10,
 }
 
 

@@ -13,6 +13,7 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import POLICIES as CONFIG_POLICIES
 from lemo_hf.families import FAMILIES
 from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys
 from lemo_hf.step import Step
 
@@ -174,36 +175,27 @@ def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     assert not all(torch.equal(own[0][1], mask) for _, mask in own)
 
 
-def test_predictors_plug_in(monkeypatch):
-    """Predictors see the stream before elimination, one block embedding a block, without grad."""
+def test_predictors_see_the_normed_stream_of_each_layer(monkeypatch):
+    """They get every row before elimination, without grad, and their best blocks are kept."""
     seen = []
 
-    def predictor(wanted):
-        def predict(embeddings):
-            seen.append((embeddings.shape, embeddings.requires_grad))
-            scores = torch.zeros(embeddings.shape[:2])
-            scores[:, wanted] = 1
-            return scores
+    class Wants(BlockPredictor):
+        def __init__(self, wanted):
+            super().__init__(32, 8, units=4, rank=2)
+            self.wanted = wanted
 
-        return predict
+        def score(self, embedded, documents=None):
+            seen.append((embedded.keys.shape, torch.is_grad_enabled()))
+            scores = super().score(embedded, documents)
+            scores[:, self.wanted] = scores.max() + 1
+            return scores
 
     model = make_model("llama")
     config = LeMoConfig(policy="predictor", retention=0.3, block_size=8, agree_across_layers=False)
-    apply_lemo(model, config, predictors=[predictor(i + 2) for i in range(4)])
+    apply_lemo(model, config, predictors=[Wants(i + 2) for i in range(4)])
     with recorded_sets(monkeypatch) as chosen:
         model(**batch())
-    assert seen == [((2, 9, 32), False)] * 4
+    assert seen == [((2, 9, 8, 2), False)] * 4
     for index, (_, keep_mask) in enumerate(chosen):
         expected = [0, index + 2, 8]
         assert keep_mask[:, ::8].nonzero()[:, 1].tolist() == expected * 2
-
-
-def test_a_predictor_of_the_wrong_shape_is_named():
-    model = make_model("llama")
-    config = LeMoConfig(policy="predictor", block_size=8)
-    apply_lemo(model, config, predictors=[lambda e: e.sum(-1)[:, :3]] * 4)
-    with pytest.raises(
-        ValueError, match=r"predictor of layer 0 returned \(2, 3\), expected \(2, 9\)"
-    ):
-        model(**batch())
-    assert model._lemo.passes.step is None

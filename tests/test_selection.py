@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.selection import block_any, keep_blocks, kept_set, num_kept_blocks
 from lemo_hf.step import Step
@@ -16,7 +16,7 @@ def make_step(shape, retention=0.5, block_size=4, **inputs):
 
 def kept_tokens(step, scores, retention=0.5):
     """Positions kept in each row, idle slots left out."""
-    kept = step.choose(0, "attention", retention, lambda: scores)
+    kept = step.choose(0, "attention", KeepRule(retention), lambda: scores)
     slots = [True] * kept.index.shape[1]
     return [
         [i for i, live in zip(row, slots if mask is None else mask, strict=True) if live]

@@ -20,9 +20,8 @@ import peft
 import torch
 import transformers
 from plot import draw
+from setting import HERE, ROPE, TOKENS, load_model, rows
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     ProgressCallback,
     TrainingArguments,
@@ -30,11 +29,8 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer, __version__
+from lemo_hf.measure import saved_bytes
 
-HERE = Path(__file__).resolve().parent
-TOKENS = 2048
-# The model was pretrained on 512 tokens. Linear scaling starts and ends worse (see docs/LOG.md).
-ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 TRAINING = dict(
     per_device_train_batch_size=2,
@@ -80,7 +76,7 @@ def main() -> None:
             "train_seconds": seconds,
             "tokens_per_second": args.steps * trainer.args.train_batch_size * TOKENS / seconds,
             "kept_tokens": TOKENS * sum(retentions) / len(retentions),
-            "saved_mib": saved_bytes(trainer) / 2**20,
+            "saved_mib": training_bytes(trainer) / 2**20,
             "loss": [log["loss"] for log in logs],
         }
         if lemo_config is not None:
@@ -121,24 +117,10 @@ def main() -> None:
     print(f"Wrote demo.png and report.json to {args.output} in {report['total_seconds']:.0f} s.")
 
 
-def rows(tokenizer, pattern: str) -> list[dict]:
-    """The books' tokens in rows of `TOKENS`; no row spans two books, rests are left out."""
-    samples = []
-    for path in sorted((HERE / "text").glob(pattern)):
-        ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-        for start in range(0, len(ids) - TOKENS + 1, TOKENS):
-            row = ids[start : start + TOKENS]
-            samples.append({"input_ids": row, "labels": row})
-    return samples
-
-
 def make_trainer(lemo_config, train, heldout, args) -> LeMoTrainer:
     """A LoRA model whose positions are scaled to the new context, and its Trainer."""
     set_seed(args.seed)
-    config = AutoConfig.from_pretrained(HERE / "model", use_cache=False)
-    config.rope_parameters |= ROPE
-    config.max_position_embeddings = TOKENS
-    model = AutoModelForCausalLM.from_pretrained(HERE / "model", config=config, dtype="float32")
+    model = load_model()
     trainer = LeMoTrainer(
         model=peft.get_peft_model(model, peft.LoraConfig(**LORA)),
         args=TrainingArguments(
@@ -176,37 +158,18 @@ def perplexity(trainer) -> float:
     return math.exp(trainer.evaluate()["eval_loss"])
 
 
-def saved_bytes(trainer) -> int:
-    """Bytes that one training pass keeps for its backward: each storage once, no parameters."""
+def training_bytes(trainer) -> int:
+    """Bytes that one training pass keeps for its backward."""
     model = trainer.model.train()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
     batch = next(iter(trainer.get_train_dataloader()))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**batch).loss
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:  # LeMo's loss holds a gradient on its graph node, where the hooks do not look
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            if getattr(node, "grad_hidden", None) is not None:
-                keep(node.grad_hidden)
-    return sum(storage.nbytes() for storage in storages.values())
+    return saved_bytes(model, lambda: model(**batch).loss)
 
 
 def kept_blocks(lemo) -> torch.Tensor:
     """``[samples, layers, blocks]``: 1 where a layer kept a block of a sample of the last pass."""
     passed = lemo.passes.kept_blocks
     dense = torch.ones_like(next(iter(passed.values())))
-    layers = range(len(lemo.retentions))
+    layers = range(len(lemo.rules))
     return torch.stack([passed.get((layer, "attention"), dense) for layer in layers], 1).int()
 
 

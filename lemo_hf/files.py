@@ -1,0 +1,117 @@
+"""LeMo's own files, in a directory or on the Hub: found, read and replaced as a whole."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+CONFIG_NAME = "lemo_config.json"
+WEIGHTS_NAME = "lemo_predictors.safetensors"
+_WRITTEN_BY = {
+    CONFIG_NAME: "LeMoConfig.save_pretrained and LeMoPredictor.save_pretrained write it.",
+    WEIGHTS_NAME: "LeMoPredictor.save_pretrained and push_to_hub write it; pickled files (.bin, "
+    ".pt) are never loaded.",
+}
+
+
+def find_files(path_or_repo: str | os.PathLike, names: Sequence[str], **hub_kwargs) -> list[str]:
+    """Paths of ``names`` in a directory, or in one commit of a Hub repository.
+
+    Args:
+        path_or_repo: Directory, or repository id. Files of a repository are downloaded into the
+            Hub's cache, or found there; ``HF_HUB_OFFLINE=1`` uses the cache alone.
+        names: File names.
+        **hub_kwargs: ``revision``, ``token``, ``cache_dir``, ... for `hf_hub_download`.
+
+    Raises:
+        OSError: There is no such directory or repository, or it cannot be reached.
+        ValueError: It lacks one of the files.
+    """
+    source = os.fspath(path_or_repo)
+    if os.path.isdir(source):
+        for name in names:
+            if not os.path.isfile(os.path.join(source, name)):
+                raise ValueError(f"{source!r} has no {name}. {_WRITTEN_BY[name]}")
+        return [os.path.join(source, name) for name in names]
+    paths = []
+    for name in names:
+        paths.append(_download(source, name, **hub_kwargs))
+        # The other files come from the same commit, whatever is pushed in between.
+        commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", paths[0])
+        hub_kwargs["revision"] = commit[1] if commit else hub_kwargs.get("revision")
+    return paths
+
+
+def _download(repo: str, name: str, **hub_kwargs) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    revision = hub_kwargs.get("revision")
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return huggingface_hub.hf_hub_download(repo, name, **hub_kwargs)
+    except errors.HFValidationError as error:
+        raise OSError(f"{repo!r} is neither a directory nor a repository id: {error}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{name} of {repo!r}{at} is not in the Hub's cache, and the Hub cannot be reached or "
+            "HF_HUB_OFFLINE=1 is set: download it once while online, or give a directory."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ValueError(f"{repo!r}{at} has no {name}. {_WRITTEN_BY[name]}") from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"{repo!r} has no branch, tag or commit {revision!r}.") from error
+    except Exception as error:  # httpx and httpx2, of either client version, share no base class
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+            raise OSError(
+                f"{repo!r} is no directory, and the Hub shows no model repository of that name. If "
+                "it is private or gated, log in (`hf auth login`) or pass a token that may read it."
+            ) from error
+        raise OSError(
+            f"{name} of {repo!r}{at} could not be downloaded ({type(error).__name__}: {error}). "
+            "Try again: what was received is kept, nothing was loaded."
+        ) from error
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: It holds something else; the message names the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(
+            f"{path} is no valid JSON ({error}): restore it, or download it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
+    """Write ``values`` as indented JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+    """A path to write to, which takes the place of ``path`` if all went well; else it is removed.
+
+    Its name begins with ``_``, which Trainer's pushes leave out.
+    """
+    directory, name = os.path.split(os.fspath(path))
+    written = os.path.join(directory, f"_{name}.part")
+    try:
+        yield written
+        os.replace(written, path)
+    finally:
+        if os.path.exists(written):
+            os.remove(written)

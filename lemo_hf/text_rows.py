@@ -1,0 +1,139 @@
+"""From the text that a user has to rows of tokens, one document after the other."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+# datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
+BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+
+
+def load_documents(
+    dataset: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str = "train",
+    text_column: str = "text",
+) -> Iterator[str]:
+    """Texts of a dataset, streamed: what is not asked for is neither read nor downloaded.
+
+    Args:
+        dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
+            file is a document) or .parquet, compressed or not.
+        split: Of a Hub dataset, or of a directory whose files have splits in their names. Files
+            that are named one by one have none.
+        text_column: Where the text is; a .txt file has one column, ``"text"``.
+
+    Yields:
+        The documents in the dataset's order.
+
+    Raises:
+        OSError: There is no such dataset, or it cannot be reached.
+        ValueError: A format is not known, or there is no such split or column; those that there
+            are are named.
+    """
+    from datasets import load_dataset
+
+    single = isinstance(dataset, str | os.PathLike)
+    paths = [os.fspath(path) for path in ([dataset] if single else dataset)]
+    missing = [path for path in paths if _builder(path) and not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(f"there is no file {missing[0]!r}.")
+    if all(os.path.isfile(path) for path in paths):
+        builders = {_builder(path) for path in paths}
+        if len(builders) > 1 or None in builders:
+            raise ValueError(
+                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
+            )
+        builder = builders.pop()
+        arguments = {"path": builder, "data_files": paths, "split": "train"}
+    elif len(paths) > 1:
+        raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
+    else:
+        texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
+        builder = "text" if texts else None
+        arguments = {"path": paths[0], "split": split}
+    if builder == "text":
+        arguments["sample_by"] = "document"
+    try:
+        stream = load_dataset(**arguments, streaming=True)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(paths)}, split {split!r}: {error}") from error
+    return _texts(stream, text_column)
+
+
+def token_rows(
+    documents: Iterable[str],
+    tokenizer: Any,
+    tokens: int,
+    *,
+    max_rows: int | None = None,
+    min_tokens: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, list[int]]]:
+    """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
+
+    Every row begins as the tokenizer begins a text: with its BOS token if it adds one, which counts
+    among the ``tokens``. No other special token is added.
+
+    Args:
+        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        tokenizer: Of the model.
+        tokens: Length of a row.
+        max_rows: Stop there; None takes all.
+        min_tokens: Keep the rest of a document as a shorter row if it has that many; None drops it.
+        progress: Show a progress bar.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.
+
+    Raises:
+        ValueError: A number is too small, or no document is long enough.
+    """
+    for name, value in (("tokens", tokens), ("max_rows", max_rows), ("min_tokens", min_tokens)):
+        least = 2 if name == "tokens" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    min_tokens = tokens if min_tokens is None else min_tokens
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    start = [bos] if starts_with_bos else []
+    rows, longest = [], 0
+    with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
+        for text in documents:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            longest = max(longest, len(ids) + len(start))
+            for first in range(0, len(ids), tokens - len(start)):
+                row = start + ids[first : first + tokens - len(start)]
+                if len(row) < min(tokens, min_tokens):
+                    continue
+                rows.append({"input_ids": row, "labels": list(row)})
+                bar.update()
+                if len(rows) == max_rows:
+                    return rows
+    if not rows:
+        raise ValueError(
+            f"no document has {min(tokens, min_tokens)} tokens: the longest has {longest}. Ask for "
+            "shorter rows, or use longer documents."
+        )
+    return rows
+
+
+def _builder(path: str) -> str | None:
+    suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
+    return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _texts(stream: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
+    for document in stream:
+        if column not in document:
+            raise ValueError(
+                f"the dataset has no column {column!r}, its columns are: {', '.join(document)}."
+            )
+        if not isinstance(document[column], str):
+            raise ValueError(
+                f"column {column!r} must hold text, got {type(document[column]).__name__}."
+            )
+        yield document[column]

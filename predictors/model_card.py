@@ -1,0 +1,144 @@
+"""The model card of predictors: what they are for, what was measured, how they were made."""
+
+import json
+import os
+from typing import Any
+
+from lemo_hf.version import __version__
+
+PLOT_NAME = "recall.png"
+_PAPER = "https://arxiv.org/abs/2501.09767"
+
+
+def model_card(info: Any, heads: dict[str, Any], source: str, plot: bool = False) -> str:
+    """The text of ``README.md``. Every number in it comes from the arguments.
+
+    Args:
+        info: `PredictorInfo`.
+        heads: Predictors by ``"attention"`` and ``"mlp"``, a list with one entry a layer.
+        source: What users load: a repository id, or a directory.
+        plot: ``recall.png`` lies beside the card.
+    """
+    from huggingface_hub import ModelCardData
+
+    training = dict(info.training)
+    datasets = training.pop("datasets", None) or []
+    command, pruned = training.pop("command", None), training.pop("pruned", None) or {}
+    base = info.base.name
+    data = ModelCardData(
+        library_name="lemo-hf",
+        base_model=base if _is_repository(base) else None,
+        tags=["lemo-hf", "lemo", "token-elimination", "long-context"],
+        datasets=[name for name in datasets if _is_repository(name)] or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# LeMo predictors for {base or info.base.model_type}",
+        f"Small networks, one a decoder layer, which predict the {info.block_size}-token blocks of "
+        f"a long input that the layer needs, so that fine-tuning leaves out the others "
+        f"([LeMo]({_PAPER})). They are used in training alone: what is trained with them is "
+        "evaluated and saved as the plain model.",
+        _how_to_use(info, source),
+        "## Recall of the blocks the layers need",
+        _recall(info.recall) if info.recall else "Not measured.",
+    ]
+    if plot:
+        parts.append(f"![Recall]({PLOT_NAME})")
+    parts += ["## Training", _base(info.base)]
+    rows = [{"setting": name, "value": value} for name, value in training.items()]
+    if datasets:
+        rows.insert(0, {"setting": "datasets", "value": ", ".join(datasets)})
+    if rows:
+        parts.append(_table(rows))
+    if command:
+        parts.append(f"```bash\n{command}\n```")
+    parts += ["## Sizes", _sizes(heads, pruned), f"Written by lemo-hf {__version__}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _how_to_use(info: Any, source: str) -> str:
+    settings = f'predictor="{source}"'
+    settings += f", block_size={info.block_size}, normalize_scores={info.normalize_scores}"
+    return (
+        "```python\n"
+        "from lemo_hf import LeMoConfig, LeMoTrainer\n\n"
+        f"lemo_config = LeMoConfig({settings})\n"
+        "trainer = LeMoTrainer(\n"
+        "    model=model, args=args, train_dataset=dataset, lemo_config=lemo_config\n"
+        ")\n"
+        "trainer.train()\n"
+        "```\n\n"
+        f'`LeMoConfig.from_pretrained("{source}")` has the settings recommended for them.'
+    )
+
+
+def _recall(table: list[dict[str, Any]]) -> str:
+    """One line for each documents, head and retention; one column for each ranking."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    for row in table:
+        key = tuple(row[name] for name in ("documents", "head", "retention"))
+        line = lines.setdefault(
+            key, dict(zip(("documents", "head", "retention"), key, strict=True))
+        )
+        line[row["policy"]] = f"{row['mean']:.3f} ({row['least']:.3f})"
+    return (
+        "Share of the blocks kept by the oracle that each ranking keeps too: mean over layers "
+        "(least).\n\n" + _table(list(lines.values()))
+    )
+
+
+def _base(base: Any) -> str:
+    name = f"`{base.name}`" if base.name else "a model without a name"
+    commit = f" at commit `{base.commit}`" if base.commit else ""
+    return (
+        f"For {name}{commit}: `{base.model_type}`, {base.num_hidden_layers} layers, "
+        f"hidden size {base.hidden_size}."
+    )
+
+
+def _sizes(heads: dict[str, Any], pruned: dict[str, list[float | None]]) -> str:
+    rows = []
+    for layer in range(len(heads["attention"])):
+        row = {"layer": layer}
+        for name, head in heads.items():
+            predictor = head[layer]
+            row[f"{name} parameters"] = (
+                "dense" if predictor is None else sum(p.numel() for p in predictor.parameters())
+            )
+            if name in pruned:
+                share = pruned[name][layer]
+                row[f"{name} units pruned"] = "" if share is None else f"{share:.1%}"
+        rows.append(row)
+    return _table(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([_cell(row.get(name)) for name in names] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if type(value) is float:
+        return f"{value:.4g}"
+    if type(value) is int:
+        return f"{value:,}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _is_repository(name: str | None) -> bool:
+    """Whether ``name`` can be the id of a repository; a directory says nothing to others."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)

@@ -1,0 +1,154 @@
+"""A predictor's two files: written as one, and checked before anything is made of them.
+
+``lemo_config.json`` holds the recommended `LeMoConfig` and, under ``"predictor"``, what the
+predictors are; ``lemo_predictors.safetensors`` holds their weights. The first names the SHA-256 of
+the second, so that a damaged file, or one of another save, is seen.
+"""
+
+import hashlib
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo_hf.config import LeMoConfig
+from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, read_json, whole_file, write_json
+
+# Raised when older versions of lemo-hf would misread the section.
+FORMAT = 1
+_DTYPES = ("F32", "F16", "BF16")
+_AGAIN = "Download it again (force_download=True), or save the predictor again."
+# What is often found under a safetensors name, by its first bytes.
+_NO_SAFETENSORS = {
+    b"PK\x03\x04": "is a pickle of torch.save, which is never loaded since it can run any code. "
+    "Its author must save it with LeMoPredictor.save_pretrained.",
+    b"\x80": "is a pickle, which is never loaded since it can run any code. Its author must save "
+    "it with LeMoPredictor.save_pretrained.",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull`.",
+}
+
+
+def write_predictor_files(
+    directory: str | os.PathLike,
+    lemo_config: LeMoConfig,
+    section: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write both files, or neither: each takes its place as a whole, the config last.
+
+    Raises:
+        TypeError: ``section`` holds what JSON does not know.
+    """
+    from safetensors.torch import save_file
+
+    os.makedirs(directory, exist_ok=True)
+    with (
+        whole_file(os.path.join(directory, CONFIG_NAME)) as config_path,
+        whole_file(os.path.join(directory, WEIGHTS_NAME)) as weights_path,
+    ):
+        save_file(tensors, weights_path, metadata={"format": "pt"})
+        values = lemo_config.to_dict()
+        del values["predictor_revision"]
+        values["policy"] = "predictor"
+        values["predictor"] = {"format": FORMAT, "sha256": _sha256(weights_path), **section}
+        write_json(config_path, values)
+
+
+def read_section(path: str | os.PathLike) -> dict[str, Any]:
+    """What a ``lemo_config.json`` says of the predictors beside it.
+
+    Raises:
+        ValueError: It is no JSON, says nothing of predictors, or was written by a newer version.
+    """
+    values = read_json(path)
+    section = values.get("predictor")
+    if isinstance(section, str):
+        raise ValueError(
+            f"{path} holds no predictor, it refers to {section!r}: load the predictor from there."
+        )
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"{path} has no object under the key 'predictor' (got {section!r}): it is a LeMoConfig "
+            "alone. LeMoPredictor.save_pretrained writes one with a predictor."
+        )
+    if type(section.get("format")) is not int or section["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has predictor format {section.get('format')!r}, written by lemo_hf "
+            f"{values.get('lemo_version')}; this version reads up to {FORMAT}: "
+            "pip install -U lemo-hf."
+        )
+    return section
+
+
+def read_tensors(
+    path: str | os.PathLike, shapes: dict[str, tuple[int, ...]], sha256: str
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in fp32 and memory of their own.
+
+    Args:
+        path: The file.
+        shapes: Every tensor that it must hold, and no other. Compared with the file's header, so
+            that nothing is allocated for a config that does not belong to it.
+        sha256: Of the file.
+
+    Raises:
+        ValueError: It is damaged, a pickle, or holds other names, shapes, dtypes or values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open(path, "rb") as file:
+        start = file.read(32)
+    for beginning, what in _NO_SAFETENSORS.items():
+        if start.startswith(beginning) and start[8:9] != b"{":  # where a safetensors header begins
+            raise ValueError(f"{path} {what}")
+    try:
+        with safe_open(path, "pt") as file:
+            _check_header(path, file, shapes)
+            if (found := _sha256(path)) != sha256:
+                raise ValueError(
+                    f"{path} has sha256 {found[:12]}…, but {CONFIG_NAME} beside it names "
+                    f"{str(sha256)[:12]}…: it is damaged, or from another save. {_AGAIN}"
+                )
+            tensors = {name: file.get_tensor(name).float().clone() for name in shapes}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}). {_AGAIN}") from error
+    for name, tensor in tensors.items():
+        wrong = math.prod(tensor.shape) - int(torch.isfinite(tensor).sum())
+        if wrong:
+            raise ValueError(
+                f"{path}: {wrong} of {tensor.numel()} values of {name!r} are NaN or infinite: the "
+                "training of this predictor diverged. Train it again with a lower learning rate."
+            )
+    return tensors
+
+
+def _check_header(path: str | os.PathLike, file: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    names = set(file.keys())
+    for what, some in (("lacks", set(shapes) - names), ("has unexpected", names - set(shapes))):
+        if some:
+            raise ValueError(
+                f"{path} {what} {len(some)} tensors, such as {min(some)!r}: it does not belong to "
+                f"the {CONFIG_NAME} beside it. {_AGAIN}"
+            )
+    for name, shape in shapes.items():
+        header = file.get_slice(name)
+        if header.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"{path}: {name!r} has dtype {header.get_dtype()}, expected one of {_DTYPES}. "
+                f"{_AGAIN}"
+            )
+        if tuple(header.get_shape()) != tuple(shape):
+            raise ValueError(
+                f"{path}: {name!r} has shape {tuple(header.get_shape())}, but by the sizes in "
+                f"{CONFIG_NAME} beside it {tuple(shape)}: they do not belong together. {_AGAIN}"
+            )
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Small random predictors, and what the Hub tests do with them in processes of their own.
+
+Such a process imports this file and, until it trains, nothing of transformers.
+"""
+
+import huggingface_hub
+import torch
+
+from lemo_hf import LeMoConfig, LeMoPredictor
+from lemo_hf.files import WEIGHTS_NAME
+from lemo_hf.predictors.base_model import BaseModel
+from lemo_hf.predictors.block_predictor import BlockPredictor
+from lemo_hf.predictors.predictor_set import PredictorInfo
+
+# The facts of `make_model("llama")`.
+BASE = BaseModel("llama", 32, 4, 4, 2, 97)
+
+
+def sizes(units, head="attention"):
+    """Of a small `BlockPredictor`."""
+    rank = 4 if head == "attention" else 1
+    shapes = {"hidden_size": BASE.hidden_size, "units": units, "rank": rank, "longest": 16}
+    return {**shapes, "block_size": 8, "head": head}
+
+
+def make_predictor(dense=(), mlp=False, seed=0, **info):
+    """Random predictors of different sizes, one a layer but those in ``dense``."""
+    facts = {"block_size": 8, "normalize_scores": False, "base": BASE, **info}
+    torch.manual_seed(seed)
+    heads = [
+        [None if i in dense else BlockPredictor(**sizes(5 + i, head)) for i in range(4)]
+        for head in ("attention", "mlp")[: 1 + mlp]
+    ]
+    predictor = LeMoPredictor(PredictorInfo(**facts), *heads)
+    for parameter in predictor.parameters():  # so large that seeds choose different blocks
+        parameter.data.normal_()
+    return predictor
+
+
+def fingerprint(predictor):
+    """A number a tensor, by which processes compare."""
+    return [float(tensor.double().sum()) for tensor in predictor.state_dict().values()]
+
+
+def made(seed=0):
+    return fingerprint(make_predictor(dense=[0], seed=seed))
+
+
+def push(repo, seed=0, **options):
+    return make_predictor(dense=[0], seed=seed).push_to_hub(repo, **options)
+
+
+def push_large(repo):
+    """More than the client writes at a time, which is what it can resume from."""
+    predictor = make_predictor(dense=[0])
+    predictor.attention[1] = BlockPredictor(**sizes(90_000))
+    predictor.push_to_hub(repo)
+    return fingerprint(predictor)
+
+
+def load(repo, **options):
+    return fingerprint(LeMoPredictor.from_pretrained(repo, **options))
+
+
+def load_while_it_is_pushed(repo, cache):
+    """Someone pushes between the downloads of the two files."""
+    original = huggingface_hub.hf_hub_download
+
+    def download(repo_id, name, **options):
+        if name == WEIGHTS_NAME:
+            push(repo_id, seed=1)
+        return original(repo_id, name, **options)
+
+    huggingface_hub.hf_hub_download = download
+    try:
+        return load(repo, cache_dir=cache)
+    finally:
+        huggingface_hub.hf_hub_download = original
+
+
+def load_snapshot(repo, directory):
+    return load(huggingface_hub.snapshot_download(repo, cache_dir=directory))
+
+
+def recommended(repo, **options):
+    return LeMoConfig.from_pretrained(repo, **options)
+
+
+def failing(call, *args, **options):
+    """What went wrong: the class and the text."""
+    try:
+        call(*args, **options)
+    except Exception as error:
+        return type(error), str(error)
+    raise AssertionError("nothing went wrong")
+
+
+def train_and_push(directory, source, target):
+    """Train with a predictor of the Hub, pushing each checkpoint and the result."""
+    from test_trainer import losses, make_trainer
+
+    trainer = make_trainer(
+        directory,
+        LeMoConfig(predictor=source, block_size=8, dense_first_layers=1),
+        save_strategy="steps",
+        save_steps=2,
+        push_to_hub=True,
+        hub_model_id=target,
+        hub_strategy="all_checkpoints",
+        hub_always_push=True,
+    )
+    logged = losses(trainer)
+    trainer.push_to_hub()
+    return logged

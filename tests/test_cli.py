@@ -1,0 +1,145 @@
+"""The command line: what it writes, and that a mistake is one line and exit code 2."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_client import BASE, make_predictor
+from models import make_model
+from transformers import AutoTokenizer
+
+from lemo_hf import LeMoConfig, LeMoPredictor
+from lemo_hf.cli import main
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+BOOK = str(DEMO / "text" / "train-alice-adams.txt")
+
+
+@pytest.fixture
+def lemo(monkeypatch, capsys):
+    """Runs the command: exit code, what it printed, and what it said of errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lemo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def calibrate(output, *more, model=DEMO / "model", dataset=BOOK):
+    small = ("--rows", 1, "--tokens", 256, "--dtype", "float32", "--block-size", 64)
+    shared = ("--model", model, "--dataset", dataset, "--output", output)
+    return ("calibrate", *shared, *small, *more)
+
+
+def test_help():
+    for command, expected in (((), "calibrate"), (("calibrate",), "--memory-gib")):
+        result = subprocess.run(
+            [sys.executable, "-m", "lemo_hf.cli", *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"COLUMNS": "120", "PYTHONPATH": str(DEMO.parent.parent)},
+        )
+        assert expected in result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, lemo_hf.cli; assert not {'torch', 'transformers', 'datasets'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DEMO.parent.parent)
+
+
+def test_calibrate_retention(lemo, tmp_path):
+    code, out, err = lemo(*calibrate(tmp_path, "--retention", 0.5))
+    assert code == 0 and "the lowest was taken" in out
+    assert "layers x retentions" in err  # the progress bar
+    config = LeMoConfig.from_pretrained(tmp_path)
+    assert config.block_size == 64
+
+
+def test_calibrate_thresholds_as_json_with_longer_positions(lemo, tmp_path):
+    LeMoConfig(policy="random", dense_first_layers=8).save_pretrained(tmp_path / "start")
+    code, out, _ = lemo(
+        *calibrate(tmp_path / "new", "--retention", 0.6, "--thresholds", "--json"),
+        *("--rope-parameters", '{"rope_type": "linear", "factor": 2.0}'),
+        *("--max-position-embeddings", 1024, "--config", tmp_path / "start"),
+    )
+    assert code == 0
+    result = json.loads(out)
+    config = LeMoConfig.from_pretrained(tmp_path / "new")
+    assert LeMoConfig.from_dict(result["config"]) == config
+    assert config.policy == "random" and config.threshold[:8] == (0,) * 8
+    assert result["history"][-1]["thresholds"] == list(config.threshold)
+
+
+def test_calibrate_memory(lemo, tmp_path):
+    code, _, _ = lemo(*calibrate(tmp_path, "--memory-gib", 1000, "--json"))
+    assert code == 0 and LeMoConfig.from_pretrained(tmp_path).retention in (1.0, (1.0,) * 10)
+    code, _, err = lemo(*calibrate(tmp_path, "--memory-gib", 1e-6, "--gradient-checkpointing"))
+    assert code == 2 and "1e-06 GiB is less than a training pass takes" in err
+
+
+def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
+    make_model("llama", vocab_size=2048).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(tmp_path / "model")
+    predictor = make_predictor(base=dataclasses.replace(BASE, vocab_size=2048))
+    predictor.save_pretrained(tmp_path / "learned")
+    before = json.loads((tmp_path / "learned" / "lemo_config.json").read_text())
+    card = (tmp_path / "learned" / "README.md").read_bytes()
+    options = ("--predictor", tmp_path / "learned", "--block-size", 8, "--thresholds")
+    for output in ("new", "learned"):
+        code, _, err = lemo(
+            *calibrate(tmp_path / output, "--retention", 0.6, *options, model=tmp_path / "model")
+        )
+        assert code == 0, err
+        after = json.loads((tmp_path / output / "lemo_config.json").read_text())
+        assert after["predictor"] == before["predictor"] and len(after["threshold"]) == 4
+        assert {name for name in before if before[name] != after[name]} == {
+            "retention",
+            "threshold",
+            "agree_across_layers",
+        }
+        assert LeMoPredictor.from_pretrained(tmp_path / output).same_as(predictor)
+    assert (tmp_path / "learned" / "README.md").read_bytes() == card
+    config = LeMoConfig.from_pretrained(tmp_path / "learned")
+    assert config.predictor == str(tmp_path / "learned")
+    config.save_pretrained(tmp_path / "learned")  # does not put its own name in their place
+    assert LeMoPredictor.from_pretrained(tmp_path / "learned").same_as(predictor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--retention", 0.5, "--text-column", "body"), "no column 'body', its columns are: text"),
+        ((), "give one of --retention and --memory-gib"),
+        (("--retention", 0.5, "--memory-gib", 3), "give one of --retention and --memory-gib"),
+        (("--memory-gib", 3, "--thresholds"), "--thresholds needs --retention"),
+        (("--retention", 7), r"budget must lie in (0, 1], got 7.0"),
+        (("--retention", 0.5, "--rope-parameters", "{linear}"), "--rope-parameters is no JSON"),
+        (("--retention", 0.5, "--rope-parameters", "[2]"), "must be a JSON object, got [2]"),
+        (("--retention", 0.5, "--device", "abacus"), "--device 'abacus'"),
+        (("--retention", 0.5, "--tokens", 10**7), "no document has 10000000 tokens"),
+        (("--retention", 0.5, "--predictor", DEMO / "model"), "has no lemo_config.json"),
+        (("--retention", 0.5, "--rows", 0), "--rows"),
+    ],
+)
+def test_mistakes(arguments, message, lemo, tmp_path):
+    code, _, err = lemo(*calibrate(tmp_path / "out", *arguments))
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_exist(lemo, tmp_path):
+    code, _, err = lemo(*calibrate(tmp_path, "--retention", 0.5, model=tmp_path / "nothing"))
+    assert code == 2 and "nothing" in err and "Traceback" not in err
+    missing = tmp_path / "none.jsonl"
+    code, _, err = lemo(*calibrate(tmp_path, "--retention", 0.5, dataset=missing))
+    assert code == 2 and "there is no file" in err
