@@ -14,6 +14,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.families import family_of
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import shifted
+from lemo_hf.modes import evaluating, modes_kept
 from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
 
 Row = Mapping[str, Any]
@@ -62,8 +63,7 @@ class LossRise:
         self.rows = [_as_batch(row, _device(model)) for row in rows]
         if not self.rows:
             raise ValueError("calibration needs at least one row of tokens, got none.")
-        with _training_flags(model), torch.no_grad():
-            model.eval()
+        with evaluating(model), torch.no_grad():
             self._dense = [self._token_losses(row) for row in self.rows]
         asked = [_targets(row) != IGNORE_INDEX for row in self.rows]
         self._labels = [int(row.sum()) for row in asked]
@@ -162,7 +162,7 @@ def training_bytes(model: nn.Module, row: Row, config: LeMoConfig, predictors: A
     device = _device(model)
     batch = _as_batch(row, device)
     with (
-        _training_flags(model),
+        modes_kept(model),
         _without_gradients(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _lemo_on(model, config, predictors),
@@ -183,20 +183,9 @@ def sparse_evaluation(model: nn.Module) -> Iterator[None]:
     LeMo looks at the training flag of the causal LM alone; dropout, router noise and gradient
     checkpointing look at those of their own modules.
     """
-    with _training_flags(model), torch.no_grad():
-        model.eval()
+    with evaluating(model), torch.no_grad():
         transformers_model(model).training = True
         yield
-
-
-@contextmanager
-def _training_flags(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @contextmanager

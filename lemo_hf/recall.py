@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lemo_hf.config import LeMoConfig
+from lemo_hf.modes import evaluating
 from lemo_hf.observe import observe
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.predictor_set import LeMoPredictor
@@ -87,19 +88,14 @@ def recall_table(
                     sums[key] = sums.get(key, 0.0) + share
         previous[head] = target
 
-    was_training = model.training
-    model.eval()
-    try:
-        total = sum(map(len, documents.values()))
-        with tqdm(total=total, desc="recall", unit="row") as bar:
-            for name_, rows in documents.items():
-                counts[name_] = len(rows)
-                for row in rows:
-                    ids = torch.as_tensor(row, device=device).long()[None]
-                    observe(model, config, ids, see, sublayers=heads)
-                    bar.update()
-    finally:
-        model.train(was_training)
+    total = sum(map(len, documents.values()))
+    with evaluating(model), tqdm(total=total, desc="recall", unit="row") as bar:
+        for name_, rows in documents.items():
+            counts[name_] = len(rows)
+            for row in rows:
+                ids = torch.as_tensor(row, device=device).long()[None]
+                observe(model, config, ids, see, sublayers=heads)
+                bar.update()
     return _rows(sums, counts, len(getattr(predictor, heads[0])))
 
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from lemo_hf.checks import check_intermediate, check_model
 from lemo_hf.config import LeMoConfig
+from lemo_hf.modes import evaluating
 from lemo_hf.observe import observe
 from lemo_hf.patch import transformers_model
 from lemo_hf.policies import POLICIES, ScoreInputs, sublayer_input
@@ -118,20 +119,23 @@ def train_predictor(
     state = None if output_dir is None else Path(output_dir) / STATE
     done = 0 if state is None else run.load(state)
     main = PartialState().is_main_process
-    was_training, grads = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
+    grads = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
     try:
-        bar = tqdm(total=run.steps, initial=done, desc="predictors", unit="step", disable=not main)
-        for step in range(done, run.steps):
-            losses = run.step(step)
-            bar.update()
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{losses.mean().item():.3f}")
-            if state is not None and (step + 1) % save_steps == 0 and main:
-                run.save(state, step + 1)
-        bar.close()
+        with (
+            evaluating(model),
+            tqdm(
+                total=run.steps, initial=done, desc="predictors", unit="step", disable=not main
+            ) as bar,
+        ):
+            for step in range(done, run.steps):
+                losses = run.step(step)
+                bar.update()
+                if step % 10 == 0:
+                    bar.set_postfix(loss=f"{losses.mean().item():.3f}")
+                if state is not None and (step + 1) % save_steps == 0 and main:
+                    run.save(state, step + 1)
     finally:
-        model.train(was_training)
         for parameter, grad in zip(model.parameters(), grads, strict=True):
             parameter.requires_grad_(grad)
     return run.result(provenance or {})

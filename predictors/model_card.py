@@ -62,13 +62,13 @@ def _how_to_use(info: Any, source: str) -> str:
     return (
         "```python\n"
         "from lemo_hf import LeMoConfig, LeMoTrainer\n\n"
-        f"lemo_config = LeMoConfig({settings})\n"
+        f'lemo_config = LeMoConfig.from_pretrained("{source}")\n'
         "trainer = LeMoTrainer(\n"
         "    model=model, args=args, train_dataset=dataset, lemo_config=lemo_config\n"
         ")\n"
         "trainer.train()\n"
         "```\n\n"
-        f'`LeMoConfig.from_pretrained("{source}")` has the settings recommended for them.'
+        f"Settings of your own: `LeMoConfig({settings}, ...)`."
     )
 
 
@@ -103,7 +103,7 @@ def _sizes(heads: dict[str, Any], pruned: dict[str, list[float | None]]) -> str:
         for name, head in heads.items():
             predictor = head[layer]
             row[f"{name} parameters"] = (
-                "dense" if predictor is None else sum(p.numel() for p in predictor.parameters())
+                "none" if predictor is None else sum(p.numel() for p in predictor.parameters())
             )
             if name in pruned:
                 share = pruned[name][layer]

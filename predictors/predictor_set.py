@@ -105,10 +105,13 @@ class LeMoPredictor(nn.Module):
 
     @property
     def recommended(self) -> LeMoConfig:
-        """A `LeMoConfig` that fits, with the usual retention."""
-        info = self.info
+        """A `LeMoConfig` that fits, with the usual retention: layers agree on one kept set, which
+        the first layer with a predictor chooses; those below it stay dense."""
         return LeMoConfig(
-            policy="predictor", block_size=info.block_size, normalize_scores=info.normalize_scores
+            policy="predictor",
+            block_size=self.info.block_size,
+            normalize_scores=self.info.normalize_scores,
+            dense_first_layers=[network is not None for network in self.attention].index(True),
         )
 
     def check(self, model_config: Any, lemo_config: LeMoConfig) -> None:
@@ -137,6 +140,51 @@ class LeMoPredictor(nn.Module):
         """The same networks, knowing their recall: rows of `lemo_hf.recall.recall_table`."""
         info = dataclasses.replace(self.info, recall=table)
         return LeMoPredictor(info, self.attention, self.mlp)
+
+    def weak_layers(self, least: float, retention: float = 0.5) -> dict[str, list[int]]:
+        """Layers whose recall was measured to be below ``least`` on some of the documents.
+
+        Args:
+            least: Share of the oracle's blocks.
+            retention: At which recall was measured.
+
+        Returns:
+            Layers in ascending order, by head.
+
+        Raises:
+            ValueError: Recall was not measured at that retention.
+        """
+        measured = [row for row in self.info.recall if row["policy"] == "predictor"]
+        known = sorted({row["retention"] for row in measured})
+        weak = {}
+        for head, networks in self.heads.items():
+            rows = [r for r in measured if (r["head"], r["retention"]) == (head, retention)]
+            if not rows:
+                raise ValueError(
+                    f"recall of the {head} predictors at retention {retention} was not measured "
+                    f"(measured: {known}): run lemo_hf.recall.recall_table."
+                )
+            weak[head] = [
+                i
+                for i, network in enumerate(networks)
+                if network is not None and min(row["layers"][i] for row in rows) < least
+            ]
+        return weak
+
+    def without(self, layers: dict[str, list[int]]) -> "LeMoPredictor":
+        """The same but for the predictors of some layers, which cannot choose blocks any more.
+
+        Args:
+            layers: By head, as `weak_layers` returns them.
+
+        Raises:
+            ValueError: Nothing would be left of a head.
+        """
+        heads = {
+            name: [None if i in layers.get(name, ()) else network for i, network in enumerate(head)]
+            for name, head in self.heads.items()
+        }
+        return LeMoPredictor(self.info, **heads)
 
     def same_as(self, other: "LeMoPredictor") -> bool:
         """Whether both hold the same networks with the same weights, wherever they lie."""
@@ -184,8 +232,9 @@ class LeMoPredictor(nn.Module):
             ValueError: ``lemo_config`` has another block size or normalisation.
         """
         self.save_files(directory, lemo_config)
-        if plot is not None:
-            shutil.copyfile(plot, os.path.join(directory, PLOT_NAME))
+        place = os.path.join(directory, PLOT_NAME)
+        if plot is not None and os.path.abspath(plot) != os.path.abspath(place):
+            shutil.copyfile(plot, place)
         card = model_card(
             self.info, self.heads, repo_id or os.fspath(directory), plot=plot is not None
         )

@@ -1,6 +1,7 @@
 """Seeds, poison, and kernels that run where there is no GPU."""
 
 import os
+import sys
 
 import torch
 
@@ -70,3 +71,19 @@ def kernel_device(monkeypatch):
 def kernels_on(monkeypatch):
     """`kernel_device`, for tests of kernels alone."""
     return kernel_device(monkeypatch)
+
+
+@pytest.fixture
+def lemo(monkeypatch, capsys):
+    """Runs the command: exit code, what it printed, and what it said of errors."""
+
+    from lemo_hf.cli.app import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lemo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run

@@ -1,16 +1,12 @@
 """The network, its losses, its pruning, and its training, against definitions and invariants."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from models import make_model
 
-from lemo_hf import LeMoConfig, LeMoPredictor
+from lemo_hf import LeMoConfig
 from lemo_hf.observe import observe
 from lemo_hf.policies import POLICIES
 from lemo_hf.predictors import block_predictor
@@ -203,42 +199,3 @@ def test_rows_that_cannot_be_trained_on_are_refused():
         train_predictor(model, ROWS, PredictorTraining())
     with pytest.raises(ValueError, match="fewer than one step takes"):
         train_predictor(model, ROWS[:1], HOW)
-
-
-_TWO = """
-import sys, torch
-sys.path.insert(0, "tests")
-from accelerate import PartialState
-state = PartialState(cpu=True)
-from models import make_model
-from test_block_predictor import HOW, ROWS
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
-torch.manual_seed(0)
-how = PredictorTraining(**{**vars(HOW), "batch_size": 2 // state.num_processes})
-predictor = train_predictor(make_model("llama"), ROWS, how)
-predictor.save_files(f"{sys.argv[1]}/{state.num_processes}-{state.process_index}")
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path):
-    (tmp_path / "two.py").write_text(_TWO)
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    for processes in ("1", "2"):
-        launch = ["torch.distributed.run", "--nproc_per_node", processes, "--standalone"]
-        subprocess.run(
-            [sys.executable, "-m", *launch, str(tmp_path / "two.py"), str(tmp_path)],
-            cwd=root,
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
-    alone, first, second = (
-        LeMoPredictor.from_pretrained(tmp_path / name) for name in ("1-0", "2-0", "2-1")
-    )
-    assert first.same_as(second)
-    assert [p.units for p in alone.attention] == [p.units for p in first.attention]
-    assert min(p.units for p in alone.attention) < HOW.units  # counts are summed, and used
-    ours, theirs = alone.state_dict(), first.state_dict()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)

@@ -12,24 +12,9 @@ from models import make_model
 from transformers import AutoTokenizer
 
 from lemo_hf import LeMoConfig, LeMoPredictor
-from lemo_hf.cli import main
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 BOOK = str(DEMO / "text" / "train-alice-adams.txt")
-
-
-@pytest.fixture
-def lemo(monkeypatch, capsys):
-    """Runs the command: exit code, what it printed, and what it said of errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lemo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def calibrate(output, *more, model=DEMO / "model", dataset=BOOK):
@@ -51,9 +36,8 @@ def test_help():
 
 
 def test_help_imports_nothing_heavy():
-    code = (
-        "import sys, lemo_hf.cli; assert not {'torch', 'transformers', 'datasets'} & {*sys.modules}"
-    )
+    heavy = "{'torch', 'transformers', 'datasets'}"
+    code = f"import sys, lemo_hf.cli.app; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=DEMO.parent.parent)
 
 
@@ -113,6 +97,35 @@ def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
     assert config.predictor == str(tmp_path / "learned")
     config.save_pretrained(tmp_path / "learned")  # does not put its own name in their place
     assert LeMoPredictor.from_pretrained(tmp_path / "learned").same_as(predictor)
+
+
+def learn(output, *more):
+    small = ("--rows", 5, "--heldout-rows", 1, "--tokens", 256, "--units", 8, "--block-size", 16)
+    shared = ("--model", DEMO / "model", "--dataset", BOOK, "--output", output)
+    return ("train-predictor", *shared, *small, *more)
+
+
+def test_train_predictor(lemo, tmp_path):
+    code, out, err = lemo(*learn(tmp_path / "all"))
+    assert code == 0, err
+    predictor = LeMoPredictor.from_pretrained(tmp_path / "all")
+    (row,) = (
+        row
+        for row in predictor.info.recall
+        if (row["policy"], row["retention"]) == ("predictor", 0.5)
+    )
+    assert f"at retention 0.5: {row['mean']:.3f}, least of a layer {row['least']:.3f}" in out
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "lemo train-predictor --model" in card and "![Recall](recall.png)" in card
+    assert (tmp_path / "all" / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    least = sorted(row["layers"])[1]  # one layer is below
+    code, out, err = lemo(*learn(tmp_path / "less", "--dense-below", least))
+    weak = row["layers"].index(min(row["layers"]))
+    assert code == 0 and f"left out, recall below {least:g}: layers [{weak}]" in out
+    less = LeMoPredictor.from_pretrained(tmp_path / "less")
+    assert [i for i, network in enumerate(less.attention) if network is None] == [weak]
+    code, _, err = lemo(*learn(tmp_path / "none", "--dense-below", 0.9, "--heldout-rows", 0))
+    assert code == 2 and "--dense-below 0.9 needs recall" in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dense_reference import expected_loss, masked_dense, recorded_sets
+from hub_client import make_predictor
 from models import make_model, with_lora
 from test_sparse_layer import CASES
 from test_trainer import SPARSE, Trainer, losses, make_trainer
@@ -83,6 +84,21 @@ def test_trainer_on_the_gpu(tmp_path):
     assert losses(ours) == pytest.approx(losses(plain), rel=2e-2)
     log = next(log for log in ours.state.log_history if "loss" in log)
     assert 0 < log["lemo/peak_memory_gib"] < 10
+
+
+def test_predictors_on_the_gpu(tmp_path):
+    predictor = make_predictor()
+    rows = torch.randn(2, 70, 32).bfloat16()
+    expected = [network(rows) for network in predictor.attention]
+    for network, scores in zip(predictor.cuda().attention, expected, strict=True):
+        torch.testing.assert_close(network(rows.cuda()).cpu(), scores, rtol=1e-4, atol=1e-4)
+    predictor.save_pretrained(tmp_path / "predictor")
+    config = LeMoConfig(predictor=tmp_path / "predictor", block_size=8, agree_across_layers=False)
+    options = {"use_cpu": False, "bf16": True}
+    first, second = (make_trainer(tmp_path / "run", config, **options) for _ in range(2))
+    assert losses(first) == losses(second)
+    log = next(log for log in first.state.log_history if "loss" in log)
+    assert 0.4 < log["lemo/attention_retention"] < 0.7
 
 
 def test_offloaded_checkpoints_are_kept_rows(tmp_path):

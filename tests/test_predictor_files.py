@@ -418,10 +418,44 @@ def test_the_card_says_what_was_measured(tmp_path):
     for layer, share in ((1, "25.0%"), (2, "50.0%")):
         parameters = sum(p.numel() for p in predictor.attention[layer].parameters())
         assert f"| {layer} | {parameters:,} | {share} |" in text
-    assert "| 0 | dense |  |" in text
+    assert "| 0 | none |  |" in text
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert eval(code.split("lemo_config = ")[1].split("\n")[0]).block_size == 8
+    line = code.split("lemo_config = ")[1].split("\n")[0]
+    config = eval(line.replace("me/it", str(tmp_path / "card")))
+    assert config.block_size == 8
+    apply_lemo(make_model("llama"), config)
+    own = text.split("Settings of your own: `")[1].split("`")[0]
+    assert eval(own.replace("...", "dense_first_layers=1")).predictor == "me/it"
+
+
+def test_weak_layers_are_left_out(tmp_path):
+    def row(documents, head, policy, layers):
+        facts = {"documents": documents, "head": head, "policy": policy, "retention": 0.5}
+        return {**facts, "mean": 0.9, "least": min(layers), "layers": layers}
+
+    recall = [
+        row("books", "attention", "predictor", [0.8, 0.95, 0.97, 0.96]),
+        row("code", "attention", "predictor", [0.99, 0.95, 0.89, 0.96]),
+        row("code", "attention", "random", [0.5, 0.5, 0.5, 0.5]),
+        row("code", "mlp", "predictor", [0.9, 0.9, 0.9, 0.5]),
+    ]
+    predictor = make_predictor(mlp=True, recall=recall)
+    weak = predictor.weak_layers(0.9)
+    assert weak == {"attention": [0, 2], "mlp": [3]}
+    assert predictor.weak_layers(0.5) == {"attention": [], "mlp": []}
+    less = predictor.without(weak)
+    assert [network is None for network in less.attention] == [True, False, True, False]
+    assert [network is None for network in less.mlp] == [False, False, False, True]
+    assert less.attention[1] is predictor.attention[1] and less.weak_layers(0.9)["mlp"] == []
+    assert less.recommended.dense_first_layers == 1
+    less.save_pretrained(tmp_path)
+    lemo = apply_lemo(make_model("llama"), LeMoConfig.from_pretrained(tmp_path))
+    assert lemo.rules[0] is None and lemo.predictor.same_as(less)
+    with pytest.raises(ValueError, match=r"at retention 0.3 was not measured \(measured: \[0.5\]"):
+        predictor.weak_layers(0.9, retention=0.3)
+    with pytest.raises(ValueError, match="None for .* but not for all"):
+        predictor.without({"attention": [0, 1, 2, 3]})
 
 
 def test_a_card_without_measurements_has_no_numbers(saved):

@@ -1,0 +1,140 @@
+"""`lemo calibrate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lemo_hf.cli.options import (
+    Dataset,
+    Device,
+    DType,
+    Dtype,
+    MaxPositions,
+    Model,
+    RopeParameters,
+    Rows,
+    Split,
+    TextColumn,
+    Tokens,
+    TrustRemoteCode,
+    load_model,
+    load_rows,
+)
+from lemo_hf.config import LeMoConfig
+
+
+def calibrate(
+    model: Model,
+    dataset: Dataset,
+    output: Annotated[Path, typer.Option(help="Directory for lemo_config.json.")],
+    retention: Annotated[
+        float | None, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")
+    ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: what forward and backward over one row may take, weights and gradients "
+            "included, optimizer not. On a CPU: bytes saved for the backward."
+        ),
+    ] = None,
+    thresholds: Annotated[
+        bool, typer.Option("--thresholds", help="Calibrate score thresholds, not shares.")
+    ] = False,
+    config: Annotated[
+        str | None, typer.Option(help="Directory or Hub id of the lemo_config.json to start from.")
+    ] = None,
+    predictor: Annotated[
+        str | None, typer.Option(help="Learned predictors: directory, Hub id or 'auto'.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    tokens: Tokens = 8192,
+    rows: Rows = 8,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Measure memory with it.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = DType.auto,
+    rope_parameters: RopeParameters = None,
+    max_position_embeddings: MaxPositions = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
+    ] = False,
+) -> None:
+    """Find what each layer should keep of text like yours, and write it as a LeMoConfig."""
+    if (retention is None) == (memory_gib is None):
+        raise ValueError("give one of --retention and --memory-gib.")
+    if thresholds and memory_gib is not None:
+        raise ValueError("--thresholds needs --retention: what they keep depends on the text.")
+    start = _start_config(config, predictor, block_size)
+
+    from lemo_hf.allocate import allocate_memory, allocate_retention
+    from lemo_hf.calibrate import calibrate_thresholds
+
+    lm, tokenizer = load_model(
+        model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code
+    )
+    samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, not as_json)
+    progress = {"progress": not as_json}
+    if thresholds:
+        found = calibrate_thresholds(lm, samples, start, retention, **progress)
+        result = {"dense_loss": found.dense_loss, "history": found.history}
+    else:
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+        if memory_gib is not None:
+            found = allocate_memory(lm, samples, start, memory_gib, **progress)
+        else:
+            found = allocate_retention(lm, samples, start, retention, **progress)
+        result = {"dense_loss": found.dense_loss, "loss_rises": found.loss_rises}
+    save(found.config, lm.config, output)
+    if as_json:
+        print(json.dumps({**result, "config": found.config.to_dict()}))
+        return
+    kept = found.config.threshold if thresholds else found.config.retention
+    name = "thresholds" if thresholds else "retention"
+    values = kept if isinstance(kept, tuple) else (kept,)
+    print(f"{name}: {' '.join(f'{value:.3g}' for value in values)}")
+    print(f"loss of the dense model: {found.dense_loss:.4f} nats a label")
+    if thresholds:
+        first, last = found.history[0], found.history[-1]
+        print(
+            f"rise above it: {first['loss_rise']:.4f} with one threshold, {last['loss_rise']:.4f} "
+            f"with one each; mean retention {last['retention']:.3f}"
+        )
+    else:
+        rises = ", ".join(f"{name} {rise:.4f}" for name, rise in found.loss_rises.items())
+        print(f"rise above it: {rises}; the lowest was taken")
+    print(f"Wrote {output / 'lemo_config.json'}: LeMoConfig.from_pretrained({str(output)!r})")
+
+
+def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
+    """Write ``config``, and the predictors that it names, so that ``output`` is all one needs."""
+    if config.predictor is None:
+        config.save_pretrained(output)
+        return
+    from lemo_hf.load_predictor import load_predictor
+
+    load_predictor(config, model_config).save_files(output, config)
+
+
+def _start_config(source: str | None, predictor: str | None, block_size: int | None) -> LeMoConfig:
+    from lemo_hf.files import CONFIG_NAME, find_files
+
+    given = {} if block_size is None else {"block_size": block_size}
+    if predictor not in (None, "auto"):
+        if source is not None:
+            raise ValueError("--predictor brings a config of its own: leave out --config.")
+        find_files(predictor, [CONFIG_NAME])
+        source = predictor
+    elif predictor is not None:
+        given["predictor"] = predictor
+    start = LeMoConfig() if source is None else LeMoConfig.from_pretrained(source)
+    if "predictor" in given:
+        given["policy"] = None
+    return dataclasses.replace(start, **given)

@@ -1,0 +1,279 @@
+"""`lemo eval perplexity`, `lemo eval longbench` and `lemo eval retrieval`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lemo_hf.cli.options import (
+    Adapter,
+    AsJson,
+    Dataset,
+    Device,
+    DType,
+    Dtype,
+    MaxPositions,
+    Model,
+    RopeParameters,
+    RopeType,
+    Split,
+    TextColumn,
+    TrustRemoteCode,
+    load_model,
+)
+
+app = typer.Typer(
+    help="Evaluate a model, with or without an adapter: dense, whatever it was trained with.",
+    no_args_is_help=True,
+)
+
+Output = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
+Plot = Annotated[Path | None, typer.Option(help="PNG file for the picture.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass, on each device.")]
+
+
+class Protocol(StrEnum):
+    """Of perplexity."""
+
+    sliding = "sliding"
+    longlora = "longlora"
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    dataset: Dataset,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 8192,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Between windows; default: half a window, 256 for longlora."),
+    ] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="sliding: each token once. longlora: windows as a whole.")
+    ] = Protocol.sliding,
+    buckets: Annotated[int, typer.Option(min=1, help="Ranges of positions to tell apart.")] = 8,
+    max_documents: Annotated[int | None, typer.Option(min=1, help="The first ones.")] = None,
+    adapter: Adapter = None,
+    split: Split = "test",
+    text_column: TextColumn = "text",
+    batch_size: BatchSize = 1,
+    rope_type: RopeType = None,
+    output: Output = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = DType.auto,
+    rope_parameters: RopeParameters = None,
+    max_position_embeddings: MaxPositions = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of whole documents, in all and by position; of text or .bin files (uint16)."""
+    from accelerate import PartialState
+
+    from lemo_hf.eval.perplexity import perplexity as measure
+
+    lm, tokenizer = load_model(
+        *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
+        adapter=adapter,
+        rope_type=rope_type,
+        length=max_length,
+    )
+    found = measure(
+        lm,
+        _token_documents(dataset, split, text_column, tokenizer, max_documents),
+        max_length=max_length,
+        stride=stride,
+        protocol=protocol.value,
+        batch_size=batch_size,
+        buckets=buckets,
+        progress=not as_json,
+    )
+    if not PartialState().is_main_process:
+        return
+    result = {"model": model, "adapter": adapter, "dataset": list(dataset), **found.to_dict()}
+    if plot is not None:
+        from lemo_hf.eval.plots import plot_loss_by_position
+
+        plot_loss_by_position({adapter or model: found.by_position}, plot)
+    _report(result, output, as_json, plot)
+    if not as_json:
+        print(
+            f"perplexity {found.perplexity:.4f} ({found.loss:.4f} nats a token), "
+            f"{found.tokens:,} tokens of {found.documents} documents; protocol {found.protocol}, "
+            f"windows of {found.max_length:,}, stride {found.stride:,}"
+        )
+        for row in found.by_position:
+            print(
+                f"  tokens of context {row['first']:>7,} to {row['last']:>7,}: "
+                f"{row['perplexity']:.4f}"
+            )
+
+
+@app.command()
+def longbench(
+    output: Annotated[Path, typer.Option(help="Directory for predictions; resumed if begun.")],
+    model: Annotated[str | None, typer.Option(help="Causal LM: Hub id or directory.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Of the 21 (13 with --extended); repeatable; all.")
+    ] = None,
+    score_only: Annotated[
+        bool, typer.Option("--score-only", help="Score the predictions that lie in --output.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Folder or zip of the data; default: from the Hub.")
+    ] = None,
+    extended: Annotated[bool, typer.Option("--extended", help="LongBench-E.")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a prompt; default: what the context holds.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="The first rows of a task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option(help="Use the tokenizer's, where the benchmark does.")
+    ] = True,
+    adapter: Adapter = None,
+    batch_size: BatchSize = 1,
+    device: Device = None,
+    dtype: Dtype = DType.auto,
+    rope_parameters: RopeParameters = None,
+    max_position_embeddings: MaxPositions = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer LongBench and score the answers, as its own scripts do; or score a folder alone."""
+    if score_only:
+        from lemo_hf.eval.longbench_score import score_folder
+
+        scores = score_folder(output, extended=extended)
+    elif model is None:
+        raise ValueError("give --model, or --score-only to score what lies in --output.")
+    else:
+        from accelerate import PartialState
+
+        from lemo_hf.eval.longbench import run_longbench
+
+        lm, tokenizer = load_model(
+            *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
+            adapter=adapter,
+        )
+        scores = run_longbench(
+            lm,
+            tokenizer,
+            output,
+            task or None,
+            data=data,
+            extended=extended,
+            max_length=max_length,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            max_rows=max_rows,
+            progress=not as_json,
+        )
+        if not PartialState().is_main_process:
+            return
+    if as_json:
+        print(json.dumps(scores))
+        return
+    for name, score in scores.items():
+        buckets = score.items() if isinstance(score, dict) else [("", score)]
+        print(f"{name:22}" + "".join(f"{bucket:>6} {value:6.2f}" for bucket, value in buckets))
+    print(f"Wrote {output / 'result.json'}")
+
+
+@app.command()
+def retrieval(
+    model: Model,
+    dataset: Dataset,
+    length: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens a row; repeatable; default 2K to 8K.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the text before the needle; repeatable; default 0 to 1."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows for each length and depth.")] = 8,
+    keys: Annotated[int, typer.Option(min=1, help="Lines with a key; one is asked for.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of keys, values and places.")] = 0,
+    adapter: Adapter = None,
+    split: Split = "test",
+    text_column: TextColumn = "text",
+    batch_size: BatchSize = 1,
+    rope_type: RopeType = None,
+    output: Output = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = DType.auto,
+    rope_parameters: RopeParameters = None,
+    max_position_embeddings: MaxPositions = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask for lines hidden in real text, at chosen lengths and depths (needle in a haystack)."""
+    from accelerate import PartialState
+
+    from lemo_hf.eval.needles import needle_rows
+    from lemo_hf.eval.retrieval import retrieval as measure
+    from lemo_hf.text_rows import load_documents
+
+    lengths = length or [2048, 4096, 8192]
+    lm, tokenizer = load_model(
+        *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
+        adapter=adapter,
+        rope_type=rope_type,
+        length=max(lengths),
+    )
+    main = PartialState().is_main_process
+    rows = needle_rows(
+        load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column),
+        tokenizer,
+        lengths=lengths,
+        depths=depth or [0.0, 0.25, 0.5, 0.75, 1.0],
+        samples=samples,
+        keys=keys,
+        seed=seed,
+        progress=main and not as_json,
+    )
+    found = measure(lm, rows, batch_size=batch_size, progress=not as_json)
+    if not main:
+        return
+    result = {"model": model, "adapter": adapter, "dataset": list(dataset), "keys": keys}
+    if plot is not None:
+        from lemo_hf.eval.plots import plot_retrieval
+
+        plot_retrieval(found, plot)
+    _report({**result, "seed": seed, **found.to_dict()}, output, as_json, plot)
+    if not as_json:
+        print(found.format_table())
+
+
+def _token_documents(
+    dataset: Sequence[str], split: str, text_column: str, tokenizer: Any, most: int | None
+) -> Iterator[Sequence[int]]:
+    """Token ids of each document; a .bin file is one."""
+    from itertools import islice
+
+    from lemo_hf.eval.token_files import read_token_file
+    from lemo_hf.text_rows import load_documents
+
+    binary = [path for path in dataset if path.endswith(".bin")]
+    if binary and len(binary) < len(dataset):
+        raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
+    if binary:
+        return (read_token_file(path) for path in binary[:most])
+    texts = load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column)
+    return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))
+
+
+def _report(result: dict[str, Any], output: Path | None, as_json: bool, plot: Path | None) -> None:
+    """The result on stdout or in a file, and what was written."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(result))
+        return
+    for path in (output, plot):
+        if path is not None:
+            print(f"Wrote {path}")

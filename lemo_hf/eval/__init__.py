@@ -1,0 +1,1 @@
+"""Evaluation of models, LeMo or not: perplexity, LongBench, retrieval."""

@@ -1,0 +1,87 @@
+"""Greedy continuations of prompts of different lengths, as a batch."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from lemo_hf.patch import transformers_model
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    min_new_tokens: int = 0,
+    stop_tokens: Collection[int] = (),
+) -> list[str]:
+    """What the model writes after each prompt, token by token the most likely one.
+
+    Nothing of the model's generation config is used but its end tokens: no sampling, and no
+    penalty, which would count the padding of shorter prompts as text. A row's result is therefore
+    the same whatever else is in the batch, to the rounding of the model's dtype.
+
+    Args:
+        model: A causal LM or a PEFT model around one, in evaluation mode.
+        tokenizer: Of the model.
+        prompts: Token ids, one list a prompt; shorter ones are padded on the left.
+        max_new_tokens: At most that many tokens are written.
+        min_new_tokens: At least that many, before which no end or stop token is.
+        stop_tokens: A row ends with one of these too, beside the end tokens of the tokenizer and
+            the model.
+
+    Returns:
+        The new text of each row, without special tokens; a stop token that is text is part of it.
+
+    Raises:
+        ValueError: A prompt is empty.
+    """
+    if not prompts:
+        return []
+    if not all(prompts):
+        raise ValueError("a prompt without a token cannot be continued.")
+    inner = transformers_model(model)
+    ends = {*_end_tokens(inner, tokenizer), *stop_tokens}
+    longest, device = max(map(len, prompts)), inner.get_input_embeddings().weight.device
+    # Padding is masked, so that any token serves as such.
+    ids = torch.full((len(prompts), longest), next(iter(ends), 0))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens or None,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,  # Trainer leaves models with use_cache=False
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=next(iter(ends), 0),
+    )
+    # generate fills what a config leaves open from the model's own.
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+    finally:
+        inner.generation_config = own
+    new = out[:, longest:].tolist()
+    return [tokenizer.decode(_ended(row, ends), skip_special_tokens=True) for row in new]
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    of_model = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return tokens - {None}
+
+
+def _ended(row: list[int], ends: set[int]) -> list[int]:
+    """Up to the first end token; behind it there is padding."""
+    first = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[: first + 1]

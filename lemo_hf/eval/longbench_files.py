@@ -1,0 +1,96 @@
+"""What a run of LongBench keeps on disk: its settings, and predictions that only grow."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lemo_hf.eval.longbench_score import SETTINGS_NAME
+from lemo_hf.files import read_json, whole_file, write_json
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make ``folder`` the one of runs with these ``settings``, in its ``settings.json``.
+
+    Raises:
+        ValueError: It holds results of other settings, or of unknown ones.
+    """
+    path = folder / SETTINGS_NAME
+    settings = json.loads(json.dumps(settings, default=str))  # as they will be read
+    if path.is_file():
+        there = read_json(path).get("settings", {})
+        wrong = [
+            f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
+            for name in {**settings, **there}
+            if there.get(name) != settings.get(name)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{folder} holds results of other settings: {', '.join(wrong)}. Give another "
+                "folder, or remove this one."
+            )
+        return
+    if any(folder.glob("*.jsonl")):
+        raise ValueError(
+            f"{folder} has predictions but no {SETTINGS_NAME}: how they were made is not known. "
+            "Give another folder; score_folder scores those."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, {"settings": settings, "rows": {}})
+
+
+def resume(path: Path, rows: Sequence[dict[str, Any]], batch_size: int) -> int:
+    """Rows whose predictions ``path`` has; what an interruption left of the next ones is cut off.
+
+    So is a batch that is there in part: its rows are to be answered together, as if nothing had
+    happened.
+
+    Args:
+        path: ``{task}.jsonl``, in a folder that was claimed.
+        rows: All that are to be answered.
+        batch_size: Rows that are answered together.
+
+    Raises:
+        ValueError: The file has a broken line, or its predictions are not of these rows.
+    """
+    _expect(path, len(rows))
+    if not path.exists():
+        return 0
+    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was torn
+    again = f"Remove {path} to answer all its rows again."
+    if len(lines) > len(rows):
+        raise ValueError(f"there are {len(lines)} predictions of {len(rows)} rows. {again}")
+    for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
+        try:
+            same = json.loads(line)["answers"] == row["answers"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} is no prediction: {error!r}. {again}") from error
+        if not same:
+            raise ValueError(f"line {number} has other answers than the data. {again}")
+    done = len(lines) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
+    with path.open("rb+") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[:done]))
+    return done
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]], predictions: Sequence[str]) -> None:
+    """Add ``predictions`` of ``rows`` in the benchmark's format, and flush them."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        for row, prediction in zip(rows, predictions, strict=True):
+            line = {"pred": prediction}
+            line |= {name: row[name] for name in ("answers", "all_classes", "length")}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _expect(path: Path, rows: int) -> None:
+    """Note how many rows there will be, so that a score of fewer is known as such."""
+    settings = path.parent / SETTINGS_NAME
+    values = read_json(settings)
+    if values["rows"].get(path.stem) != rows:
+        values["rows"][path.stem] = rows
+        _write(settings, values)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    with whole_file(path) as written:
+        write_json(written, values)

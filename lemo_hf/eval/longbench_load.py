@@ -1,0 +1,145 @@
+"""LongBench's rows: from the Hub's data.zip, a copy of it, or a folder of JSON lines."""
+
+import gzip
+import json
+import lzma
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from lemo_hf.eval.longbench_tasks import choose_tasks
+
+REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
+FIELDS = {"input": str, "context": str, "answers": list, "length": int}
+_OPENERS = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+
+
+def load_task(
+    task: str,
+    data: str | os.PathLike | None = None,
+    *,
+    extended: bool = False,
+    revision: str | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of one task.
+
+    Args:
+        task: Name of the task.
+        data: Folder with ``{task}.jsonl``, .jsonl.xz or .jsonl.gz, in itself or in its ``data/``; a
+            copy of the benchmark's data.zip; or None, to get that from the Hub. Archives are read
+            as they are, nothing is unpacked to disk.
+        extended: The rows of LongBench-E, ``{task}_e.jsonl``.
+        revision: Branch, tag or commit of the Hub's data set.
+
+    Returns:
+        The rows in their order, with all their fields: ``input``, ``context``, ``answers``,
+        ``length``, ``all_classes`` (None where a task has no classes) and others.
+
+    Raises:
+        OSError: There is no such folder or file, or the Hub cannot be reached.
+        ValueError: There is no such task, no row of it, or a row lacks a field.
+    """
+    choose_tasks([task], extended=extended)
+    if data is not None and revision is not None:
+        raise ValueError(f"revision {revision!r} is one of the Hub's data, but data is given.")
+    name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
+    path = Path(_download(revision)) if data is None else Path(data)
+    if path.is_dir():
+        path = _file_of(path, name)
+        with _OPENERS[path.suffix](path, "rb") as file:
+            rows = list(read_rows(file, path))
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive, _member(archive, name, path) as file:
+            rows = list(read_rows(file, f"{name} of {path}"))
+    elif path.exists():
+        raise ValueError(f"{path} is neither a folder nor a zip archive of LongBench's data.")
+    else:
+        raise FileNotFoundError(f"there is no folder or archive {os.fspath(path)!r}.")
+    if not rows:
+        raise ValueError(f"{name} of {path} has no row.")
+    for number, row in enumerate(rows, 1):
+        check_fields(row, {**FIELDS, "all_classes": list | None}, f"{name}, row {number}")
+    return rows
+
+
+def read_rows(file: Iterable[bytes], name: Any) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines; empty lines are skipped.
+
+    Args:
+        file: Open for reading bytes.
+        name: What it is called in messages.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number} is no valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}, line {number} must be an object, got {type(row).__name__}.")
+        yield row
+
+
+def check_fields(row: dict[str, Any], fields: dict[str, Any], where: str) -> None:
+    """Whether a row has ``fields``, each of its type.
+
+    Raises:
+        ValueError: It lacks one, or has it in another type.
+    """
+    for name, kind in fields.items():
+        if name not in row:
+            raise ValueError(f"{where} has no field {name!r}, its fields are: {', '.join(row)}.")
+        if not isinstance(row[name], kind):
+            expected = getattr(kind, "__name__", kind)
+            raise ValueError(
+                f"{where}: {name!r} must be {expected}, got {type(row[name]).__name__}."
+            )
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    names = [name, f"{name}.xz", f"{name}.gz"]
+    places = [place / name for place in (folder, folder / "data") for name in names]
+    found = [path for path in places if path.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no {name} in {os.fspath(folder)!r}, in its folder data, or compressed as "
+            ".xz or .gz."
+        )
+    return found[0]
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> BinaryIO:
+    for member in archive.namelist():
+        if PurePosixPath(member).name == name:
+            return archive.open(member)
+    raise FileNotFoundError(f"the archive {os.fspath(path)!r} has no {name}.")
+
+
+def _download(revision: str | None) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return huggingface_hub.hf_hub_download(
+            REPOSITORY, ARCHIVE, repo_type="dataset", revision=revision
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{ARCHIVE} of {REPOSITORY!r}{at} is not in the Hub's cache, and the Hub cannot be "
+            "reached or HF_HUB_OFFLINE=1 is set: download it once while online, or give data, a "
+            "copy of it or a folder of its files."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"{REPOSITORY!r} has no branch, tag or commit {revision!r}.") from error
+    except Exception as error:  # httpx and httpx2, of either client version, share no base class
+        raise OSError(
+            f"{ARCHIVE} of {REPOSITORY!r}{at} could not be downloaded ({type(error).__name__}: "
+            f"{error}). Try again, or give data, a copy of it or a folder of its files."
+        ) from error

@@ -1,0 +1,71 @@
+"""The tokens that a model gets for a row of LongBench: middle truncation, chat template."""
+
+from typing import Any
+
+from torch import nn
+
+from lemo_hf.eval.longbench_tasks import Task
+from lemo_hf.patch import transformers_model
+
+# The text of the two halves has other tokens where they meet, and may have a few more.
+CUT_TOKENS = 16
+
+
+def prompt_tokens(
+    task: Task, row: dict[str, Any], tokenizer: Any, max_length: int, chat_template: bool = True
+) -> list[int]:
+    """Token ids of the prompt, as the benchmark makes them.
+
+    A prompt of more than ``max_length`` tokens keeps as many from either end, half of them each:
+    what it asks is at its ends. The halves become text again, without special tokens, and that is
+    tokenised. The chat template is put around it after that, beyond ``max_length``.
+
+    Args:
+        task: Whose row it is.
+        row: With ``context`` and ``input``.
+        tokenizer: Of the model.
+        max_length: Tokens from which on the middle is left out.
+        chat_template: Use the tokenizer's chat template, if it has one and the task wants one.
+    """
+    text = task.prompt.format(context=row["context"], input=row["input"])
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) > max_length:
+        half = max_length // 2
+        halves = (ids[:half], ids[-half:])
+        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in halves)
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    if chat_template and uses_chat_template(task, tokenizer):
+        return _as_message(text, tokenizer)
+    return ids
+
+
+def uses_chat_template(task: Task, tokenizer: Any) -> bool:
+    """Whether the task's prompts get one: the task wants it, and the tokenizer has it."""
+    return task.chat_template and getattr(tokenizer, "chat_template", None) is not None
+
+
+def room(task: Task, model: nn.Module, tokenizer: Any, chat_template: bool = True) -> int | None:
+    """Largest ``max_length`` with which prompt and answer fit the model's context for certain.
+
+    The model's ``max_position_embeddings`` less the task's new tokens, the chat template's and
+    `CUT_TOKENS`. None if the model names no context.
+    """
+    context = context_of(model)
+    if context is None:
+        return None
+    around = chat_template and uses_chat_template(task, tokenizer)
+    template = len(_as_message("a", tokenizer)) if around else 0
+    return context - task.max_new_tokens - template - CUT_TOKENS
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Tokens of the model's context by its config, or None."""
+    config = transformers_model(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _as_message(text: str, tokenizer: Any) -> list[int]:
+    message = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens that it wants, a BOS among them.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,133 @@
+"""Scores of LongBench predictions, to the benchmark's own two decimals."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lemo_hf.eval.longbench_load import check_fields, read_rows
+from lemo_hf.eval.longbench_metrics import METRICS
+from lemo_hf.eval.longbench_tasks import TASKS, choose_tasks
+from lemo_hf.files import read_json, whole_file
+
+logger = logging.getLogger(__name__)
+
+RESULT_NAME, SETTINGS_NAME = "result.json", "settings.json"
+# LongBench-E: rows by their length (words, or Chinese characters) below a number.
+BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
+
+
+def score_row(
+    task: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None
+) -> float:
+    """Score of one prediction: the best over its answers, 0 to 1.
+
+    Args:
+        task: Of `TASKS`.
+        prediction: What the model wrote.
+        answers: Each of which would be right.
+        all_classes: Names of the classes, where the task has some.
+
+    Raises:
+        ImportError: The task is Chinese and jieba is not installed.
+        ValueError: The task's metric does not fit the answers or classes.
+    """
+    kind = TASKS[task]
+    if kind.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    extra = (all_classes,) if kind.metric == "classification" else ()
+    return max((METRICS[kind.metric](prediction, x, *extra) for x in answers), default=0.0)
+
+
+def score_rows(
+    task: str, rows: Sequence[dict[str, Any]], *, extended: bool = False
+) -> float | dict[str, float]:
+    """Score of a task: the mean over its rows, in percent with two decimals.
+
+    Args:
+        task: Of `TASKS`.
+        rows: With ``pred``, ``answers`` and ``all_classes``; in the benchmark's own files.
+        extended: A score for each of LongBench-E's `BUCKETS`, by the rows' ``length``; NaN where a
+            bucket has no row.
+
+    Raises:
+        ImportError: The task is Chinese and jieba is not installed.
+        ValueError: There is no such task, no row, or a row lacks a field.
+    """
+    choose_tasks([task], extended=extended)
+    fields = {"pred": str, "answers": list, "all_classes": list | None}
+    fields |= {"length": int} if extended else {}
+    if not rows:
+        raise ValueError(f"there is no prediction of {task} to score.")
+    for number, row in enumerate(rows, 1):
+        check_fields(row, fields, f"{task}, row {number}")
+    # The benchmark's scorer takes the last row's classes for all rows; they are the same.
+    classes = rows[-1]["all_classes"]
+    scores = [score_row(task, row["pred"], row["answers"], classes) for row in rows]
+    if not extended:
+        total = 0.0
+        for score in scores:  # from Python 3.12 on sum rounds otherwise
+            total += score
+        return round(100 * total / len(scores), 2)
+    buckets = {name: [] for name in BUCKETS}
+    for row, score in zip(rows, scores, strict=True):
+        buckets[next(name for name, end in BUCKETS.items() if row["length"] < end)].append(score)
+    # numpy adds up in another order than sum, which the last decimal can show.
+    return {
+        name: round(float(100 * np.mean(scores)), 2) if scores else float("nan")
+        for name, scores in buckets.items()
+    }
+
+
+def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[str, Any]:
+    """Score the predictions in a folder, and write ``result.json`` there.
+
+    Args:
+        folder: With ``{task}.jsonl`` for each task that was run, in the benchmark's own format:
+            ``pred``, ``answers``, ``all_classes`` and ``length`` a line. Made by `run_longbench`,
+            by the benchmark's pred.py or by anything else.
+        extended: They are LongBench-E's (whose files have the same names).
+
+    Returns:
+        What result.json holds: the score by task, or by task and bucket. A bucket without a row is
+        NaN there too, as the benchmark writes it.
+
+    Raises:
+        ImportError: There is a Chinese task and jieba is not installed.
+        OSError: There is no such folder.
+        ValueError: It has no predictions, or a file's name or a row in it is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(folder)!r}.")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        task = path.name.split(".")[0]
+        if task in files:
+            raise ValueError(f"{files[task].name} and {path.name} are both of {task}: remove one.")
+        files[task] = path
+    if not files:
+        raise ValueError(f"{os.fspath(folder)!r} has no predictions, files named {{task}}.jsonl.")
+    scores = {}
+    for task in choose_tasks(list(files), extended=extended):
+        with files[task.name].open("rb") as file:
+            rows = list(read_rows(file, files[task.name]))
+        _warn_if_unfinished(folder, task.name, len(rows))
+        scores[task.name] = score_rows(task.name, rows, extended=extended)
+    with (
+        whole_file(folder / RESULT_NAME) as written,
+        open(written, "w", encoding="utf-8") as file,
+    ):
+        json.dump(scores, file, ensure_ascii=False, indent=4)
+    return scores
+
+
+def _warn_if_unfinished(folder: Path, task: str, rows: int) -> None:
+    if (folder / SETTINGS_NAME).is_file():
+        wanted = read_json(folder / SETTINGS_NAME).get("rows", {}).get(task, rows)
+        if rows < wanted:
+            logger.warning("%s is unfinished: %d of %d rows are scored.", task, rows, wanted)

@@ -1,0 +1,128 @@
+"""LongBench's 21 tasks: what each generates, how it is scored, and the benchmark's own prompts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Prompts and lengths are LongBench's configuration, word for word (MIT, see LICENSE there).
+DATA = Path(__file__).parent / "longbench_data"
+
+_METRICS = {
+    "narrativeqa": "qa_f1",
+    "qasper": "qa_f1",
+    "multifieldqa_en": "qa_f1",
+    "multifieldqa_zh": "qa_f1_zh",
+    "hotpotqa": "qa_f1",
+    "2wikimqa": "qa_f1",
+    "musique": "qa_f1",
+    "dureader": "rouge_zh",
+    "gov_report": "rouge",
+    "qmsum": "rouge",
+    "multi_news": "rouge",
+    "vcsum": "rouge_zh",
+    "trec": "classification",
+    "triviaqa": "qa_f1",
+    "samsum": "rouge",
+    "lsht": "classification",
+    "passage_count": "count",
+    "passage_retrieval_en": "retrieval",
+    "passage_retrieval_zh": "retrieval_zh",
+    "lcc": "code_sim",
+    "repobench-p": "code_sim",
+}
+_CHINESE = {"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"}
+_CODE = {"lcc", "repobench-p"}
+# Few-shot examples and code set the form of the answer: a chat template would break it.
+_PLAIN = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+_FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
+_EXTENDED = {
+    "qasper",
+    "multifieldqa_en",
+    "hotpotqa",
+    "2wikimqa",
+    "gov_report",
+    "multi_news",
+    "trec",
+    "triviaqa",
+    "samsum",
+    "passage_count",
+    "passage_retrieval_en",
+    "lcc",
+    "repobench-p",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of LongBench.
+
+    Attributes:
+        name: The benchmark's.
+        metric: Key of `lemo_hf.eval.longbench_metrics.METRICS`.
+        prompt: Template with ``{context}``, and ``{input}`` where a task asks something.
+        max_new_tokens: Tokens to generate at most.
+        language: ``"en"``, ``"zh"`` or ``"code"``.
+        chat_template: A chat model gets the prompt in its chat template.
+        first_line: Only the prediction's first line is scored.
+        stops_at_newline: Generation ends at a newline, after one token at least.
+        extended: Part of LongBench-E.
+    """
+
+    name: str
+    metric: str
+    prompt: str
+    max_new_tokens: int
+    language: str
+    chat_template: bool
+    first_line: bool
+    stops_at_newline: bool
+    extended: bool
+
+
+def _read(name: str) -> dict:
+    return json.loads((DATA / name).read_text(encoding="utf-8"))
+
+
+def _tasks() -> dict[str, Task]:
+    prompts, lengths = _read("dataset2prompt.json"), _read("dataset2maxlen.json")
+    return {
+        name: Task(
+            name=name,
+            metric=metric,
+            prompt=prompts[name],
+            max_new_tokens=lengths[name],
+            language="zh" if name in _CHINESE else "code" if name in _CODE else "en",
+            chat_template=name not in _PLAIN,
+            first_line=name in _FIRST_LINE,
+            stops_at_newline=name == "samsum",
+            extended=name in _EXTENDED,
+        )
+        for name, metric in _METRICS.items()
+    }
+
+
+TASKS: dict[str, Task] = _tasks()
+
+
+def choose_tasks(names: Sequence[str] | None = None, *, extended: bool = False) -> list[Task]:
+    """Tasks by their names, in the benchmark's order.
+
+    Args:
+        names: Of `TASKS`; None takes all.
+        extended: Only those of LongBench-E.
+
+    Raises:
+        ValueError: A name is unknown, or not of LongBench-E; the names that there are are listed.
+    """
+    known = {name: task for name, task in TASKS.items() if task.extended or not extended}
+    benchmark = "LongBench-E" if extended else "LongBench"
+    names = [names] if isinstance(names, str) else names
+    for name in names or ():
+        if name not in known:
+            raise ValueError(
+                f"{benchmark} has no task {name!r}, its tasks are: {', '.join(known)}."
+            )
+    if names is not None and not names:
+        raise ValueError(f"no task was named: leave tasks out for all {len(known)}.")
+    return [task for name, task in known.items() if names is None or name in names]

@@ -1,0 +1,80 @@
+"""Files of token ids: 16-bit numbers one after the other and nothing else, as LongLoRA's .bin."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+DTYPE = np.dtype("<u2")  # unsigned, 16 bit, little-endian
+LARGEST = np.iinfo(DTYPE).max
+CHUNK = 2**24  # tokens looked at at a time
+
+
+def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
+    """The tokens of a file, in memory only where they are read.
+
+    The format has no header. So nothing tells which tokenizer made a file; ``vocab_size`` finds
+    most files that are not the model's.
+
+    Args:
+        path: The file.
+        vocab_size: Of the model; None: ids are not looked at.
+
+    Returns:
+        ``[N]`` uint16, read-only, mapped to the file: one document, or many in one stream.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be a file of 16-bit numbers, is empty, or has an id that the
+            vocabulary has not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    size = path.stat().st_size
+    if size == 0 or size % DTYPE.itemsize:
+        raise ValueError(
+            f"{path} has {size} bytes: a file of 16-bit token ids has an even number of them, and "
+            "is not empty."
+        )
+    tokens = np.memmap(path, dtype=DTYPE, mode="r")
+    for start in range(0, len(tokens) if vocab_size is not None else 0, CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        place = int(chunk.argmax())
+        if chunk[place] >= vocab_size:
+            raise ValueError(
+                f"{path} has the token {chunk[place]} at {start + place}, the model's vocabulary "
+                f"has {vocab_size}: use a file made with the model's tokenizer."
+            )
+    return tokens
+
+
+def write_token_file(path: str | os.PathLike, documents: Iterable[Sequence[int]]) -> int:
+    """Write documents one after the other; nothing marks where one ends.
+
+    Args:
+        path: The file; replaced when the new one is whole.
+        documents: Token ids of each.
+
+    Returns:
+        Tokens written.
+
+    Raises:
+        ValueError: An id does not fit into 16 bits.
+    """
+    path, written = Path(path), 0
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        for document in documents:
+            ids = np.asarray(document, dtype=np.int64)
+            if len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST:
+                wrong = ids[(ids < 0) | (ids > LARGEST)][0]
+                raise ValueError(
+                    f"the token {wrong} does not fit into 16 bits: this format holds ids up to "
+                    f"{LARGEST}. Pass the ids themselves, or the text."
+                )
+            file.write(ids.astype(DTYPE).tobytes())
+            written += len(ids)
+    part.replace(path)
+    return written

@@ -1,0 +1,214 @@
+"""Pictures of evaluations: what is drawn is what was measured."""
+
+import io
+import math
+import subprocess
+import sys
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from lemo_hf.eval.plots import (
+    loss_by_position_figure,
+    plot_loss_by_position,
+    plot_recall,
+    plot_retrieval,
+    recall_figure,
+    retrieval_figure,
+)
+from lemo_hf.eval.retrieval import Retrieval
+
+
+def measured(lengths, depths, skip=()):
+    cells = []
+    for x, length in enumerate(lengths):
+        for y, depth in enumerate(depths):
+            if (x, y) not in skip:
+                cell = {"length": length, "depth": depth, "samples": 4}
+                cell["accuracy"] = (x * len(depths) + y) / (len(lengths) * len(depths))
+                cells.append({**cell, "token_accuracy": 0.5, "log_probability": -9.0})
+    return Retrieval(cells)
+
+
+def buckets(edges, start=3.0):
+    return [
+        {"first": max(first, 1), "last": last - 1, "loss": start - i / 10}
+        for i, (first, last) in enumerate(pairwise(edges))
+    ]
+
+
+def table(heads=("attention",), retentions=(0.5,), documents=("books",), layers=4):
+    rows = []
+    for head in heads:
+        for retention in retentions:
+            for number, name in enumerate(documents):
+                for policy, mean in (("predictor", 0.9), ("pooled", 0.61), ("random", 0.6)):
+                    values = [mean - number / 10 + layer / 100 for layer in range(layers)]
+                    values[1] = None if policy == "predictor" else values[1]
+                    rows.append({"head": head, "retention": retention, "documents": name})
+                    rows[-1] |= {"policy": policy, "mean": mean - number / 10, "layers": values}
+    return rows
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def inches(path):
+    height, width = imread(path).shape[:2]
+    return width / 150, height / 150
+
+
+def misplaced(figure):
+    """Texts that lie on one another or beyond the edge, as drawn."""
+    figure.savefig(io.BytesIO(), format="png")
+    drawn = [text for axis in figure.axes for text in (*axis.texts, axis.title)]
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        drawn += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+    boxes = {
+        text: text.get_window_extent() for text in drawn if text.get_visible() and text.get_text()
+    }
+    edge = figure.bbox.padded(1)
+    found = [t.get_text() for t, box in boxes.items() if not (box.min >= edge.min).all()]
+    found += [t.get_text() for t, box in boxes.items() if not (box.max <= edge.max).all()]
+    for (a, box), (b, other) in combinations(boxes.items(), 2):
+        if box.overlaps(other):
+            found.append((a.get_text(), b.get_text()))
+    return found
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (4, 5), (20, 11)])
+def test_the_heat_map_has_every_value(columns, rows, tmp_path):
+    lengths = [1000 * i for i in range(1, columns)] + [131072]
+    depths = [i / max(rows - 1, 1) for i in range(rows)]
+    result = measured(lengths, depths)
+    figure = retrieval_figure(result)
+    axis, bar = figure.axes
+    (mesh,) = axis.collections
+    drawn = np.asarray(mesh.get_array()).reshape(rows, columns)
+    assert np.array_equal(drawn, result.grid()) and mesh.get_clim() == (0, 1)
+    assert texts(axis) == [f"{value:.2f}" for line in result.grid() for value in line]
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels == [f"{length:,}" for length in lengths[:-1]] + ["128K"]
+    assert axis.get_yticklabels()[0].get_text() == "0%" and axis.yaxis_inverted()
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0.0", "0.5", "1.0"]
+    assert not misplaced(figure)
+    plot_retrieval(result, tmp_path / "map.png")
+    assert inches(tmp_path / "map.png") == pytest.approx(figure.get_size_inches(), abs=0.01)
+
+
+def test_the_heat_map_leaves_empty_what_was_not_asked():
+    result = measured([1024, 2048], [0.0, 1.0], skip=[(1, 0)])
+    axis = retrieval_figure(result).axes[0]
+    assert texts(axis) == ["0.00", "0.25", "0.75"]
+    drawn = np.ma.masked_invalid(axis.collections[0].get_array()).reshape(2, 2)
+    assert drawn.mask.tolist() == [[False, True], [False, False]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1K", "2K"]
+
+
+def test_loss_lines_are_at_the_middle_of_their_buckets(tmp_path):
+    even = [0, 2048, 4096, 6144, 8192]
+    results = {"dense": buckets(even), "LeMo": buckets(even, 3.2)}
+    figure = loss_by_position_figure(results)
+    (axis,) = figure.axes
+    assert [line.get_label() for line in axis.lines] == ["dense", "LeMo"]
+    for line, result in zip(axis.lines, results.values(), strict=True):
+        assert list(line.get_ydata()) == [bucket["loss"] for bucket in result]
+        assert list(line.get_xdata()) == [1024.0, 3071.5, 5119.5, 7167.5]
+    assert axis.get_xscale() == "linear" and axis.get_xlim() == (0, 8192)
+    assert not misplaced(figure)
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert {"0", "1K", "8K"} <= set(labels)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "LeMo"]
+    plot_loss_by_position(results, tmp_path / "loss.png")
+    assert inches(tmp_path / "loss.png") == (7.5, 4.6)
+
+
+def test_growing_buckets_make_the_axis_logarithmic():
+    edges = [0, *(2**i for i in range(6, 18))]
+    figure = loss_by_position_figure({"base": buckets(edges)})
+    (axis,) = figure.axes
+    assert axis.get_xscale() == "log"
+    middles = [math.sqrt(max(a + 1, 2) * b) for a, b in pairwise(edges)]
+    assert list(axis.lines[0].get_xdata()) == pytest.approx(middles)
+    assert not misplaced(figure)
+    assert "8K" in [label.get_text() for label in axis.get_xticklabels()]
+
+
+def test_recall_has_a_line_for_each_documents_and_baselines(tmp_path):
+    rows = table(("attention", "mlp"), (0.3, 0.5), ("books", "code"))
+    figure = recall_figure(rows)
+    titles = [axis.get_title("left") for axis in figure.axes]
+    assert titles == [f"{h}, retention {r}" for h in ("attention", "mlp") for r in (0.3, 0.5)]
+    for axis in figure.axes:
+        lines = {line.get_label(): line for line in axis.lines}
+        for number, name in enumerate(("books", "code")):
+            y = lines[f"predictor, {name}"].get_ydata()
+            base = 0.9 - number / 10
+            np.testing.assert_allclose(y, [base, np.nan, base + 0.02, base + 0.03])
+        dashed = [line for line in axis.lines if line.get_label().startswith("baselines")]
+        means = [line.get_ydata()[0] for line in dashed]
+        assert means == pytest.approx([0.56, 0.55])  # over both documents
+        assert all(line.get_linestyle() != "-" for line in dashed)
+        assert texts(axis) == ["pooled 0.56", "random 0.55"]
+    assert not misplaced(figure)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [
+        "predictor, books",
+        "predictor, code",
+        "baselines, mean over layers and documents",
+    ]
+    plot_recall(rows, tmp_path / "recall.png")
+    assert inches(tmp_path / "recall.png") == pytest.approx(figure.get_size_inches(), abs=0.01)
+
+
+def test_labels_of_close_baselines_stay_apart_and_in_order():
+    rows = table()
+    for policy, mean in (("position", 0.999), ("previous", 0.998), ("recent", 0.997)):
+        rows.append({**rows[1], "policy": policy, "mean": mean})
+    figure = recall_figure(rows)
+    assert not misplaced(figure)
+    places = {text.get_text().split()[0]: text.xy[1] for text in figure.axes[0].texts}
+    assert sorted(places, key=places.get) == ["random", "pooled", "recent", "previous", "position"]
+    assert max(places.values()) <= 1
+
+
+def test_a_deep_model_and_many_documents():
+    figure = recall_figure(table(documents=tuple(f"set {i}" for i in range(8)), layers=80))
+    assert not misplaced(figure)
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match="no bucket to draw"):
+        loss_by_position_figure({"dense": []})
+    with pytest.raises(ValueError, match="no row of policy 'predictor'"):
+        recall_figure([row for row in table() if row["policy"] != "predictor"])
+
+
+@pytest.mark.parametrize("function", [plot_retrieval, plot_loss_by_position, plot_recall])
+def test_without_matplotlib_the_error_says_what_to_install(function, monkeypatch, tmp_path):
+    arguments = {
+        plot_retrieval: measured([1024], [0.5]),
+        plot_loss_by_position: {"dense": buckets([0, 8])},
+        plot_recall: table(),
+    }
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "lemo-hf\[plot\]"'):
+        function(arguments[function], tmp_path / "none.png")
+
+
+def test_the_module_imports_no_matplotlib_and_drawing_no_pyplot():
+    code = (
+        "import sys, lemo_hf.eval.plots as p\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "p.loss_by_position_figure({'a': [{'first': 1, 'last': 7, 'loss': 2.0}]})\n"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
