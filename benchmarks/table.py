@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
+from plan_table import plan_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -172,6 +173,7 @@ def blocks() -> dict[str, str]:
         "bench_ablation": "\n\n".join(ablations),
         "bench_quality": "\n\n".join(quality),
         "bench_predictor": "\n\n".join(predictors),
+        "plan": plan_table(),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
     }
 

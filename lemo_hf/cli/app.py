@@ -4,8 +4,9 @@ import sys
 
 import typer
 
-from lemo_hf.cli import evaluate
 from lemo_hf.cli.calibrate import calibrate
+from lemo_hf.cli.evaluate import app as evaluations
+from lemo_hf.cli.plan import plan
 from lemo_hf.cli.train_predictor import train_predictor
 
 app = typer.Typer(
@@ -14,9 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (calibrate, train_predictor):
+for command in (plan, calibrate, train_predictor):
     app.command()(command)
-app.add_typer(evaluate.app, name="eval")
+app.add_typer(evaluations, name="eval")
 
 
 def main() -> None:

@@ -1,0 +1,72 @@
+"""The README's table of the memory plan: peaks that `bench_step.py` measured, and predictions."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from steps import SHAPES
+from transformers import LlamaConfig
+
+from lemo_hf import LeMoConfig
+from lemo_hf.plan import GIB, plan
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measured() -> Iterator[tuple[dict, list[dict]]]:
+    """Header and measured rows of every ``bench_step.json``."""
+    for file in sorted(RESULTS.glob("*/bench_step.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        yield content["header"], [row for row in content["rows"] if row["status"] == "ok"]
+
+
+def predicted(header: dict, row: dict) -> float:
+    """GiB that the plan expects where ``row`` was measured."""
+    # Without autocast, as the benchmark's step runs.
+    expected = plan(
+        LlamaConfig(**SHAPES[row["model"]]),
+        None if row["config"] is None else LeMoConfig.from_dict(row["config"]),
+        row["tokens"],
+        lora_rank=header["lora"]["r"],
+        lora_targets=header["lora"]["target_modules"],
+        adapter_dtype=header["lora_dtype"],
+        autocast=False,
+        gradient_checkpointing=row["provider"].endswith("+checkpointing"),
+    )
+    return expected.peak / GIB
+
+
+def plan_table() -> str:
+    """Markdown: a measured configuration a line, and by how much the plan is off at most."""
+    parts = []
+    for header, rows in measured():
+        titles = ["model", "tokens", "step", "measured GiB", "predicted GiB", "difference"]
+        lines = [titles, ["---"] * len(titles)]
+        worst = {"LeMo": 0.0, "HF": 0.0}
+        for row in rows:
+            expected = predicted(header, row)
+            off = expected / row["peak_gib"] - 1
+            kind = "HF" if row["config"] is None else "LeMo"
+            worst[kind] = max(worst[kind], abs(off))
+            lines.append(
+                [
+                    row["model"],
+                    f"{row['tokens'] // 1024}K",
+                    row["provider"].replace("+", " + "),
+                    f"{row['peak_gib']:.2f}",
+                    f"{expected:.2f}",
+                    f"{off:+.1%}".replace("-0.0%", "+0.0%"),
+                ]
+            )
+        count = sum(row["config"] is not None for row in rows)
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(
+            f"Off by at most {worst['LeMo']:.1%} in {count} LeMo configurations and "
+            f"{worst['HF']:.1%} in the other {len(rows) - count}. Peaks of {header['gpu']}, torch "
+            f"{header['torch']}, from `bench_step.json`; `benchmarks/plan_table.py`."
+        )
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(plan_table())

@@ -1,0 +1,256 @@
+"""Bytes that one decoder layer keeps for its backward, and holds while that runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lemo_hf.plan_model import ATTENTION_INPUTS, MLP_INPUTS, ModelShapes
+
+FP32 = 4
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What the stock RMSNorm's backward holds beside the fp32 rows it saved, in fp32 rows: gradients of
+# the product and of the mean, and three of the square (its base, twice that, the result).
+NORM_BACKWARD = 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, in which precision.
+
+    Attributes:
+        rank: Of LoRA; None: all parameters are trained.
+        targets: Names of the adapted linears.
+        weight: Bytes of an element of weights and activations.
+        adapter: Bytes of an adapter's element.
+        copy: Bytes an element of the copy that an adapter keeps of its input; 0: it shares it.
+        through: Bytes of an element inside an adapter.
+        autocast: Whether autocast is on.
+    """
+
+    rank: int | None
+    targets: frozenset[str]
+    weight: int
+    adapter: int
+    copy: int
+    through: int
+    autocast: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelShapes,
+        rank: int | None,
+        targets: Sequence[str] | str,
+        dtype: str,
+        adapter_dtype: str,
+        autocast: bool,
+    ) -> "Trained":
+        """From the arguments of `plan`.
+
+        Raises:
+            ValueError: An adapter is asked for where a layer has no linear.
+        """
+        weight, adapter = BYTES[dtype], BYTES[adapter_dtype]
+        if rank is None:
+            return cls(None, frozenset(), weight, weight, 0, weight, autocast)
+        names = [targets] if isinstance(targets, str) else list(targets)
+        names = list(model.linears) if names == ["all-linear"] else names
+        if not names or not set(names) <= set(model.linears):
+            raise ValueError(
+                f"lora_targets={targets!r}: the linears of a layer are {', '.join(model.linears)} "
+                "(or 'all-linear'); adapters elsewhere are not predicted."
+            )
+        through = weight if autocast else adapter
+        copy = 0 if adapter_dtype == dtype else through
+        return cls(rank, frozenset(names), weight, adapter, copy, through, autocast)
+
+    @property
+    def full(self) -> bool:
+        """All parameters are trained."""
+        return self.rank is None
+
+    def reaches(self, names: Sequence[str]) -> bool:
+        """Whether one of these linears is trained or adapted."""
+        return self.full or not self.targets.isdisjoint(names)
+
+    def shares(self, names: Sequence[str]) -> bool:
+        """Whether one of these linears saves its input itself, not a copy."""
+        return self.reaches(names) and not self.copy
+
+    def inputs(self, names: Sequence[str], width: int, saved: bool = False) -> int:
+        """Bytes a row that linears save of the input ``[..., width]`` they share.
+
+        ``saved`` says that somebody else has saved that input already.
+        """
+        adapted = sum(name in self.targets for name in names)
+        own = adapted * (self.copy * width + (self.rank or 0) * self.through)
+        return own + (self.weight * width if self.shares(names) and not saved else 0)
+
+    def adapters(self, model: ModelShapes) -> int:
+        """Elements of the adapters of one layer."""
+        linears = [linear for name, linear in model.linears.items() if name in self.targets]
+        return sum(self.rank * (linear.width + linear.out) for linear in linears)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a layer runs.
+
+    Attributes:
+        attention: Rows of the batch that its attention reads.
+        mlp: Rows that its MLP reads.
+        sparse: It is LeMo's, with its kernels.
+        apart: The MLP has a kept set of its own.
+        checkpointed: It stores its input and computes the rest again.
+        frozen: Nothing before it needs a gradient.
+    """
+
+    attention: int
+    mlp: int
+    sparse: bool
+    apart: bool
+    checkpointed: bool
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer.
+
+    Attributes:
+        attention: Saved by the attention and its norm.
+        mlp: The same of the MLP.
+        stored: Kept instead of both if the layer is checkpointed, else None.
+        shared: Of what a second forward saves, what is in ``stored`` already.
+        forward: Held by the MLP's forward beside what is saved.
+        backward: By phase: held beside what is saved, and what of that has been freed.
+    """
+
+    attention: int
+    mlp: int
+    stored: int | None
+    shared: int
+    forward: int
+    backward: dict[str, tuple[int, int]]
+
+
+def stock_norm(model: ModelShapes, trained: Trained) -> int:
+    """Bytes a row that transformers' RMSNorm saves: fp32 rows, their factor, perhaps the result."""
+    if not trained.full:
+        return FP32 * (model.hidden + 1)
+    # OLMo 2 multiplies by the weight before it rounds.
+    return FP32 * (model.hidden + 1) + model.hidden * (
+        FP32 if model.norms_behind else trained.weight
+    )
+
+
+def layer_bytes(model: ModelShapes, trained: Trained, rows: Rows) -> LayerBytes:
+    """Bytes of a layer of ``model`` that runs as ``rows`` say."""
+    size, hidden, inner = trained.weight, model.hidden, model.intermediate
+    # A kernel's norm keeps its input's rows and norms them again.
+    norm = hidden * size if rows.sparse else stock_norm(model, trained)
+    attention = _attention(model, trained, rows, norm)
+    active = trained.inputs(("down_proj",), inner)
+    gate = (2 if rows.sparse else 3) * inner * size  # stock: the activated gate too
+    above = norm
+    if rows.frozen and not trained.reaches((*ATTENTION_INPUTS, "o_proj")):
+        above = norm if model.norms_behind else 0  # no gradient goes further than the MLP
+    mlp = above + trained.inputs(model.named(MLP_INPUTS), hidden) + gate + active
+    # Sparse layers read the gradient of their rows out of the stream's.
+    own = hidden * size if rows.sparse else 0
+    # By the time of the gate, the MLP's output projection and a norm behind it are done.
+    held = max(
+        3 * inner * size - active - (norm if model.norms_behind else 0),
+        _adapter_backward(trained, inner, active),
+    )
+    if rows.checkpointed:
+        again = _mlp_forward(model, trained, active, again=True)
+        held = max(held, again + _adapter_gradients(model, trained))
+    grouped = model.key_value < model.query
+    # Gradients of output, queries, keys and values (by query head first, where heads share keys),
+    # and FlashAttention's fp32 sum of the queries'.
+    heads = (2 + 2 * grouped) * model.query + 2 * model.key_value
+    backward = {
+        "backward of an MLP": (rows.mlp * (own + held), 0),
+        "backward of an attention": (
+            rows.attention * (own + heads * size + FP32 * model.query),
+            rows.mlp * mlp,
+        ),
+    }
+    if not rows.sparse and not model.norms_behind:
+        held = rows.mlp * NORM_BACKWARD * FP32 * hidden
+        backward["backward of a norm"] = (held, rows.mlp * (mlp - above))
+    stored, shared = None, 0
+    if rows.checkpointed:
+        stored = (rows.attention + (rows.mlp if rows.apart else 0)) * hidden * size
+        reads_stored = not model.norms_behind or trained.shares(ATTENTION_INPUTS)
+        shared = rows.attention * hidden * size if rows.sparse and reads_stored else 0
+    return LayerBytes(
+        attention=rows.attention * attention,
+        mlp=rows.mlp * mlp,
+        stored=stored,
+        shared=shared,
+        forward=rows.mlp * _mlp_forward(model, trained, active, again=False),
+        backward=backward,
+    )
+
+
+def _attention(model: ModelShapes, trained: Trained, rows: Rows, norm: int) -> int:
+    """Bytes a row that the attention and its norm save."""
+    reads, size = model.named(ATTENTION_INPUTS), trained.weight
+    fused = "qkv_proj" in model.linears
+    if rows.frozen and not trained.reaches(reads):
+        saved = trained.inputs(("o_proj",), model.query)
+        return saved + (norm if model.norms_behind else 0)
+    rotated = model.query + model.key_value
+    saved = (rotated + model.key_value + model.query) * size
+    saved += FP32 * (model.query // model.head)  # the logarithm of the softmax's sum
+    if fused:  # its values are a view that holds the whole projection
+        saved += rotated * size
+    if model.query_norm:
+        groups = rotated // model.head if model.query_norm == "head" else 2
+        saved += FP32 * (rotated + groups)
+        if trained.full:
+            saved += rotated * (FP32 if model.norms_behind else size)
+    # The stock rotary of part of a head leaves a layout whose attention output must be copied.
+    copied = fused and not rows.sparse
+    saved += trained.inputs(("o_proj",), model.query, saved=not copied)
+    saved += trained.inputs(reads, model.hidden)
+    return saved + (0 if rows.frozen and not model.norms_behind else norm)
+
+
+def _mlp_forward(model: ModelShapes, trained: Trained, active: int, again: bool) -> int:
+    """Bytes a row that an MLP's forward holds beside what it saves.
+
+    If it runs ``again``, for the backward, it stops where the last tensor has been saved.
+    """
+    hidden, inner, size = model.hidden, model.intermediate, trained.weight
+    # In the last input projection: an adapter's output, and that scaled.
+    scaled = not trained.full and trained.reaches(MLP_INPUTS)
+    entering = 2 * trained.through * inner - active if scaled else 0
+    # In the output projection: what the MLP read, that projection's input and output, the fp32 copy
+    # that autocast casts once more, the adapter's output, and that scaled.
+    leaving = size * hidden
+    leaving += 0 if trained.shares(MLP_INPUTS) else size * hidden
+    leaving += 0 if trained.shares(("down_proj",)) else size * inner
+    if "down_proj" in trained.targets:
+        leaving += 0 if again else 2 * trained.through * hidden
+        leaving += trained.adapter * inner if trained.copy and trained.autocast else 0
+    return max(entering, leaving)
+
+
+def _adapter_gradients(model: ModelShapes, trained: Trained) -> int:
+    """Bytes a row of gradients at the output of the MLP's adapter, when its forward runs again."""
+    if "down_proj" not in trained.targets:
+        return 0
+    widened = trained.copy and not trained.autocast
+    return model.hidden * (trained.through + (trained.weight if widened else 0))
+
+
+def _adapter_backward(trained: Trained, inner: int, active: int) -> int:
+    """Bytes a row while the gradient of the gate's output comes through the adapter and beside."""
+    if "down_proj" not in trained.targets:
+        return 0
+    widest = 2 * trained.weight  # the adapter's part and the weight's
+    if trained.copy:
+        widest = trained.adapter + trained.weight
+    return max(trained.through * inner, widest * inner - active)

@@ -1,0 +1,330 @@
+"""The memory plan: against measured peaks, every allocation of tiny steps, and its own rules."""
+
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_model
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+
+from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.measure import saved_bytes
+from lemo_hf.plan import WORKSPACES, longest, plan
+from lemo_hf.plan_layer import Rows, Trained, layer_bytes
+from lemo_hf.plan_model import PLANNED, ModelShapes
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from plan_table import measured, plan_table, predicted
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+KERNELS = (
+    "norm._gather_norm_forward",
+    "norm._gather_norm_backward",
+    "scatter_add._scatter_kernel",
+    "rotary._rotary_kernel",
+    "gated_activation._gated_forward",
+    "gated_activation._gated_backward",
+    "segment_cross_entropy._segment_kernel",
+)
+CASES = [(header, row) for header, rows in measured() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    CASES,
+    ids=[f"{row['model']}-{row['tokens']}-{row['provider']}" for _, row in CASES],
+)
+def test_measured_peaks(header, row):
+    assert predicted(header, row) == pytest.approx(row["peak_gib"], rel=0.03)
+
+
+def test_the_table_has_every_measured_configuration():
+    assert sum(row["config"] is not None for _, row in CASES) >= 10
+    lines = [line for line in plan_table().splitlines() if line.startswith("| Llama")]
+    assert len(lines) == len(CASES)
+    for (_, row), line in zip(CASES, lines, strict=True):
+        assert f"| {row['peak_gib']:.2f} |" in line
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of storages that were alive at once, but for those that exist already."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+        for tensor in existing:
+            self.alive.add(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The CPU takes the functions of the kernels, whose launches do nothing: sizes are what count.
+
+    What is allocated around a launch is the same as on a GPU.
+    """
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
+    for kernel in KERNELS:
+        monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
+
+
+def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **options):
+    """A small bf16 model of the proportions of large ones, with LoRA unless ``targets`` is None."""
+    if family == "smollm3":
+        options["no_rope_layers"] = [1, 0, 1][:layers]
+    if family == "mistral":
+        options["sliding_window"] = None
+    if family == "phi3" and targets == QKVO:
+        targets = ("qkv_proj", "o_proj")
+    sizes = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "head_dim": 8}
+    sizes |= {"vocab_size": 64, "tie_word_embeddings": False, "num_hidden_layers": layers}
+    model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
+    config = model.config
+    if targets is not None:
+        settings = LoraConfig(
+            r=8, target_modules=targets if targets == "all-linear" else [*targets]
+        )
+        wide = adapter_dtype == "float32"
+        model = get_peft_model(model, settings, autocast_adapter_dtype=wide).train()
+    return model, config, targets
+
+
+def check_step(
+    lemo, family="llama", tokens=512, rows=1, checkpointing=False, autocast=False, **options
+):
+    """The plan against all allocations of one forward and backward pass."""
+    model, config, targets = tiny(family, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lemo is not None:
+        lemo = LeMoConfig(policy="recent", block_size=16, **lemo)
+        apply_lemo(model, lemo)
+    parameters = list(model.parameters())
+    ids = torch.randint(64, (rows, tokens))
+    with Allocations([*parameters, *model.buffers()]) as allocations:
+        ids = ids.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    expected = plan(
+        config,
+        lemo,
+        tokens,
+        batch_size=rows,
+        lora_rank=None if targets is None else 8,
+        lora_targets=targets or (),
+        adapter_dtype=options.get("adapter_dtype", "bfloat16"),
+        autocast=autocast,
+        gradient_checkpointing=checkpointing,
+    )
+    parts = expected.parts
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    assert parts["optimizer states"] == 2 * trained
+    existing = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
+    assert expected.peak - existing == pytest.approx(allocations.peak, rel=0.035)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lemo", [{"retention": 0.5}, None], ids=["lemo", "stock"])
+@pytest.mark.parametrize("family", PLANNED)
+def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
+    check_step(lemo, family, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lemo", [{"retention": 0.5}, None], ids=["lemo", "stock"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": "all-linear"},
+        {"targets": "all-linear", "adapter_dtype": "float32"},
+        {"targets": "all-linear", "adapter_dtype": "float32", "autocast": True},
+        {"adapter_dtype": "float32", "autocast": True},
+        {"targets": ("q_proj", "v_proj")},
+        {"targets": ("gate_proj", "up_proj", "down_proj")},
+        {"targets": None},
+        {"targets": None, "tie_word_embeddings": True},
+        {"targets": None, "vocab_size": 1024, "autocast": True},
+        {"vocab_size": 1024},
+    ],
+    ids=str,
+)
+def test_what_is_trained(options, lemo, checkpointing, launched):
+    check_step(lemo, checkpointing=checkpointing, **options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "lemo",
+    [
+        {"retention": 0.5, "mlp_retention": 0.25},
+        {"retention": 0.5, "mlp_retention": 0.75},
+        {"retention": 0.5, "dense_first_layers": 1, "dense_last_layers": 1},
+        {"retention": (0.25, 0.5, 1.0), "agree_across_layers": False},
+        {"retention": 0.5, "supervise": "all"},
+        {"retention": 0.5, "checkpoint_kept_rows": True},
+        {"retention": 0.3, "segment_size": 32},
+    ],
+    ids=str,
+)
+def test_what_is_left_out(lemo, checkpointing, launched):
+    check_step(lemo, checkpointing=checkpointing)
+
+
+def test_rows_and_lengths(launched):
+    check_step({"retention": 0.5}, rows=3)
+    check_step({"retention": 0.5}, tokens=500, checkpointing=True)
+    check_step(None, tokens=500, rows=2)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
+@pytest.mark.parametrize("family", PLANNED)
+def test_bytes_saved_by_one_more_layer(family, targets, sparse, launched):
+    """To the byte what autograd's hooks see."""
+    tokens, counts = 256, []
+    for layers in (2, 3):
+        model, config, names = tiny(family, layers, targets)
+        if sparse:
+            apply_lemo(model, LeMoConfig(retention=0.5, policy="recent", block_size=16))
+        ids = torch.randint(64, (1, tokens))
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        counts.append(saved_bytes(model, lambda m=model, i=inputs: m(**i).loss))
+    shapes = ModelShapes.of(config)
+    rank = None if names is None else 8
+    trained = Trained.of(shapes, rank, names or (), "bfloat16", "bfloat16", autocast=False)
+    kept = tokens // 2 if sparse else tokens
+    layer = layer_bytes(shapes, trained, Rows(kept, kept, sparse, False, False, False))
+    assert counts[1] - counts[0] == layer.attention + layer.mlp
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", PLANNED)
+def test_parameters(family, tied):
+    biases = {"attention_bias": True, "mlp_bias": True} if family in ("llama", "granite") else {}
+    for extra in ({}, biases):
+        model, config, _ = tiny(family, 2, None, tie_word_embeddings=tied, **extra)
+        assert ModelShapes.of(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters():
+    for family in ("llama", "phi3"):
+        model, config, _ = tiny(family, targets="all-linear")
+        expected = plan(config, None, 64, lora_targets="all-linear", autocast=False)
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert expected.parts["adapters"] == 4 * adapters
+
+
+LLAMA = AutoConfig.for_model("llama")
+
+
+def test_parts_add_up_and_name_the_highest_phase():
+    expected = plan(LLAMA, LeMoConfig(), 8192)
+    assert sum(expected.parts.values()) == expected.peak == max(expected.phases.values())
+    assert expected.phases[expected.phase] == expected.peak
+    assert all(size > 0 for size in expected.parts.values())
+    assert expected.fits(expected.peak / 2**30)
+    assert not expected.fits((expected.peak - 1) / 2**30)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_more_tokens_and_higher_retention_take_more(checkpointing):
+    def peak(retention, tokens):
+        lemo = LeMoConfig(retention=retention)
+        return plan(LLAMA, lemo, tokens, gradient_checkpointing=checkpointing).peak
+
+    by_length = [peak(0.5, tokens) for tokens in range(1000, 40000, 1777)]
+    assert by_length == sorted(set(by_length))
+    by_share = [peak(share / 10, 32768) for share in range(1, 11)]
+    assert by_share == sorted(by_share) and by_share[0] < by_share[-1]
+
+
+def test_less_is_taken_than_by_the_stock_model():
+    for checkpointing in (False, True):
+        stock = plan(LLAMA, None, 16384, gradient_checkpointing=checkpointing).peak
+        sparse = plan(LLAMA, LeMoConfig(), 16384, gradient_checkpointing=checkpointing).peak
+        assert sparse < stock
+
+
+@pytest.mark.parametrize("lemo", [LeMoConfig(retention=0.3, block_size=48), None])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_longest_row_is_the_boundary(lemo, checkpointing):
+    settings = {"gradient_checkpointing": checkpointing}
+    tokens, size = longest(LLAMA, lemo, 40, **settings), 48 if lemo else 64
+    assert tokens % size == 0 and tokens > 0
+    assert plan(LLAMA, lemo, tokens, **settings).fits(40)
+    assert not plan(LLAMA, lemo, tokens + size, **settings).fits(40)
+    assert longest(LLAMA, lemo, 45, reserve_gib=5, **settings) == tokens
+
+
+def test_no_row_fits_beside_the_weights_and_windows_bound_them():
+    assert longest(LLAMA, LeMoConfig(), 5) == 0
+    config = AutoConfig.for_model("mistral", sliding_window=1000)
+    assert longest(config, LeMoConfig(), 70) == 960
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mixtral", {}, "'mixtral' is not predicted"),
+        ("gemma2", {}, "'gemma2' is not predicted"),
+        ("gpt_neox", {}, "'gpt_neox' is not predicted"),
+        ("mistral", {"sliding_window": 512}, "sliding_window=512 is shorter than 1024"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
+        ("llama", {"attn_implementation": "eager"}, "'eager' is not predicted"),
+    ],
+)
+def test_models_that_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(AutoConfig.for_model(kind, **options), LeMoConfig(), 1024)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": 0}, "tokens must be .* got 0"),
+        ({"batch_size": 0}, "batch_size must be .* got 0"),
+        ({"lora_rank": 1.5}, "lora_rank must be .* got 1.5"),
+        ({"lora_targets": ["lm_head"]}, "lora_targets.*lm_head.*q_proj"),
+        ({"lora_targets": []}, "lora_targets"),
+        ({"dtype": "int8"}, "dtype must be .* got 'int8'"),
+        ({"dtype": "float32"}, "autocast of float32"),
+        ({"lemo_config": LeMoConfig(threshold=1.0)}, "threshold=1.0.*retention"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    values = {"lemo_config": LeMoConfig(), "tokens": 1024, **settings}
+    with pytest.raises(ValueError, match=message):
+        plan(LLAMA, values.pop("lemo_config"), values.pop("tokens"), **values)
+    with pytest.raises(ValueError, match="memory_gib=inf"):
+        longest(LLAMA, None, float("inf"))
