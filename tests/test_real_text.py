@@ -12,7 +12,8 @@ from models import loss_and_gradients, relative_error, with_lora
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
+from lemo_hf.recall import recall_table
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
@@ -97,3 +98,23 @@ def test_the_example_script(tmp_path):
     adapted = PeftModel.from_pretrained(load(), tmp_path / "out")
     weights = {n: p for n, p in adapted.named_parameters() if "lora_B" in n}
     assert weights and all(p.abs().max() > 0 for p in weights.values())
+
+
+def test_the_demo_predictor_beats_what_needs_no_training():
+    """On a held-out row: the predictor that the demo uses against the best ranking without one."""
+    config = AutoConfig.from_pretrained(DEMO / "model", use_cache=False)
+    config.rope_parameters |= {"rope_type": "yarn", "factor": 4.0}
+    config.rope_parameters["original_max_position_embeddings"] = 512
+    config.max_position_embeddings = 2048
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", config=config, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    text = (DEMO / "text" / "heldout-oh-money-money.txt").read_text(encoding="utf-8")
+    row = tokenizer(text, verbose=False)["input_ids"][2048:4096]
+    predictor = LeMoPredictor.from_pretrained(DEMO / "predictor")
+    table = recall_table(model, predictor, {"row": [row]}, baselines=("position", "pooled"))
+    mean = {(row["policy"], row["retention"]): row["mean"] for row in table}
+    for retention in (0.3, 0.5):
+        others = max(mean["position", retention], mean["pooled", retention])
+        assert mean["predictor", retention] > others + 0.02
+    files = [(DEMO / "predictor" / name).read_text() for name in ("README.md", "lemo_config.json")]
+    assert not any("/tmp" in text or "/home" in text for text in files)

@@ -40,7 +40,7 @@ TRAINING = dict(
     logging_steps=1,
 )
 # Layers that agree: a kept set of their own for each ends 3.5 % higher than dense here.
-LEMO = LeMoConfig(retention=0.5, policy="pooled", dense_first_layers=2)
+LEMO = LeMoConfig(retention=0.5, predictor=HERE / "predictor", dense_first_layers=2)
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def main() -> None:
             "heldout_rows": len(heldout),
             "lora": LORA,
             "training": TRAINING,
-            "lemo": LEMO.to_dict(),
+            "lemo": LEMO.to_dict() | {"predictor": "examples/demo/predictor"},
         },
         "versions": {
             "python": platform.python_version(),

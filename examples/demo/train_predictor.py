@@ -14,6 +14,7 @@ import transformers
 from setting import HERE, load_model, rows
 from transformers import AutoTokenizer
 
+from lemo_hf.eval.plots import plot_recall
 from lemo_hf.recall import recall_table
 from lemo_hf.train_predictor import PredictorTraining, train_predictor
 
@@ -49,7 +50,12 @@ def main() -> None:
     table = recall_table(model, predictor, {"held-out books": heldout})
     for row in table:
         print(f"{row['policy']:10} {row['retention']} {row['mean']:.3f} {row['least']:.3f}")
-    predictor.with_recall(table).save_pretrained(args.output)
+    picture = args.output / "recall.png"
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot_recall(table, picture)
+    predictor.with_recall(table).save_pretrained(
+        args.output, plot=picture, repo_id="examples/demo/predictor"
+    )
 
 
 if __name__ == "__main__":
