@@ -142,22 +142,13 @@ def check_call(model: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
+def check_trainer(args: Any, parallelism: Any) -> None:
     """Raises ValueError for ways of using several GPUs that would split or copy a sequence.
-
-    Or run a layer again outside its pass, as FSDP's own checkpointing does.
 
     Args:
         args: TrainingArguments.
         parallelism: Accelerate's ParallelismConfig, or None.
-        fsdp: Accelerate's FullyShardedDataParallelPlugin, or None.
     """
-    if getattr(fsdp, "activation_checkpointing", False):
-        raise ValueError(
-            "fsdp_activation_checkpointing=True stores the whole stream of each layer and runs "
-            "the layer again outside its pass. Set it to false and set "
-            "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "

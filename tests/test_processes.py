@@ -1,12 +1,37 @@
 """Several processes, launched as `accelerate launch` does, end where one does."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from hub_client import make_predictor
-from processes import launch
 from safetensors.torch import load_file
 from test_block_predictor import HOW
 
 from lemo_hf import LeMoPredictor
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(script, folder):
+    """Runs ``script`` in one process, then in two."""
+    path = folder / "script.py"
+    path.write_text('import sys\nsys.path.insert(0, "tests")\n' + script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for processes in ("1", "2"):
+        run = ["torch.distributed.run", "--nproc_per_node", processes, "--standalone"]
+        result = subprocess.run(
+            [sys.executable, "-m", *run, str(path), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+
 
 FIT = """
 import torch
