@@ -37,14 +37,33 @@ def find_files(path_or_repo: str | os.PathLike, names: Sequence[str], **hub_kwar
         return [os.path.join(source, name) for name in names]
     paths = []
     for name in names:
-        paths.append(_download(source, name, **hub_kwargs))
+        try:
+            paths.append(download(source, name, "give a directory", **hub_kwargs))
+        except EntryNotFound as error:
+            raise ValueError(f"{error} {_WRITTEN_BY[name]}") from error
         # The other files come from the same commit, whatever is pushed in between.
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", paths[0])
         hub_kwargs["revision"] = commit[1] if commit else hub_kwargs.get("revision")
     return paths
 
 
-def _download(repo: str, name: str, **hub_kwargs) -> str:
+class EntryNotFound(ValueError):
+    """A repository is there, a file of it is not."""
+
+
+def download(repo: str, name: str, otherwise: str, **hub_kwargs) -> str:
+    """Path of one file of a repository in the Hub's cache, downloaded if it is not there.
+
+    Args:
+        repo: Repository id.
+        name: File name.
+        otherwise: What users may do who cannot reach the Hub.
+        **hub_kwargs: For `hf_hub_download`.
+
+    Raises:
+        EntryNotFound: The repository has no such file.
+        OSError: There is no such repository or revision, or it cannot be reached.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -57,17 +76,17 @@ def _download(repo: str, name: str, **hub_kwargs) -> str:
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
             f"{name} of {repo!r}{at} is not in the Hub's cache, and the Hub cannot be reached or "
-            "HF_HUB_OFFLINE=1 is set: download it once while online, or give a directory."
+            f"HF_HUB_OFFLINE=1 is set: download it once while online, or {otherwise}."
         ) from error
     except errors.EntryNotFoundError as error:
-        raise ValueError(f"{repo!r}{at} has no {name}. {_WRITTEN_BY[name]}") from error
+        raise EntryNotFound(f"{repo!r}{at} has no {name}.") from error
     except errors.RevisionNotFoundError as error:
         raise OSError(f"{repo!r} has no branch, tag or commit {revision!r}.") from error
     except Exception as error:  # httpx and httpx2, of either client version, share no base class
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise OSError(
-                f"{repo!r} is no directory, and the Hub shows no model repository of that name. If "
+                f"{repo!r} is no directory, and the Hub shows no repository of that name. If "
                 "it is private or gated, log in (`hf auth login`) or pass a token that may read it."
             ) from error
         raise OSError(

@@ -97,9 +97,7 @@ def token_rows(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     min_tokens = tokens if min_tokens is None else min_tokens
-    bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    start = [bos] if starts_with_bos else []
+    start = start_tokens(tokenizer)
     rows, longest = [], 0
     with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
         for text in documents:
@@ -119,6 +117,12 @@ def token_rows(
             "shorter rows, or use longer documents."
         )
     return rows
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer begins a text with: its BOS token, if it adds one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _builder(path: str) -> str | None:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from lemo_hf.checks import check_intermediate, check_model
 from lemo_hf.config import LeMoConfig
+from lemo_hf.files import whole_file
 from lemo_hf.modes import evaluating
 from lemo_hf.observe import observe
 from lemo_hf.patch import transformers_model
@@ -252,10 +253,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"done": done, "seen": seen, "rows": len(self.rows), "tokens": self.tokens}
         facts |= {"training": dataclasses.asdict(self.how)}
-        part = folder / "state.safetensors.part"
         metadata = {"format": "pt", "state": json.dumps(facts)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
-        part.replace(folder / "state.safetensors")
+        with whole_file(folder / "state.safetensors") as part:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
 
     def load(self, folder: Path) -> int:
         """Take up a state that `save` wrote; steps done, 0 if there is none."""

@@ -63,9 +63,8 @@ def _how_to_use(info: Any, source: str) -> str:
         "```python\n"
         "from lemo_hf import LeMoConfig, LeMoTrainer\n\n"
         f'lemo_config = LeMoConfig.from_pretrained("{source}")\n'
-        "trainer = LeMoTrainer(\n"
-        "    model=model, args=args, train_dataset=dataset, lemo_config=lemo_config\n"
-        ")\n"
+        "trainer = LeMoTrainer("
+        "model=model, args=args, train_dataset=dataset, lemo_config=lemo_config)\n"
         "trainer.train()\n"
         "```\n\n"
         f"Settings of your own: `LeMoConfig({settings}, ...)`."

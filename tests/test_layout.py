@@ -50,7 +50,7 @@ FLOORS = {
     "measure": 7,
     "allocate": 8,
     "calibrate": 9,
-    "eval.token_files": 0,
+    "eval.token_files": 1,
     "eval.weights": 0,
     "eval.longbench_tasks": 0,
     "eval.longbench_metrics": 0,

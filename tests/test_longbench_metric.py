@@ -1,18 +1,16 @@
 """LongBench's scores through the library evaluate."""
 
+import evaluate
 import pytest
 
 from lemo_hf.eval.longbench_score import score_rows
-
-evaluate = pytest.importorskip("evaluate")
+from lemo_hf.eval.metric import LongBenchMetric
 
 
 @pytest.mark.parametrize(
     ("task", "classes"), [("hotpotqa", None), ("gov_report", None), ("trec", ["city", "person"])]
 )
 def test_the_metric_is_the_scorer(task, classes):
-    from lemo_hf.eval.metric import LongBenchMetric
-
     predictions = ["a city\nand more", "The old person of Rome. It rained.", "nothing"]
     answers = [["city"], ["person", "an old person of Rome"], ["something. city"]]
     rows = [
@@ -30,7 +28,5 @@ def test_the_metric_is_the_scorer(task, classes):
 
 
 def test_an_unknown_task_is_refused():
-    from lemo_hf.eval.metric import LongBenchMetric
-
     with pytest.raises(ValueError, match="hotpot"):
         LongBenchMetric("hotpot")

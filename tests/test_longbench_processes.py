@@ -1,24 +1,23 @@
 """LongBench in two processes: they share the rows, and write what one process writes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
-from longbench_rows import DEMO, ROOT, as_lines, row
+from longbench_rows import DEMO, as_lines, row
+from processes import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf.eval.longbench import run_longbench
 
 RUN = """
-import json, sys
+import json
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo_hf.eval.longbench import run_longbench
 state = PartialState(cpu=True)
-folder, demo = sys.argv[1:]
+from longbench_rows import DEMO as demo
+folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(demo)
 calls = []
@@ -32,8 +31,8 @@ try:
 except ValueError as error:
     refused = str(error)
 out = {"result": result, "refused": refused, "worked": bool(calls)}
-json.dump(out, open(f"{folder}/rank{state.process_index}.json", "w"))
-state.destroy_process_group()
+with open(f"{folder}/rank{state.process_index}.json", "w") as file:
+    json.dump(out, file)
 """
 
 
@@ -52,23 +51,9 @@ def test_two_processes_write_what_one_does(tmp_path):
     settings = json.loads((tmp_path / "one" / "settings.json").read_text())
     (two.parent / "settings.json").write_text(json.dumps(settings))
     two.write_bytes(b"".join(one.read_bytes().splitlines(keepends=True)[:3]))
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*run, str(script), str(tmp_path), str(DEMO)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_of_packages()},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(RUN, tmp_path, processes=[2])
     assert two.read_bytes() == one.read_bytes()
     for rank in range(2):
         out = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert out["result"] == result and out["worked"]
         assert "max_length was 64 and is 80" in out["refused"]
-
-
-def path_of_packages():
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

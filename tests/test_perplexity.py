@@ -4,9 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import make_model, with_lora
+from processes import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, apply_lemo
@@ -355,8 +353,7 @@ def test_transformers_own_loss_on_real_text():
 
 
 _TWO = """
-import json, sys
-sys.path.insert(0, "tests")
+import json
 from accelerate import PartialState
 state = PartialState(cpu=True)
 from torch.distributed.device_mesh import init_device_mesh
@@ -378,20 +375,11 @@ for with_head in (False, True):
     results.append(run(model, batch_size=2).to_dict())
 path = f"{sys.argv[1]}/{state.process_index}.json"
 open(path, "w").write(json.dumps(results))
-state.destroy_process_group()
 """
 
 
 def test_two_processes_share_the_windows(tmp_path):
-    (tmp_path / "two.py").write_text(_TWO)
-    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    subprocess.run(
-        [sys.executable, "-m", *launch, str(tmp_path / "two.py"), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_with(ROOT)},
-        check=True,
-        capture_output=True,
-    )
+    launch(_TWO, tmp_path, processes=[2])
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     assert first == second
     model = double_model()
@@ -408,7 +396,3 @@ def test_two_processes_share_the_windows(tmp_path):
         for name in ("loss", "perplexity"):
             assert theirs.pop(name) == pytest.approx(getattr(ours, name), rel=rel)
         assert theirs.items() <= ours.to_dict().items()
-
-
-def path_with(root):
-    return os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))

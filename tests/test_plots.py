@@ -13,11 +13,9 @@ from matplotlib.image import imread
 
 from lemo_hf.eval.plots import (
     loss_by_position_figure,
-    plot_loss_by_position,
-    plot_recall,
-    plot_retrieval,
     recall_figure,
     retrieval_figure,
+    save_figure,
 )
 from lemo_hf.eval.retrieval import Retrieval
 
@@ -97,7 +95,7 @@ def test_the_heat_map_has_every_value(columns, rows, tmp_path):
     assert axis.get_yticklabels()[0].get_text() == "0%" and axis.yaxis_inverted()
     assert [tick.get_text() for tick in bar.get_yticklabels()] == ["0.0", "0.5", "1.0"]
     assert not misplaced(figure)
-    plot_retrieval(result, tmp_path / "map.png")
+    save_figure(figure, tmp_path / "map.png")
     assert inches(tmp_path / "map.png") == pytest.approx(figure.get_size_inches(), abs=0.01)
 
 
@@ -124,7 +122,7 @@ def test_loss_lines_are_at_the_middle_of_their_buckets(tmp_path):
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert {"0", "1K", "8K"} <= set(labels)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "LeMo"]
-    plot_loss_by_position(results, tmp_path / "loss.png")
+    save_figure(figure, tmp_path / "loss.png")
     assert inches(tmp_path / "loss.png") == (7.5, 4.6)
 
 
@@ -162,7 +160,7 @@ def test_recall_has_a_line_for_each_documents_and_baselines(tmp_path):
         "predictor, code",
         "baselines, mean over layers and documents",
     ]
-    plot_recall(rows, tmp_path / "recall.png")
+    save_figure(figure, tmp_path / "recall.png")
     assert inches(tmp_path / "recall.png") == pytest.approx(figure.get_size_inches(), abs=0.01)
 
 
@@ -190,18 +188,18 @@ def test_nothing_to_draw():
         recall_figure([row for row in table() if row["policy"] != "predictor"])
 
 
-@pytest.mark.parametrize("function", [plot_retrieval, plot_loss_by_position, plot_recall])
-def test_without_matplotlib_the_error_says_what_to_install(function, monkeypatch, tmp_path):
+@pytest.mark.parametrize("function", [retrieval_figure, loss_by_position_figure, recall_figure])
+def test_without_matplotlib_the_error_says_what_to_install(function, monkeypatch):
     arguments = {
-        plot_retrieval: measured([1024], [0.5]),
-        plot_loss_by_position: {"dense": buckets([0, 8])},
-        plot_recall: table(),
+        retrieval_figure: measured([1024], [0.5]),
+        loss_by_position_figure: {"dense": buckets([0, 8])},
+        recall_figure: table(),
     }
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "lemo-hf\[plot\]"'):
-        function(arguments[function], tmp_path / "none.png")
+        function(arguments[function])
 
 
 def test_the_module_imports_no_matplotlib_and_drawing_no_pyplot():

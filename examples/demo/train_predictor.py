@@ -1,12 +1,13 @@
 """Train a predictor for the demo's model, and measure its recall.
 
-    python examples/demo/train_predictor.py --output out/predictor
+    python examples/demo/train_predictor.py --output examples/demo/predictor
 
 Quick on a GPU, most of an hour on two CPU cores. It learns from the books that the demo trains on;
 recall is that of the books the demo holds out.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import transformers
 from setting import HERE, load_model, rows
 from transformers import AutoTokenizer
 
-from lemo_hf.eval.plots import plot_recall
+from lemo_hf.eval.plots import recall_figure, save_figure
 from lemo_hf.recall import recall_table
 from lemo_hf.train_predictor import PredictorTraining, train_predictor
 
@@ -36,15 +37,11 @@ def main() -> None:
         for name in ("train", "heldout")
     )
     model = load_model().to("cuda" if torch.cuda.is_available() else "cpu")
-    how = (
-        TRAINING
-        if args.epochs == TRAINING.epochs
-        else PredictorTraining(**{**vars(TRAINING), "epochs": args.epochs})
-    )
+    how = dataclasses.replace(TRAINING, epochs=args.epochs)
     facts = {
         "datasets": [],
         "texts": "examples/demo/text",
-        "command": "python examples/demo/train_predictor.py --output out/predictor",
+        "command": f"python examples/demo/train_predictor.py --output {args.output}",
     }
     predictor = train_predictor(model, train, how, provenance=facts)
     table = recall_table(model, predictor, {"held-out books": heldout})
@@ -52,10 +49,8 @@ def main() -> None:
         print(f"{row['policy']:10} {row['retention']} {row['mean']:.3f} {row['least']:.3f}")
     picture = args.output / "recall.png"
     args.output.mkdir(parents=True, exist_ok=True)
-    plot_recall(table, picture)
-    predictor.with_recall(table).save_pretrained(
-        args.output, plot=picture, repo_id="examples/demo/predictor"
-    )
+    save_figure(recall_figure(table), picture)
+    predictor.with_recall(table).save_pretrained(args.output, plot=picture)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,20 @@ import typer
 
 from lemo_hf.cli.options import (
     Dataset,
-    Device,
-    DType,
-    Dtype,
-    MaxPositions,
-    Model,
-    RopeParameters,
+    ModelOptions,
     Rows,
     Split,
     TextColumn,
     Tokens,
-    TrustRemoteCode,
-    load_model,
     load_rows,
+    takes_model,
 )
 from lemo_hf.config import LeMoConfig
 
 
+@takes_model
 def calibrate(
-    model: Model,
+    model: ModelOptions,
     dataset: Dataset,
     output: Annotated[Path, typer.Option(help="Directory for lemo_config.json.")],
     retention: Annotated[
@@ -57,11 +52,6 @@ def calibrate(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Measure memory with it.")
     ] = False,
-    device: Device = None,
-    dtype: Dtype = DType.auto,
-    rope_parameters: RopeParameters = None,
-    max_position_embeddings: MaxPositions = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
     ] = False,
@@ -76,9 +66,7 @@ def calibrate(
     from lemo_hf.allocate import allocate_memory, allocate_retention
     from lemo_hf.calibrate import calibrate_thresholds
 
-    lm, tokenizer = load_model(
-        model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code
-    )
+    lm, tokenizer = model.load(tokens)
     samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, not as_json)
     progress = {"progress": not as_json}
     if thresholds:

@@ -9,20 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.options import (
-    Adapter,
+    MODEL,
     AsJson,
     Dataset,
-    Device,
-    DType,
-    Dtype,
-    MaxPositions,
-    Model,
-    RopeParameters,
-    RopeType,
+    ModelOptions,
     Split,
     TextColumn,
-    TrustRemoteCode,
-    load_model,
+    takes_model,
 )
 
 app = typer.Typer(
@@ -43,8 +36,9 @@ class Protocol(StrEnum):
 
 
 @app.command()
+@takes_model
 def perplexity(
-    model: Model,
+    model: ModelOptions,
     dataset: Dataset,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 8192,
     stride: Annotated[
@@ -56,18 +50,11 @@ def perplexity(
     ] = Protocol.sliding,
     buckets: Annotated[int, typer.Option(min=1, help="Ranges of positions to tell apart.")] = 8,
     max_documents: Annotated[int | None, typer.Option(min=1, help="The first ones.")] = None,
-    adapter: Adapter = None,
     split: Split = "test",
     text_column: TextColumn = "text",
     batch_size: BatchSize = 1,
-    rope_type: RopeType = None,
     output: Output = None,
     plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = DType.auto,
-    rope_parameters: RopeParameters = None,
-    max_position_embeddings: MaxPositions = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of whole documents, in all and by position; of text or .bin files (uint16)."""
@@ -75,12 +62,7 @@ def perplexity(
 
     from lemo_hf.eval.perplexity import perplexity as measure
 
-    lm, tokenizer = load_model(
-        *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
-        adapter=adapter,
-        rope_type=rope_type,
-        length=max_length,
-    )
+    lm, tokenizer = model.load(max_length)
     found = measure(
         lm,
         _token_documents(dataset, split, text_column, tokenizer, max_documents),
@@ -93,11 +75,12 @@ def perplexity(
     )
     if not PartialState().is_main_process:
         return
-    result = {"model": model, "adapter": adapter, "dataset": list(dataset), **found.to_dict()}
+    result = {**_what(model, dataset), **found.to_dict()}
     if plot is not None:
-        from lemo_hf.eval.plots import plot_loss_by_position
+        from lemo_hf.eval.plots import loss_by_position_figure, save_figure
 
-        plot_loss_by_position({adapter or model: found.by_position}, plot)
+        name = model.adapter or model.model
+        save_figure(loss_by_position_figure({name: found.by_position}), plot)
     _report(result, output, as_json, plot)
     if not as_json:
         print(
@@ -113,9 +96,11 @@ def perplexity(
 
 
 @app.command()
+@takes_model
 def longbench(
+    options: ModelOptions,
     output: Annotated[Path, typer.Option(help="Directory for predictions; resumed if begun.")],
-    model: Annotated[str | None, typer.Option(help="Causal LM: Hub id or directory.")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Of the 21 (13 with --extended); repeatable; all.")
     ] = None,
@@ -133,13 +118,7 @@ def longbench(
     chat_template: Annotated[
         bool, typer.Option(help="Use the tokenizer's, where the benchmark does.")
     ] = True,
-    adapter: Adapter = None,
     batch_size: BatchSize = 1,
-    device: Device = None,
-    dtype: Dtype = DType.auto,
-    rope_parameters: RopeParameters = None,
-    max_position_embeddings: MaxPositions = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer LongBench and score the answers, as its own scripts do; or score a folder alone."""
@@ -147,17 +126,14 @@ def longbench(
         from lemo_hf.eval.longbench_score import score_folder
 
         scores = score_folder(output, extended=extended)
-    elif model is None:
+    elif options.model is None:
         raise ValueError("give --model, or --score-only to score what lies in --output.")
     else:
         from accelerate import PartialState
 
         from lemo_hf.eval.longbench import run_longbench
 
-        lm, tokenizer = load_model(
-            *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
-            adapter=adapter,
-        )
+        lm, tokenizer = options.load()
         scores = run_longbench(
             lm,
             tokenizer,
@@ -183,8 +159,9 @@ def longbench(
 
 
 @app.command()
+@takes_model
 def retrieval(
-    model: Model,
+    model: ModelOptions,
     dataset: Dataset,
     length: Annotated[
         list[int] | None, typer.Option(min=2, help="Tokens a row; repeatable; default 2K to 8K.")
@@ -196,18 +173,11 @@ def retrieval(
     samples: Annotated[int, typer.Option(min=1, help="Rows for each length and depth.")] = 8,
     keys: Annotated[int, typer.Option(min=1, help="Lines with a key; one is asked for.")] = 1,
     seed: Annotated[int, typer.Option(help="Of keys, values and places.")] = 0,
-    adapter: Adapter = None,
     split: Split = "test",
     text_column: TextColumn = "text",
     batch_size: BatchSize = 1,
-    rope_type: RopeType = None,
     output: Output = None,
     plot: Plot = None,
-    device: Device = None,
-    dtype: Dtype = DType.auto,
-    rope_parameters: RopeParameters = None,
-    max_position_embeddings: MaxPositions = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask for lines hidden in real text, at chosen lengths and depths (needle in a haystack)."""
@@ -218,12 +188,7 @@ def retrieval(
     from lemo_hf.text_rows import load_documents
 
     lengths = length or [2048, 4096, 8192]
-    lm, tokenizer = load_model(
-        *(model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code),
-        adapter=adapter,
-        rope_type=rope_type,
-        length=max(lengths),
-    )
+    lm, tokenizer = model.load(max(lengths))
     main = PartialState().is_main_process
     rows = needle_rows(
         load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column),
@@ -238,12 +203,12 @@ def retrieval(
     found = measure(lm, rows, batch_size=batch_size, progress=not as_json)
     if not main:
         return
-    result = {"model": model, "adapter": adapter, "dataset": list(dataset), "keys": keys}
     if plot is not None:
-        from lemo_hf.eval.plots import plot_retrieval
+        from lemo_hf.eval.plots import retrieval_figure, save_figure
 
-        plot_retrieval(found, plot)
-    _report({**result, "seed": seed, **found.to_dict()}, output, as_json, plot)
+        save_figure(retrieval_figure(found), plot)
+    result = {**_what(model, dataset), "keys": keys, "seed": seed, **found.to_dict()}
+    _report(result, output, as_json, plot)
     if not as_json:
         print(found.format_table())
 
@@ -264,6 +229,10 @@ def _token_documents(
         return (read_token_file(path) for path in binary[:most])
     texts = load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column)
     return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))
+
+
+def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:
+    return {"model": model.model, "adapter": model.adapter, "dataset": list(dataset)}
 
 
 def _report(result: dict[str, Any], output: Path | None, as_json: bool, plot: Path | None) -> None:

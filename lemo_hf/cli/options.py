@@ -1,6 +1,10 @@
 """Options that commands share, and the model and the rows that they name."""
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -16,7 +20,8 @@ class DType(StrEnum):
     float32 = "float32"
 
 
-Model = Annotated[str, typer.Option(help="Causal LM: Hub id or directory.")]
+MODEL = "Causal LM: Hub id or directory."
+Model = Annotated[str, typer.Option(help=MODEL)]
 Dataset = Annotated[
     list[str], typer.Option(help="Hub id, directory, or file (.jsonl, .txt, .parquet); repeatable.")
 ]
@@ -24,83 +29,119 @@ Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row: the length to train with.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows to use.")]
-Device = Annotated[
-    str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU if there is one.")
-]
 Dtype = Annotated[DType, typer.Option(help="Of the model's weights.")]
-RopeParameters = Annotated[
-    str | None,
-    typer.Option(help='JSON put over the model\'s: \'{"rope_type": "linear", "factor": 4.0}\'.'),
-]
-MaxPositions = Annotated[int | None, typer.Option(min=1, help="Put over the model's own.")]
-RopeType = Annotated[
-    str | None,
-    typer.Option(help="Stretch positions to the length: linear, yarn, dynamic. Default: as saved."),
-]
-Adapter = Annotated[str | None, typer.Option(help="PEFT adapter over it: Hub id or directory.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
 ]
 
 
-def load_model(
-    name: str,
-    device: str | None,
-    dtype: DType,
-    rope_parameters: str | None,
-    max_position_embeddings: int | None,
-    trust_remote_code: bool,
-    *,
-    adapter: str | None = None,
-    rope_type: str | None = None,
-    length: int | None = None,
-) -> tuple[Any, Any]:
-    """The causal LM and its tokenizer, as the shared options ask for them.
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options that say which model, and how it is loaded; see `takes_model`."""
 
-    Raises:
-        OSError: There is no such model, or it cannot be reached.
-        ValueError: The rope parameters are no JSON object, the device is none, or positions cannot
-            be stretched.
-        ImportError: An adapter is asked for and peft is not installed.
+    model: Model
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter over it: Hub id or directory.")
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU if there is one.")
+    ] = None
+    dtype: Dtype = DType.auto
+    rope_type: Annotated[
+        str | None,
+        typer.Option(help="Stretch positions to the length asked for: linear, yarn, dynamic."),
+    ] = None
+    rope_parameters: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON put over the model\'s: \'{"rope_type": "linear", "factor": 4.0}\'.'
+        ),
+    ] = None
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="Put over the model's own.")
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(self, length: int | None = None) -> tuple[Any, Any]:
+        """The causal LM and its tokenizer.
+
+        Args:
+            length: Tokens to which ``rope_type`` stretches positions.
+
+        Raises:
+            OSError: There is no such model, or it cannot be reached.
+            ValueError: The rope parameters are no JSON object, the device is none, or positions
+                cannot be stretched.
+            ImportError: An adapter is asked for and peft is not installed.
+        """
+        import torch
+        from accelerate import PartialState
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        trust = {"trust_remote_code": self.trust_remote_code}
+        config = AutoConfig.from_pretrained(self.model, **trust)
+        if self.rope_type is not None:
+            _stretch_positions(config, self.rope_type, length)
+        if self.rope_parameters is not None:
+            wanted = _json_object(self.rope_parameters)
+            config.rope_parameters = {**(config.rope_parameters or {}), **wanted}
+        if self.max_position_embeddings is not None:
+            config.max_position_embeddings = self.max_position_embeddings
+        device = self.device
+        if device is None:
+            several = PartialState().num_processes > 1
+            gpu = "cuda" if torch.cuda.is_available() else "cpu"
+            device = str(PartialState().device) if several else gpu
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {device!r}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(self.model, **trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model, config=config, dtype=self.dtype.value, **trust
+        )
+        if self.adapter is not None:
+            try:
+                from peft import PeftModel
+            except ImportError as error:
+                message = f'--adapter {self.adapter}: pip install "lemo-hf[peft]".'
+                raise ImportError(message) from error
+            # Memory is measured as it is trained.
+            model = PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+        return model.to(place), tokenizer
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `ModelOptions`, which become its first argument.
+
+    A parameter of the command with the name of one of them stands in the place of that one.
     """
-    import torch
-    from accelerate import PartialState
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    shared = dict(inspect.signature(ModelOptions).parameters)
+    _, *own = inspect.signature(command).parameters.values()
+    shared |= {parameter.name: parameter for parameter in own if parameter.name in shared}
+    own = [parameter for parameter in own if parameter.name not in shared]
 
-    trust = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **trust)
-    if rope_type is not None:
-        _stretch_positions(config, rope_type, length)
-    if rope_parameters is not None:
-        try:
-            wanted = json.loads(rope_parameters)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--rope-parameters is no JSON ({error}): {rope_parameters}"
-            ) from error
-        if not isinstance(wanted, dict):
-            raise ValueError(f"--rope-parameters must be a JSON object, got {rope_parameters}")
-        config.rope_parameters = {**(config.rope_parameters or {}), **wanted}
-    if max_position_embeddings is not None:
-        config.max_position_embeddings = max_position_embeddings
-    if device is None:
-        several = PartialState().num_processes > 1
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        device = str(PartialState().device) if several else gpu
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = ModelOptions(**{name: values.pop(name) for name in shared})
+        command(options, **values)
+
+    first, *rest = shared.values()
+    run.__signature__ = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (first, *own, *rest)]
+    )
+    return run
+
+
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device!r}: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype.value, **trust)
-    tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    if adapter is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ImportError(f'--adapter {adapter}: pip install "lemo-hf[peft]".') from error
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.to(place), tokenizer
+        wanted = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--rope-parameters is no JSON ({error}): {text}") from error
+    if not isinstance(wanted, dict):
+        raise ValueError(f"--rope-parameters must be a JSON object, got {text}")
+    return wanted
 
 
 def _stretch_positions(config: Any, rope_type: str, length: int) -> None:

@@ -10,24 +10,19 @@ import typer
 
 from lemo_hf.cli.options import (
     Dataset,
-    Device,
-    DType,
-    Dtype,
-    MaxPositions,
-    Model,
-    RopeParameters,
+    ModelOptions,
     Rows,
     Split,
     TextColumn,
     Tokens,
-    TrustRemoteCode,
-    load_model,
     load_rows,
+    takes_model,
 )
 
 
+@takes_model
 def train_predictor(
-    model: Model,
+    model: ModelOptions,
     dataset: Dataset,
     output: Annotated[Path, typer.Option(help="Directory for the predictor; resumed if begun.")],
     push_to_hub: Annotated[
@@ -57,18 +52,13 @@ def train_predictor(
         float | None,
         typer.Option(help="Leave out predictors with less recall than this at retention 0.5."),
     ] = None,
-    device: Device = None,
-    dtype: Dtype = DType.auto,
-    rope_parameters: RopeParameters = None,
-    max_position_embeddings: MaxPositions = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train small networks that predict which blocks each layer needs, and measure their recall."""
     if dense_below is not None and not heldout_rows:
         raise ValueError(f"--dense-below {dense_below:g} needs recall: ask for --heldout-rows.")
     from accelerate import PartialState
 
-    from lemo_hf.eval.plots import plot_recall
+    from lemo_hf.eval.plots import recall_figure, save_figure
     from lemo_hf.recall import recall_table
     from lemo_hf.train_predictor import PredictorTraining
     from lemo_hf.train_predictor import train_predictor as train
@@ -85,9 +75,7 @@ def train_predictor(
         learning_rate=learning_rate,
     )
     state = PartialState()
-    lm, tokenizer = load_model(
-        model, device, dtype, rope_parameters, max_position_embeddings, trust_remote_code
-    )
+    lm, tokenizer = model.load(tokens)
     samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, state.is_main_process)
     ids = [sample["input_ids"] for sample in samples]
     if len(ids) <= heldout_rows:
@@ -117,7 +105,7 @@ def train_predictor(
     plot = output / "recall.png" if heldout and find_spec("matplotlib") else None
     if plot is not None:
         output.mkdir(parents=True, exist_ok=True)
-        plot_recall(table, plot)
+        save_figure(recall_figure(table), plot)
     predictor.save_pretrained(output, plot=plot, repo_id=push_to_hub)
     print(f"Wrote {output}: LeMoConfig.from_pretrained({str(output)!r})")
     if push_to_hub is not None:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from lemo_hf.eval.longbench_tasks import choose_tasks
+from lemo_hf.files import download
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
 FIELDS = {"input": str, "context": str, "answers": list, "length": int}
@@ -45,7 +46,11 @@ def load_task(
     if data is not None and revision is not None:
         raise ValueError(f"revision {revision!r} is one of the Hub's data, but data is given.")
     name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
-    path = Path(_download(revision)) if data is None else Path(data)
+    if data is None:
+        instead = "give data, a copy of it or a folder of its files"
+        hub = {"repo_type": "dataset", "revision": revision}
+        data = download(REPOSITORY, ARCHIVE, instead, **hub)
+    path = Path(data)
     if path.is_dir():
         path = _file_of(path, name)
         with _OPENERS[path.suffix](path, "rb") as file:
@@ -119,27 +124,3 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> BinaryIO:
         if PurePosixPath(member).name == name:
             return archive.open(member)
     raise FileNotFoundError(f"the archive {os.fspath(path)!r} has no {name}.")
-
-
-def _download(revision: str | None) -> str:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    at = f" at revision {revision!r}" if revision else ""
-    try:
-        return huggingface_hub.hf_hub_download(
-            REPOSITORY, ARCHIVE, repo_type="dataset", revision=revision
-        )
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{ARCHIVE} of {REPOSITORY!r}{at} is not in the Hub's cache, and the Hub cannot be "
-            "reached or HF_HUB_OFFLINE=1 is set: download it once while online, or give data, a "
-            "copy of it or a folder of its files."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(f"{REPOSITORY!r} has no branch, tag or commit {revision!r}.") from error
-    except Exception as error:  # httpx and httpx2, of either client version, share no base class
-        raise OSError(
-            f"{ARCHIVE} of {REPOSITORY!r}{at} could not be downloaded ({type(error).__name__}: "
-            f"{error}). Try again, or give data, a copy of it or a folder of its files."
-        ) from error

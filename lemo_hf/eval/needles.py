@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.text_rows import start_tokens
 
 # Keys are an adjective and a noun.
 ADJECTIVES = """
@@ -287,9 +288,7 @@ class _Writer:
             raise ValueError(f"there are {len(words):,} different keys, got keys={keys:,}.")
         self.tokenizer, self.template = tokenizer, template
         self.words, self.keys = words, keys
-        bos = tokenizer.bos_token_id
-        starts_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self.bos = [bos] if starts_with_bos else []
+        self.bos = start_tokens(tokenizer)
         self.start = self.bos + self._encode(template.introduction)[0]
 
     def _encode(self, text: str) -> tuple[list[int], np.ndarray]:

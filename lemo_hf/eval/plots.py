@@ -1,6 +1,6 @@
 """Pictures of evaluations, as PNG files; nothing else in the package needs matplotlib.
 
-Every ``plot_...`` writes what its ``..._figure`` draws. No display is needed, and no state of
+No display is needed, and no state of
 `matplotlib.pyplot` is touched.
 """
 
@@ -15,49 +15,6 @@ DPI = 150
 COLORS = ("#1f6f8b", "#d1783c", "#6a4c93", "#3d8b5f", "#a33b5b", "#8a7a1f", "#555b61")
 GREY, WRONG, RIGHT = "#6b7278", "#f3efe9", "#1f6f8b"
 DASHES = ("--", ":", "-.", (0, (8, 3)), (0, (1, 3)))
-
-
-def plot_retrieval(result: Any, path: str | os.PathLike) -> None:
-    """Write `retrieval_figure`.
-
-    Args:
-        result: As there.
-        path: Of the PNG file.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    _save(retrieval_figure(result), path)
-
-
-def plot_loss_by_position(
-    results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike
-) -> None:
-    """Write `loss_by_position_figure`.
-
-    Args:
-        results: As there.
-        path: Of the PNG file.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: There is nothing to draw.
-    """
-    _save(loss_by_position_figure(results), path)
-
-
-def plot_recall(table: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Write `recall_figure`.
-
-    Args:
-        table: As there.
-        path: Of the PNG file.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: There is nothing to draw.
-    """
-    _save(recall_figure(table), path)
 
 
 def retrieval_figure(result: Any) -> Any:
@@ -269,5 +226,6 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _save(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure of this module as PNG."""
     figure.savefig(path, dpi=DPI, format="png")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lemo_hf.files import whole_file
+
 DTYPE = np.dtype("<u2")  # unsigned, 16 bit, little-endian
 LARGEST = np.iinfo(DTYPE).max
 CHUNK = 2**24  # tokens looked at at a time
@@ -63,9 +65,8 @@ def write_token_file(path: str | os.PathLike, documents: Iterable[Sequence[int]]
     Raises:
         ValueError: An id does not fit into 16 bits.
     """
-    path, written = Path(path), 0
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    written = 0
+    with whole_file(path) as part, open(part, "wb") as file:
         for document in documents:
             ids = np.asarray(document, dtype=np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST:
@@ -76,5 +77,4 @@ def write_token_file(path: str | os.PathLike, documents: Iterable[Sequence[int]]
                 )
             file.write(ids.astype(DTYPE).tobytes())
             written += len(ids)
-    part.replace(path)
     return written

@@ -1,0 +1,43 @@
+"""Scripts in several processes, launched as `accelerate launch` does."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN = 'import sys\nsys.path.insert(0, "tests")\n'
+# A process that ends while another still talks to it may take that one down.
+END = """
+import torch.distributed
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def start(script, folder, processes):
+    """Runs ``script`` with ``folder`` as its argument; the ended process, and seconds it took."""
+    path = folder / f"script{processes}.py"
+    path.write_text(BEGIN + script + END)
+    packages = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
+    run = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    began = time.time()
+    ended = subprocess.run(
+        [sys.executable, "-m", *run, str(path), str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    return ended, time.time() - began
+
+
+def launch(script, folder, processes=(1, 2)):
+    """Runs ``script`` to its end by each of these numbers of processes."""
+    for number in processes:
+        ended, _ = start(script, folder, number)
+        assert ended.returncode == 0, ended.stderr[-8000:]
