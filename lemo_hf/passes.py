@@ -1,10 +1,10 @@
 """Hooks on the causal LM: they see each batch come in, and the loss go out.
 
 In a sparse pass the loss belongs to one of three: the model itself, then `segment_loss` takes its
-place and no ``[B, T, V]`` logits are made; a forward that somebody put on the instance (Liger,
-TRL); or a function of the logits outside the model (``compute_loss_func``, label smoothing). The
-last two keep their loss. They are given labels from which the targets of eliminated tokens are
-struck once the last sparse layer has run.
+place and no ``[B, T, V]`` logits are made; a forward that somebody put on the instance or its class
+(Liger, TRL, cut cross-entropy); or a function of the logits outside the model
+(``compute_loss_func``, label smoothing). The last two keep their loss. They are given labels from
+which the targets of eliminated tokens are struck once the last sparse layer has run.
 """
 
 import inspect
@@ -136,7 +136,7 @@ class Passes:
         )
         if labels is None:
             return (), kwargs
-        if promised is None and "forward" not in vars(model):
+        if promised is None and _runs_own_forward(model):
             self._own_loss(model, labels.targets(), kwargs)
         elif self.config.supervise == "kept":
             if promised is None:
@@ -188,6 +188,16 @@ class Passes:
         output["loss"] = loss
         output["logits"] = None
         return output
+
+
+def _runs_own_forward(model: nn.Module) -> bool:
+    """Whether the loss is the model class's own: nobody put another forward on it or its class."""
+    # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
+    forward = vars(model).get("_original_forward", vars(model).get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+        return False
+    owner = next(base for base in type(model).__mro__ if "forward" in vars(base))
+    return owner.forward.__module__ == owner.__module__
 
 
 def _position_ids(kwargs: dict[str, Any], tokens: int) -> Tensor | None:

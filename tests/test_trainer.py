@@ -2,14 +2,16 @@
 
 import json
 import logging
+from types import MethodType
 
 import pytest
 import torch
-from models import make_model, with_lora
+from models import batch, make_model, with_lora
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
+    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -359,3 +361,34 @@ def test_pushes_carry_the_config(tmp_path, monkeypatch):
     trainer.train()
     assert pushed == [(f"Training in progress, step {n}", 8) for n in (2, 4)]
     assert "lemo-hf" in transformers_model(trainer.model).model_tags
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
+    """Accelerate then puts a forward on the model, which is still the model's own."""
+    model = make_model("llama")
+    trainer = make_trainer(
+        tmp_path, SPARSE, model=with_lora(model) if lora else model, bf16=True, max_steps=1
+    )
+    trainer.train()
+    output = trainer.model_wrapped.train()(**batch(tokens=64))
+    assert output.loss is not None and output.logits is None
+    assert isinstance(trainer.model_wrapped.forward, MethodType)
+
+
+def test_a_forward_on_the_class_keeps_its_loss(tmp_path, monkeypatch):
+    """As cut cross-entropy does: no instance is touched."""
+    stock, seen = LlamaForCausalLM.forward, []
+
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        logits = stock(self, input_ids=input_ids, **kwargs).logits
+        seen.append((labels[:, 1:] != -100).sum(1).tolist())
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return {"loss": nll / num_items_in_batch}
+
+    expected = losses(make_trainer(tmp_path, SPARSE))
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert losses(make_trainer(tmp_path, SPARSE)) == pytest.approx(expected, rel=1e-5)
+    assert {tuple(counts) for counts in seen} == {(31, 31)}  # half of 64; the last predicts nothing
