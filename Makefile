@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Tiny models: two processes of one thread each are faster than one of two.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test lint bench sanitize
 

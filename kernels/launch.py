@@ -31,6 +31,17 @@ def untouched(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
+def sharded(module: nn.Module) -> bool:
+    """Whether a call of the module gathers parameters from other processes (FSDP2, ZeRO-3).
+
+    Then all processes must call it equally often, or each waits for the others forever.
+    """
+    # By the marks they leave: importing FSDP2 to ask takes a second, DeepSpeed may not be there.
+    if any(hasattr(part, "set_requires_gradient_sync") for part in module.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def row_block(width: int) -> dict[str, int]:
     """Block and warps of a program that holds one row of ``width`` elements in registers.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lemo_hf.kernels.launch import untouched, use_triton
+from lemo_hf.kernels.launch import sharded, untouched, use_triton
 
 IGNORE_INDEX = -100
 WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
@@ -198,6 +198,9 @@ class _SegmentCrossEntropy(Function):
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         weight = plain_weight(head, hidden, parameters)
+        if isinstance(head, nn.Module) and sharded(head):
+            # Hooks would gather it once a segment, and processes differ in how many they have.
+            head = head.forward
         labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
         if len(labelled) < WHOLE * len(targets):
             targets, weights = targets[labelled], weights[labelled]
@@ -272,7 +275,8 @@ def segment_cross_entropy(
         targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` where there is none.
         weights: Factor of each row's loss, ``[N]`` fp32.
         head: Maps ``[S, H]`` to logits ``[S, V]``; a module with adapters or quantised weights
-            works, since only its call is used.
+            works, since only its call is used. One that is sharded must be whole for the time of
+            this call: its forward is called without the hooks that gather it.
         segment_size: Rows of logits that exist at a time; None: `choose_segment_size`.
         divisor: Logits are divided by it (Granite).
         softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.

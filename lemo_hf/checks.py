@@ -142,13 +142,36 @@ def check_call(model: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def check_trainer(args: Any, parallelism: Any) -> None:
+def check_sharded_head(head: nn.Module) -> None:
+    """Raises ValueError for a head whose parts ZeRO-3 would gather once a segment of tokens.
+
+    Processes differ in how many segments they have, and would wait for each other forever.
+    """
+    parts = [parameter for child in head.children() for parameter in child.parameters()]
+    if any(hasattr(parameter, "ds_id") for parameter in parts):
+        raise ValueError(
+            f"the language-model head is a {type(head).__name__} with modules inside, which is not "
+            "supported under DeepSpeed ZeRO-3. Leave lm_head out of LoRA's target_modules and "
+            "modules_to_save, or use ZeRO-2 or FSDP2."
+        )
+
+
+def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
     """Raises ValueError for ways of using several GPUs that would split or copy a sequence.
+
+    Or run a layer again outside its pass, as FSDP's own checkpointing does.
 
     Args:
         args: TrainingArguments.
         parallelism: Accelerate's ParallelismConfig, or None.
+        fsdp: Accelerate's FullyShardedDataParallelPlugin, or None.
     """
+    if getattr(fsdp, "activation_checkpointing", False):
+        raise ValueError(
+            "fsdp_activation_checkpointing=True stores the whole stream of each layer and runs "
+            "the layer again outside its pass. Set it to false and set "
+            "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "

@@ -9,15 +9,17 @@ which the targets of eliminated tokens are struck once the last sparse layer has
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lemo_hf.checks import check_call
+from lemo_hf.checks import check_call, check_sharded_head
 from lemo_hf.config import LeMoConfig
 from lemo_hf.families import Family
+from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import segment_loss, shifted, supervised_targets
 from lemo_hf.step import Step
@@ -133,6 +135,7 @@ class Passes:
             position_ids=_position_ids(kwargs, main.shape[1]),
             targets=None if labels is None else labels.targets(),
             global_step=self.global_step,
+            score_always=sharded(self.last),
         )
         if labels is None:
             return (), kwargs
@@ -155,16 +158,33 @@ class Passes:
         for name in ("labels", "shift_labels"):
             kwargs.pop(name, None)
 
+        def loss_of(hidden: Tensor) -> Tensor:
+            config = model.config
+            return segment_loss(hidden, targets, step, head, self.family, config, num_items)
+
         def before_head(_, args):
             catch.remove()
-            hidden = args[0]
-            self._loss = segment_loss(
-                hidden, targets, step, head, self.family, model.config, num_items
-            )
-            return (hidden[:, :1].detach(),)
+            self._loss = loss_of(args[0])
+            return (args[0][:, :1].detach(),)
 
+        if sharded(head):
+            self._loss_inside(head, loss_of)
+            return
         catch = head.register_forward_pre_hook(before_head)
         self._for_this_pass.append(catch)
+
+    def _loss_inside(self, head: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
+        """Let the head's next call return the loss.
+
+        FSDP2 and ZeRO-3 gather a head for its call and for the backward of what that returns.
+        """
+        check_sharded_head(head)
+        stand_in = _StandIn(head, loss_of)
+
+        def after_head(_, args, output):
+            self._loss = output
+
+        self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
 
     def _after(self, model: nn.Module, args: tuple, output: Any):
         """End the pass (after an error too), count it, and hand our loss over."""
@@ -198,6 +218,26 @@ def _runs_own_forward(model: nn.Module) -> bool:
         return False
     owner = next(base for base in type(model).__mro__ if "forward" in vars(base))
     return owner.forward.__module__ == owner.__module__
+
+
+class _StandIn:
+    """``function`` in place of a module's forward, for one call."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]):
+        self._attributes, self._function = vars(module), function
+        self._before = self._attributes.get("forward")
+        self._attributes["forward"] = self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.remove()  # the function calls the module's own
+        return self._function(hidden)
+
+    def remove(self) -> None:
+        if self._attributes.get("forward") is not self:
+            return
+        del self._attributes["forward"]
+        if self._before is not None:
+            self._attributes["forward"] = self._before
 
 
 def _position_ids(kwargs: dict[str, Any], tokens: int) -> Tensor | None:

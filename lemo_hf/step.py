@@ -51,6 +51,8 @@ class Step:
             and no attention mask is given, a new document begins: transformers' own rule.
         targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
         global_step: Optimizer steps done; varies the random policy.
+        score_always: Score blocks even where there is nothing to choose, as other processes may
+            have to, and scoring gathers parameters that all of them hold parts of.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Step:
         position_ids: Tensor | None = None,
         targets: Tensor | None = None,
         global_step: int = 0,
+        score_always: bool = False,
     ):
         self.config = config
         self.batch, self.tokens = shape
         self.device = device
         self.global_step = global_step
+        self.score_always = score_always
         self.num_blocks = -(-self.tokens // config.block_size)
         padded = attention_mask is not None and attention_mask.dim() == 2
         self.valid = attention_mask.bool() if padded else None
@@ -133,7 +137,8 @@ class Step:
             layer_index: Of the layer that asks.
             sublayer: Layers that agree look for the set of this name first.
             rule: How many of each row's blocks.
-            score: Called only if something is left to choose: ``[B, N]`` block scores.
+            score: Called only if something is left to choose (but see ``score_always``):
+                ``[B, N]`` block scores.
             shared: The MLP keeps the same rows, and is counted with them.
         """
         kept = self.agreed.get(sublayer)
@@ -174,7 +179,8 @@ class Step:
         size = self.config.block_size
         budgets = [row.num_blocks(retention) for row in self.rows]
         self._note_excess(retention)
-        if all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True)):
+        everything = all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True))
+        if retention == 1 or (everything and not self.score_always):
             blocks = self.real
         else:
             budget = torch.tensor(budgets, device=self.device)

@@ -32,7 +32,11 @@ class LeMoMixin:
         self.lemo: LeMo | None = None
         super().__init__(*args, **kwargs)
         if lemo_config is not None:
-            check_trainer(self.args, getattr(self.accelerator, "parallelism_config", None))
+            check_trainer(
+                self.args,
+                getattr(self.accelerator, "parallelism_config", None),
+                getattr(self.accelerator.state, "fsdp_plugin", None),
+            )
             try:
                 # What must be downloaded comes once; the other processes find it in the cache.
                 with self.args.main_process_first(desc="loading the LeMo predictor"):
