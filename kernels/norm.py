@@ -42,11 +42,11 @@ def norm_reference(rows: Tensor, norm: Norm) -> Tensor:
     wide = wide * (1 + weight if norm.kind == "rms_plus_one" else weight)
     if norm.bias is not None:
         wide = wide + norm.bias.to(wide.dtype)
-    return wide.to(_out_dtype(rows, norm))
+    return wide.to(norm_dtype(rows, norm))
 
 
-def _out_dtype(rows: Tensor, norm: Norm) -> torch.dtype:
-    """As in transformers: a Llama norm with an fp32 weight widens its input, a Gemma norm never."""
+def norm_dtype(rows: Tensor, norm: Norm) -> torch.dtype:
+    """Of a norm's result; as in transformers, fp32 weights widen it in Llama, never in Gemma."""
     if norm.kind == "rms":
         return torch.promote_types(rows.dtype, norm.weight.dtype)
     return rows.dtype
@@ -193,7 +193,7 @@ def launch_forward(
     shape = (*(x if keep_index is None else keep_index).shape[:2], x.shape[2])
     new = partial(torch.empty, shape, device=x.device)
     rows = new(dtype=x.dtype) if write_rows else None
-    hidden = None if norm is None else new(dtype=_out_dtype(x, norm))
+    hidden = None if norm is None else new(dtype=norm_dtype(x, norm))
     num_rows = shape[0] * shape[1]
     if num_rows:
         with torch.cuda.device_of(x):

@@ -12,6 +12,7 @@ Source: LeMo, arXiv:2501.09767, "segment-based peak cutting"; z-loss: PaLM, arXi
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lemo_hf.kernels.launch import sharded, untouched, use_triton
+from lemo_hf.kernels.norm import (
+    Norm,
+    launch_backward,
+    launch_forward,
+    norm_dtype,
+    norm_reference,
+)
 
 IGNORE_INDEX = -100
 WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
@@ -159,19 +167,23 @@ def segment_losses_(
 
 
 def plain_weight(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, parameters: Sequence[Tensor]
+    head: Callable[[Tensor], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: Sequence[Tensor],
 ) -> Tensor | None:
     """The weight of a head that is ``hidden @ weight.T`` and nothing else; else None.
 
-    Its gradients need no autograd: in fp32 the product itself adds up the one of a 16-bit weight.
+    ``device`` and ``dtype`` are those of what it reads. Its gradients need no autograd: in fp32 the
+    product itself adds up the one of a 16-bit weight.
     """
     if type(head) is not nn.Linear or head.bias is not None or not untouched(head):
         return None
     if type(head.weight) is not nn.Parameter:
         return None
-    if head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+    if head.weight.dtype != dtype or torch.is_autocast_enabled(device.type):
         return None
-    if parameters and not (hidden.is_cuda and hidden.element_size() == 2):
+    if parameters and not (device.type == "cuda" and dtype.itemsize == 2):
         return None
     return head.weight
 
@@ -193,50 +205,58 @@ def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -
 
 class _SegmentCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden, targets, weights, head, segment_size, options, *parameters):
+    def forward(ctx, hidden, targets, weights, head, norm, how, options, *parameters):
         needs_grad = any(ctx.needs_input_grad)
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        of_hidden = ctx.needs_input_grad[0]
+        grad_hidden = torch.zeros_like(hidden) if of_hidden else None
         grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        weight = plain_weight(head, hidden, parameters)
+        of_norm = trained_parameters(norm)
+        of_head = parameters[: len(parameters) - len(of_norm)]
+        dtype = hidden.dtype if norm is None else norm_dtype(hidden, norm)
+        weight = plain_weight(head, hidden.device, dtype, of_head)
         if isinstance(head, nn.Module) and sharded(head):
             # Hooks would gather it once a segment, and processes differ in how many they have.
             head = head.forward
-        labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        if len(labelled) < WHOLE * len(targets):
-            targets, weights = targets[labelled], weights[labelled]
-        else:  # not worth moving rows for: those without a label get the weight 0
-            weights = weights * (targets != IGNORE_INDEX)
-            targets, labelled = targets.clamp_min(0), None
+        targets, weights, labelled = _labelled(targets, weights, how.most_labels)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), segment_size):
-            part = slice(start, start + segment_size)
-            rows = hidden.detach()
-            rows = rows[part] if labelled is None else rows.index_select(0, labelled[part])
-            with torch.set_grad_enabled(needs_grad and weight is None):
-                rows.requires_grad_(grad_hidden is not None and weight is None)
-                logits = head(rows)
+        for start in range(0, len(targets), how.segment_size):
+            part = slice(start, start + how.segment_size)
+            index = None if labelled is None else labelled[part]
+            source = hidden[part] if index is None else hidden
+            rows, normed = read_rows(source.detach(), index, norm)
+            by_autograd = needs_grad and weight is None
+            with torch.set_grad_enabled(by_autograd):
+                normed.requires_grad_(by_autograd and (of_hidden or bool(of_norm)))
+                logits = head(normed)
             segment_losses_(
                 logits, targets[part], weights[part], losses[part], **options, gradient=needs_grad
             )
             if not needs_grad:
                 continue
-            if weight is None:
-                wanted = ([rows] if grad_hidden is not None else []) + list(parameters)
+            if by_autograd:
+                wanted = ([normed] if normed.requires_grad else []) + list(of_head)
                 grads = torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True)
                 grads = list(grads)
-                grad_rows = grads.pop(0) if grad_hidden is not None else None
-                for total, partial in zip(grad_parameters, grads, strict=True):
+                grad_normed = grads.pop(0) if normed.requires_grad else None
+                for total, partial in zip(grad_parameters, grads, strict=False):
                     if partial is not None:
                         total += partial
                 del grads
             else:
-                grad_rows = logits @ weight if grad_hidden is not None else None
-                for total in grad_parameters:
-                    torch.addmm(total, logits.T, rows, out_dtype=total.dtype, out=total)
-            if grad_hidden is not None:
-                place = part if labelled is None else labelled[part]
-                grad_hidden[place] = grad_rows.to(hidden.dtype)
+                grad_normed = logits @ weight if of_hidden or of_norm else None
+                for total, _ in zip(grad_parameters, of_head, strict=False):
+                    torch.addmm(total, logits.T, normed, out_dtype=total.dtype, out=total)
             del logits  # or they would stay until the next segment's exist
+            if grad_normed is None:
+                continue
+            if of_hidden and index is None:
+                out = grad_hidden[part]
+            else:
+                out = grad_hidden if of_hidden else torch.empty_like(rows)
+            place = index if of_hidden else None
+            found = write_gradient(out, place, rows, grad_normed, norm)
+            for total, partial in zip(grad_parameters[len(of_head) :], found, strict=True):
+                total += partial
         ctx.grad_hidden = grad_hidden
         ctx.grad_parameters = [
             total.to(p.dtype) for total, p in zip(grad_parameters, parameters, strict=True)
@@ -253,7 +273,74 @@ class _SegmentCrossEntropy(Function):
             grad.mul_(grad_loss)
         grad_hidden, grad_parameters = ctx.grad_hidden, ctx.grad_parameters
         ctx.grad_hidden = ctx.grad_parameters = None
-        return grad_hidden, None, None, None, None, None, *grad_parameters
+        return grad_hidden, *[None] * 6, *grad_parameters
+
+
+class _How(NamedTuple):
+    segment_size: int
+    most_labels: int | None
+
+
+def _labelled(
+    targets: Tensor, weights: Tensor, most_labels: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Targets and weights of the rows that go through the head, and their places; None: all.
+
+    Rows among them that have no label get the weight 0.
+    """
+    has_label = targets != IGNORE_INDEX
+    if most_labels is None:
+        labelled = has_label.nonzero().squeeze(1)  # the host waits for their number
+    else:
+        order = has_label.byte().sort(descending=True, stable=True).indices
+        labelled = order[:most_labels]
+    weights = weights * has_label
+    targets = targets.clamp_min(0)
+    if len(labelled) >= WHOLE * len(targets):  # not worth moving rows for
+        return targets, weights, None
+    return targets[labelled], weights[labelled], labelled
+
+
+def trained_parameters(norm: Norm | None) -> list[Tensor]:
+    """Weight and bias of the norm, those that need a gradient."""
+    return [] if norm is None else [p for p in norm[1:3] if p is not None and p.requires_grad]
+
+
+def read_rows(x: Tensor, index: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """Rows ``[S, H]`` of ``x [N, H]`` at ``index [S]`` (None: all), and their norm."""
+    if norm is None or not use_triton(x):
+        rows = x if index is None else x.index_select(0, index)
+        return rows, (rows.detach() if norm is None else norm_reference(rows, norm))
+    index = None if index is None else index[None]
+    rows, normed = launch_forward(x[None], index, norm, write_rows=index is not None)
+    return (x if rows is None else rows[0]), normed[0]
+
+
+def write_gradient(
+    out: Tensor, index: Tensor | None, rows: Tensor, grad: Tensor, norm: Norm | None
+) -> list[Tensor]:
+    """Write the gradient of ``rows``, from ``grad [S, H]`` of their norm, to ``out`` at ``index``.
+
+    Returns:
+        Gradients of the norm's parameters that are trained, fp32 or theirs.
+    """
+    trained = [] if norm is None else [p is not None and p.requires_grad for p in norm[1:3]]
+    if norm is not None and use_triton(rows):
+        index = None if index is None else index[None]
+        grad = grad.to(norm_dtype(rows, norm)).contiguous()[None]
+        found = launch_backward(None, grad, rows[None], norm, out[None], index, None, *trained)
+        return [x for x in found if x is not None]
+    found = []
+    if norm is not None:
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            wanted = [rows, *(p for p, asked in zip(norm[1:3], trained, strict=True) if asked)]
+            grad, *found = torch.autograd.grad(norm_reference(rows, norm), wanted, grad)
+    if index is None:
+        out.copy_(grad)
+    else:
+        out[index] = grad.to(out.dtype)
+    return found
 
 
 def segment_cross_entropy(
@@ -267,11 +354,13 @@ def segment_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     parameters: Sequence[Tensor] = (),
+    norm: Norm | None = None,
+    most_labels: int | None = None,
 ) -> Tensor:
     """Weighted sum of the next-token losses of ``hidden`` under ``head``.
 
     Args:
-        hidden: What the head reads, ``[N, H]``, any float dtype.
+        hidden: What the head reads, ``[N, H]``, any float dtype; before ``norm`` if there is one.
         targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` where there is none.
         weights: Factor of each row's loss, ``[N]`` fp32.
         head: Maps ``[S, H]`` to logits ``[S, V]``; a module with adapters or quantised weights
@@ -282,6 +371,9 @@ def segment_cross_entropy(
         softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
         z_loss: Adds ``z_loss * log_z ** 2`` to a row's loss, ``log_z`` its log-sum-exp.
         parameters: The head's parameters that need a gradient.
+        norm: Between ``hidden`` and ``head``, taken a segment at a time; or None.
+        most_labels: No more rows than this have a label. None: the host waits until they have been
+            counted.
 
     Returns:
         Sum over labelled rows of ``weight * nll``, nats, fp32 scalar; the softmax is fp32. Zero,
@@ -291,6 +383,8 @@ def segment_cross_entropy(
         vocabulary = getattr(head, "out_features", None)  # Linear, its adapted and quantised kin
         segment_size = choose_segment_size(hidden, vocabulary, bool(parameters))
     options = {"divisor": divisor, "softcap": softcap, "z_loss": z_loss}
+    of_norm = trained_parameters(norm)
+    how = _How(segment_size, most_labels)
     return _SegmentCrossEntropy.apply(
-        hidden, targets, weights, head, segment_size, options, *parameters
+        hidden, targets, weights, head, norm, how, options, *parameters, *of_norm
     )

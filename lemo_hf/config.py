@@ -11,6 +11,7 @@ from lemo_hf.version import __version__
 
 POLICIES = ("oracle", "pooled", "random", "recent", "predictor")
 SUPERVISE = ("kept", "all")
+LEVELS = ("none", "mlp", "selective", "full")  # of recomputation
 # Fields that say how much is kept, and the value at which that is everything.
 _KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
 
@@ -67,8 +68,13 @@ class LeMoConfig:
             sequence. ``"all"``: the loss covers every label, as in the paper.
         segment_size: Tokens whose logits exist at a time; None: a tenth of the memory that hidden
             states and head take.
-        checkpoint_kept_rows: Store only a layer's kept rows and recompute the rest in the
-            backward. ``None`` follows ``gradient_checkpointing`` of the model.
+        recompute: What is not stored but computed again in the backward, for all layers or one
+            entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``: everything but
+            attention, stored are a layer's kept rows and attention's output. ``"full"``: all of
+            it, stored are the kept rows alone. ``None`` follows the model's gradient checkpointing:
+            ``"none"`` without it; with it ``"selective"`` where the memory allows, else ``"full"``.
+        offload_gib: Pinned host memory for what ``"selective"`` and ``"full"`` store, in GiB;
+            copies hide behind the computation. ``None``: nothing is offloaded.
         seed: Of the random policy.
 
     Raises:
@@ -91,7 +97,8 @@ class LeMoConfig:
     dense_last_layers: int = 0
     supervise: str = "kept"
     segment_size: int | None = None
-    checkpoint_kept_rows: bool | None = None
+    recompute: str | tuple[str, ...] | None = None
+    offload_gib: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -136,13 +143,41 @@ class LeMoConfig:
         for name, choices in (
             ("agree_across_layers", (True, False)),
             ("normalize_scores", (True, False)),
-            ("checkpoint_kept_rows", (True, False, None)),
         ):
             value = getattr(self, name)
-            if type(value) not in (bool, type(None)) or value not in choices:
+            if type(value) is not bool:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        self._check_memory()
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+    def _check_memory(self) -> None:
+        value = self.recompute
+        if isinstance(value, list):
+            object.__setattr__(self, "recompute", value := tuple(value))
+        for level in value if isinstance(value, tuple) else (value,):
+            if level not in LEVELS and (level is not None or isinstance(value, tuple)):
+                raise ValueError(
+                    f"recompute must be one of {LEVELS} (or one a layer), or None, got {level!r}"
+                )
+        budget = self.offload_gib
+        if budget is not None and not (_is_number(budget) and budget > 0):
+            raise ValueError(f"offload_gib must be a number above 0 or None, got {budget!r}")
+
+    def recompute_levels(self, num_layers: int) -> list[str | None]:
+        """``recompute`` of each layer; None where the model's gradient checkpointing decides.
+
+        Raises:
+            ValueError: A list has another length than the model has layers.
+        """
+        if not isinstance(self.recompute, tuple):
+            return [self.recompute] * num_layers
+        if len(self.recompute) != num_layers:
+            raise ValueError(
+                f"recompute has {len(self.recompute)} entries, the model has {num_layers} layers: "
+                "give one level or one a layer."
+            )
+        return list(self.recompute)
 
     def _settle_policy(self) -> None:
         for name in ("predictor", "predictor_revision"):

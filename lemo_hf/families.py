@@ -15,6 +15,7 @@ class Family:
     and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
     of all norms, as `lemo_hf.kernels.norm.KINDS` names it. ``intermediate`` names the Linear
     whose input is the MLP's intermediate activation, None where experts have no single one.
+    ``final_norm`` is what the stream goes through before the head, if nothing else is.
     ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
     addition.
     """
@@ -32,6 +33,7 @@ class Family:
     mlp_output_norm: str | None = None
     mlp_dropout: str | None = None
     intermediate: str | None = "mlp.down_proj"
+    final_norm: str = "model.norm"
     pre_norm_flag: str | None = None
     residual_scale: str | None = None
     logits_divisor: str | None = None  # in the model's config
@@ -81,6 +83,7 @@ FAMILIES = {
         mlp_norm="final_layer_norm",
         mlp_dropout="dropout",
         intermediate="fc2",
+        final_norm="model.decoder.final_layer_norm",
         pre_norm_flag="do_layer_norm_before",
     ),
 }

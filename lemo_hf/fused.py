@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from lemo_hf.families import Family
 from lemo_hf.kernels.gated_activation import gated_activation
-from lemo_hf.kernels.launch import untouched
+from lemo_hf.kernels.launch import sharded, untouched
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 
@@ -40,6 +40,16 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
         return None
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(kind, module.weight, getattr(module, "bias", None), eps)
+
+
+def final_norm(model: nn.Module, family: Family) -> Norm | None:
+    """The norm between the last layer and the head, if the kernels know it and it stands alone."""
+    inner = model.get_submodule(family.layers.rpartition(".")[0])
+    if getattr(inner, "project_out", None) is not None:  # OPT-350m: a projection follows
+        return None
+    name = family.final_norm.rpartition(".")[2]
+    norm = norm_of(getattr(inner, name, None), family.norm)
+    return None if norm is None or sharded(getattr(inner, name)) else norm
 
 
 def gated_mlp(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | None:

@@ -85,13 +85,17 @@ def kept_attention_inputs(
     kept: KeptSet,
     step: Step,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None,
     flash: bool,
 ) -> dict[str, Any]:
     """Keyword arguments of the attention module for the kept rows, but their rotary positions.
 
-    ``position_ids`` are left out: only flash attention reads them, and it takes gaps between kept
-    positions for document boundaries. It is given the real boundaries instead.
+    Where tokens are left out, so are ``position_ids``: only flash attention reads them, and it
+    takes gaps between kept positions for document boundaries. It is given the real ones instead.
     """
+    if kept.whole:
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return {"attention_mask": attention_mask, **positions}
     key = id(attention_mask)
     if kept.cache is not None and key in kept.cache:
         return kept.cache[key]

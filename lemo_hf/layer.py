@@ -1,8 +1,9 @@
-"""The sparse decoder layer: kept rows in, the family's own attention and MLP, kept rows out.
+"""The decoder layer in a sparse pass: kept rows in, its own attention and MLP, kept rows out.
 
-A layer of the model becomes an instance of a cached subclass of its own class, with the same name:
-state dicts, hooks, PEFT and FSDP's lookup by class name see what they saw before. What belongs to
-LeMo lives in one plain attribute outside the module tree.
+A layer that is to stay dense keeps every row and goes the same way. A layer of the model becomes an
+instance of a cached subclass of its own class, with the same name: state dicts, hooks, PEFT and
+FSDP's lookup by class name see what they saw before. What belongs to LeMo lives in one plain
+attribute outside the module tree.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lemo_hf.config import KeepRule
 from lemo_hf.families import Family
@@ -23,6 +23,7 @@ from lemo_hf.kernels.rows import close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
 from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.recompute import checkpointed
 from lemo_hf.selection import KeptSet
 from lemo_hf.step import Step
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
@@ -32,16 +33,15 @@ _PLAN = "_lemo_plan"
 
 @dataclass
 class LayerPlan:
-    """What one sparse layer must know.
+    """What one layer must know.
 
     Attributes:
         family: Where its parts are.
         index: Its place in the stack.
-        rule: How much its attention keeps.
+        rule: How much its attention keeps; None if the layer is dense.
         mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
-        opens: It is the first of a run of sparse layers, so it copies the stream.
-        closes: It is the last of a run.
-        checkpoint: Store kept rows only; None follows the model's gradient checkpointing.
+        closes: It is the last layer.
+        recompute: One of `LEVELS`; None follows the model's gradient checkpointing.
         predictor: Of its attention, for the predictor policy.
         mlp_predictor: Of its MLP.
         passes: Knows the forward pass under way.
@@ -49,11 +49,10 @@ class LayerPlan:
 
     family: Family
     index: int
-    rule: KeepRule
+    rule: KeepRule | None
     mlp_rule: KeepRule | None
-    opens: bool
     closes: bool
-    checkpoint: bool | None
+    recompute: str | None
     predictor: Callable[[Tensor], Tensor] | None
     mlp_predictor: Callable[[Tensor], Tensor] | None
     passes: Passes
@@ -129,11 +128,9 @@ def _sparse_forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The stream ``x [B, T, H]``, its kept rows updated in place (in a copy if the layer opens)."""
-    if plan.opens or x._is_view():  # FSDP2 hands each layer a view that must not be written to
-        x = open_stream(x)
-    flash = _uses_flash(layer, plan.family, step)
-    checkpointed = _checkpointed(layer, plan)
+    """The stream ``x [B, T, H]``, its kept rows updated in place."""
+    x = _stream(x, plan, step)
+    flash = plan.rule is not None and _uses_flash(layer, plan.family, step)
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
@@ -151,51 +148,72 @@ def _sparse_forward(
             )
 
     shares = plan.mlp_rule is None
-    kept = step.choose(
-        plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
-    )
+    if plan.rule is None:
+        kept = step.everything
+    else:
+        kept = step.choose(
+            plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
+        )
 
     def attend(hidden: Tensor) -> Tensor:
-        inputs = kept_attention_inputs(kept, step, attention_mask, flash)
+        inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept)
         module = getattr(layer, plan.family.attention)
         return call_attention(
             module, positions, hidden_states=hidden, past_key_values=None, **{**kwargs, **inputs}
         )
 
+    level = plan.recompute or _level(layer, plan, x, kept)
     attention = attention_sublayer(layer, plan.family, attend)
-    mlp = mlp_sublayer(layer, plan.family)
-    x = _update(x, kept, [attention, mlp] if shares else [attention], checkpointed)
+    mlp = mlp_sublayer(layer, plan.family, again=level != "none")
+    update = partial(_update, layer, plan, level)
+    x = update(x, kept, [attention, mlp] if shares else [attention])
     if not shares:
         mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
-        x = _update(x, mlp_kept, [mlp], checkpointed)
-    return close_stream(x) if plan.closes else x
+        x = update(x, mlp_kept, [mlp])
+    return close_stream(x) if plan.closes and not step.owns_gradient else x
+
+
+def _stream(x: Tensor, plan: LayerPlan, step: Step) -> Tensor:
+    """The stream as something that may be updated in place."""
+    if x._is_view():  # FSDP2 hands each layer a view that must not be written to
+        return open_stream(x)
+    if plan.index > 0:
+        return x
+    if not step.owns_embeddings:
+        return open_stream(x)
+    # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.
+    return (x.detach() if x.is_leaf else x).contiguous()
 
 
 def _update(
-    x: Tensor, kept: KeptSet, sublayers: list[Sublayer], checkpointed: Callable | None
+    layer: nn.Module,
+    plan: LayerPlan,
+    level: str,
+    x: Tensor,
+    kept: KeptSet,
+    sublayers: list[Sublayer],
 ) -> Tensor:
     """``sublayers`` on the kept rows of the stream, stored back into it."""
-    # What is checkpointed begins with the rows, so that nothing but they is stored.
-    norm = None if checkpointed else sublayers[0].fused_norm()
+    # What is computed again begins with the rows, so that nothing but they is stored.
+    again = level in ("selective", "full")
+    norm = None if again or sublayers[0].again else sublayers[0].fused_norm()
     x, rows, hidden = gather_norm(x, kept.index, norm, kept.slot_mask)
-    run = partial(run_sublayers, sublayers)
-    rows, update = checkpointed(run, rows) if checkpointed else run(rows, hidden)
+    if again and not sublayers[0].again:
+        # The model's own checkpoint function, so that its offload holds.
+        own = layer.__dict__.get("_gradient_checkpointing_func")
+        run = partial(run_sublayers, sublayers)
+        rows, update = checkpointed(run, rows, level, own, plan.passes.host, plan.index)
+    else:
+        rows, update = run_sublayers(sublayers, rows, hidden)
     return scatter_add_(x, rows, update, kept.index, kept.slot_mask, sublayers[-1].scale)
 
 
-def _checkpointed(layer: nn.Module, plan: LayerPlan) -> Callable | None:
-    """What calls a function of kept rows and stores nothing but the rows; None to call it plainly.
-
-    It is the model's own checkpoint function, so that its options (offload, reentrant) hold here.
-    """
-    wanted = getattr(layer, "gradient_checkpointing", False)
-    if plan.checkpoint is not None:
-        wanted = plan.checkpoint
-    if not wanted:
-        return None
-    function = layer.__dict__.get("_gradient_checkpointing_func")
-    return function or partial(checkpoint, use_reentrant=False)
+def _level(layer: nn.Module, plan: LayerPlan, x: Tensor, kept: KeptSet) -> str:
+    """What the model's gradient checkpointing asks for."""
+    if not getattr(layer, "gradient_checkpointing", False):
+        return "none"
+    return "selective" if plan.passes.attention_fits(layer, x, kept) else "full"
 
 
 def _uses_flash(layer: nn.Module, family: Family, step: Step) -> bool:

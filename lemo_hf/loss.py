@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo_hf.families import Family
+from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_entropy
 from lemo_hf.step import Step
 
@@ -41,11 +42,12 @@ def segment_loss(
     family: Family,
     model_config,
     num_items_in_batch: Tensor | int | None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """The model's causal-LM loss without its ``[B, T, V]`` logits.
 
     Args:
-        hidden: What the head reads, ``[B, T, H]``.
+        hidden: What the head reads, ``[B, T, H]``; before ``norm`` if there is one.
         targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
         step: The forward pass.
         head: The output embeddings, called as a module.
@@ -53,6 +55,7 @@ def segment_loss(
         model_config: Config of the model.
         num_items_in_batch: Labels in all micro-batches of the optimizer step (Trainer counts
             them), or None: the labels of this batch.
+        norm: Between ``hidden`` and the head, or None.
 
     Returns:
         Nats per label, fp32 scalar.
@@ -71,5 +74,7 @@ def segment_loss(
         divisor=getattr(model_config, family.logits_divisor) if family.logits_divisor else 1.0,
         softcap=getattr(model_config, family.logits_softcap) if family.logits_softcap else None,
         parameters=[p for p in head.parameters() if p.requires_grad],
+        norm=norm,
+        most_labels=step.most_labels,
     )
     return total / num_items_in_batch

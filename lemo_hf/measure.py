@@ -79,7 +79,7 @@ class LossRise:
             OSError, ValueError: Model, config and predictors do not fit, see `apply_lemo`.
         """
         # A checkpointed layer would be run through the model's checkpoint function for nothing.
-        config = dataclasses.replace(config, checkpoint_kept_rows=False)
+        config = dataclasses.replace(config, recompute="none", offload_gib=None)
         rise, kept, blocks = 0.0, 0, 0
         with sparse_evaluation(self.model), _lemo_on(self.model, config, self.predictors) as lemo:
             self.predictors = self.predictors or lemo.predictor

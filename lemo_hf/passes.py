@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from lemo_hf.checks import check_call, check_sharded_head
 from lemo_hf.config import LeMoConfig
 from lemo_hf.families import Family
+from lemo_hf.fused import final_norm
 from lemo_hf.kernels.launch import sharded
+from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import segment_loss, shifted, supervised_targets
+from lemo_hf.memory import attention_fits
+from lemo_hf.offload import HostMemory
+from lemo_hf.selection import KeptSet
 from lemo_hf.step import Step
 
 logger = logging.getLogger(__name__)
@@ -81,16 +86,27 @@ class Passes:
         global_step: Optimizer steps done.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
+        last: The last sparse layer.
+        host: Where layers store what they would keep on the device, or None.
     """
 
-    def __init__(self, model: nn.Module, config: LeMoConfig, family: Family, last: nn.Module):
-        self.config, self.family, self.last = config, family, last
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LeMoConfig,
+        family: Family,
+        last: nn.Module,
+        host: HostMemory | None,
+    ):
+        self.config, self.family, self.last, self.host = config, family, last, host
+        self._layers = len(model.get_submodule(family.layers))
         self.step: Step | None = None
         self.global_step = 0
         self.counts: dict[str, Any] = {}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.reset_counts()
         self._warned = False
+        self._fits: dict[tuple, bool] = {}
         self._promised: Labels | None = None
         self._loss: Tensor | None = None
         self._for_this_pass: list = []
@@ -137,6 +153,7 @@ class Passes:
             global_step=self.global_step,
             score_always=sharded(self.last),
         )
+        self.step.owns_embeddings = ids is not None
         if labels is None:
             return (), kwargs
         if promised is None and _runs_own_forward(model):
@@ -158,20 +175,36 @@ class Passes:
         for name in ("labels", "shift_labels"):
             kwargs.pop(name, None)
 
-        def loss_of(hidden: Tensor) -> Tensor:
-            config = model.config
-            return segment_loss(hidden, targets, step, head, self.family, config, num_items)
+        def loss_of(hidden: Tensor, norm: Norm | None = None) -> Tensor:
+            config, family = model.config, self.family
+            return segment_loss(hidden, targets, step, head, family, config, num_items, norm)
 
-        def before_head(_, args):
-            catch.remove()
-            self._loss = loss_of(args[0])
+        def at_head(_, args):
+            self._for_this_pass.pop().remove()
+            if self._loss is None:
+                self._loss = loss_of(args[0])
             return (args[0][:, :1].detach(),)
+
+        def catch_head():
+            self._for_this_pass.append(head.register_forward_pre_hook(at_head))
 
         if sharded(head):
             self._loss_inside(head, loss_of)
             return
-        catch = head.register_forward_pre_hook(before_head)
-        self._for_this_pass.append(catch)
+        norm = final_norm(model, self.family)
+        if norm is None:
+            catch_head()
+            return
+
+        def at_norm(hidden: Tensor) -> Tensor:
+            self._loss = loss_of(hidden, norm)
+            catch_head()
+            return hidden.detach()
+
+        # From here on the gradient of the stream is the loss's own, and norms exist by segments.
+        step.owns_gradient = True
+        stand_in = _StandIn(model.get_submodule(self.family.final_norm), at_norm)
+        self._for_this_pass.append(stand_in)
 
     def _loss_inside(self, head: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
         """Let the head's next call return the loss.
@@ -185,6 +218,15 @@ class Passes:
             self._loss = output
 
         self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
+
+    def attention_fits(self, layer: nn.Module, x: Tensor, kept: KeptSet) -> bool:
+        """Whether all layers may keep attention's output; decided once for a shape."""
+        key = (*x.shape, self.host is None)
+        if key not in self._fits:
+            self._fits[key] = attention_fits(
+                layer, self.family, x, kept.index.numel(), self._layers, self.host
+            )
+        return self._fits[key]
 
     def _after(self, model: nn.Module, args: tuple, output: Any):
         """End the pass (after an error too), count it, and hand our loss over."""

@@ -13,6 +13,7 @@ from lemo_hf.checks import check_intermediate, check_model, check_predictors
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
+from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 
@@ -90,19 +91,21 @@ class LeMo:
             heads = {"attention": predictors.attention, "mlp": predictors.mlp}
         check_predictors(config, heads, rules)
         self.config, self.rules = config, rules
-        sparse = self.sparse_layers
-        self._layers = [layers[i] for i in sparse]
-        self.passes = Passes(model, config, family, last=self._layers[-1])
-        for i in sparse:
-            rule, mlp_rule = rules[i]
+        self._layers = list(layers)
+        host = None
+        if config.offload_gib is not None:
+            host = HostMemory(config.offload_gib, last=len(layers) - 1)
+        last = layers[self.sparse_layers[-1]]
+        self.passes = Passes(model, config, family, last, host)
+        for i, level in enumerate(config.recompute_levels(len(layers))):
+            rule, mlp_rule = rules[i] or (None, None)
             plan = LayerPlan(
                 family=family,
                 index=i,
                 rule=rule,
                 mlp_rule=mlp_rule,
-                opens=i - 1 not in sparse,
-                closes=i + 1 not in sparse,
-                checkpoint=config.checkpoint_kept_rows,
+                closes=i + 1 == len(layers),
+                recompute=level,
                 predictor=heads["attention"] and heads["attention"][i],
                 mlp_predictor=heads["mlp"] and heads["mlp"][i],
                 passes=self.passes,
@@ -147,7 +150,7 @@ class LeMo:
         if not real:
             return {}
         total = len(self.rules)
-        dense = total - len(self._layers)
+        dense = total - len(self.sparse_layers)
         attention, mlp = (
             (int(self.passes.counts[name]) / real + dense) / total for name in ("attention", "mlp")
         )

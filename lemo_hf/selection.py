@@ -17,6 +17,7 @@ class KeptSet:
         slot_mask: ``[B, K]`` bool, False at idle slots; None if there are none.
         kept_tokens: Kept tokens of the batch, int64 scalar tensor.
         blocks: ``[B, N]`` bool, the kept blocks.
+        whole: Every position is kept, padding too: the layer is dense.
         cache: What was gathered by this set already, where layers share it; else None.
     """
 
@@ -24,6 +25,7 @@ class KeptSet:
     slot_mask: Tensor | None
     kept_tokens: Tensor
     blocks: Tensor
+    whole: bool = False
     cache: dict | None = field(default=None, repr=False)
 
 
@@ -38,14 +40,15 @@ def block_any(tokens: Tensor, block_size: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, block_size)).any(2)
 
 
-def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor) -> Tensor:
+def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor | int) -> Tensor:
     """The best ``budget[b]`` blocks of each row, required ones first.
 
     Args:
         scores: ``[B, N]``; higher is better, ties go to the earlier block. NaN counts as lowest.
         real: ``[B, N]`` bool, False at blocks of padding alone: never kept.
         required: ``[B, N]`` bool: always kept.
-        budget: ``[B]`` int64 blocks to keep; at least the row's required ones.
+        budget: ``[B, 1]`` blocks to keep, or their number in each row; at least the row's
+            required ones.
 
     Returns:
         ``[B, N]`` bool.
@@ -56,7 +59,7 @@ def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor) 
     order = scores.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return (rank < budget[:, None]) & real
+    return (rank < budget) & real
 
 
 def blocks_above(scores: Tensor, real: Tensor, required: Tensor, threshold: float) -> Tensor:
@@ -89,4 +92,5 @@ def kept_set(kept: Tensor, blocks: Tensor, num_slots: int, exact: bool, shared: 
     counts = kept.sum(1)
     slots = torch.arange(num_slots, device=kept.device)
     slot_mask = None if exact else slots < counts[:, None]
-    return KeptSet(index.contiguous(), slot_mask, counts.sum(), blocks, {} if shared else None)
+    cache = {} if shared else None
+    return KeptSet(index.contiguous(), slot_mask, counts.sum(), blocks, cache=cache)

@@ -33,9 +33,33 @@ class _RowCounts:
     required_blocks: int
     required_tokens: int  # in required blocks
     label_blocks: int
+    labels: int
 
     def num_blocks(self, retention: float) -> int:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
+
+
+class _Counts:
+    """Counts of rows, one `_RowCounts` each, on their way from the device to the host.
+
+    Shapes depend on them. They set out before the first layer is launched and are asked for at the
+    first choice, so that the device has work while the host waits.
+    """
+
+    def __init__(self, table: Tensor):
+        self.on_device = table
+        self._copy, self._arrived = table, None
+        if table.is_cuda:
+            self._copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+            self._copy.copy_(table, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(table.device).record_event()
+
+    @cached_property
+    def on_host(self) -> list[_RowCounts]:
+        """Waits for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [_RowCounts(*row) for row in self._copy.tolist()]
 
 
 class Step:
@@ -54,6 +78,11 @@ class Step:
         score_always: Score blocks even where there is nothing to choose, as other processes may
             have to, and scoring gathers parameters that all of them hold parts of.
     """
+
+    # Nobody else holds the first layer's input, which may then be updated in place.
+    owns_embeddings = False
+    # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
+    owns_gradient = False
 
     def __init__(
         self,
@@ -81,7 +110,8 @@ class Step:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
             self.documents = restarts.cumsum(1).expand(self.batch, -1)
         self._input_ids = input_ids
-        self.real, self.required, self.rows = self._blocks(targets)
+        self.real, self.required, self._counts = self._blocks(targets)
+        self._tokens = self._counts.on_device[:, :1]
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens = {"attention": 0, "mlp": 0}
@@ -96,11 +126,22 @@ class Step:
         return row_keys(self._input_ids, self.valid)
 
     @property
+    def rows(self) -> list[_RowCounts]:
+        """Counts of each row. The host waits for them once, and never for what layers compute."""
+        return self._counts.on_host
+
+    @property
     def real_tokens(self) -> int:
         """Tokens of the batch that are no padding."""
         return sum(row.tokens for row in self.rows)
 
-    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, list[_RowCounts]]:
+    @cached_property
+    def everything(self) -> KeptSet:
+        """All positions, for a layer that is dense."""
+        index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1).contiguous()
+        return KeptSet(index, None, self._tokens.sum(), self.real, whole=True, cache={})
+
+    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, "_Counts"]:
         """Blocks with tokens ``[B, N]``, blocks always kept ``[B, N]``, and each row's counts."""
         size = self.config.block_size
         valid = self.valid
@@ -110,18 +151,17 @@ class Step:
         first = real & (real.cumsum(1) == 1)
         last = real & (real.flip(1).cumsum(1).flip(1) == 1)
         required = first | last
-        label_blocks = torch.zeros_like(required)
+        label_blocks, labels = torch.zeros_like(required), torch.zeros_like(required)
         if targets is not None:
-            predicts = (targets != IGNORE_INDEX) & valid
+            labels = targets != IGNORE_INDEX
+            predicts = labels & valid
             answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
             partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
             label_blocks = block_any(predicts | answers, size) & partial[:, None]
             required = required | label_blocks
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
-        counts = [valid, real, required, in_required, label_blocks]
-        # The one host synchronisation of a step without thresholds: shapes depend on these.
-        table = torch.stack([count.sum(1) for count in counts], 1).tolist()
-        return real, required, [_RowCounts(*row) for row in table]
+        counts = [valid, real, required, in_required, label_blocks, labels]
+        return real, required, _Counts(torch.stack([count.sum(1) for count in counts], 1))
 
     def choose(
         self,
@@ -183,8 +223,7 @@ class Step:
         if retention == 1 or (everything and not self.score_always):
             blocks = self.real
         else:
-            budget = torch.tensor(budgets, device=self.device)
-            blocks = keep_blocks(score(), self.real, self.required, budget)
+            blocks = keep_blocks(score(), self.real, self.required, self._column(budgets))
         # A row's required blocks may be cut short by padding; all others count block_size tokens.
         slots, exact = [], True
         for k, row in zip(budgets, self.rows, strict=True):
@@ -192,6 +231,15 @@ class Step:
             slots.append(min(row.tokens, row.required_tokens + (k - row.required_blocks) * size))
             exact &= full == row.tokens
         return blocks, slots, exact
+
+    def _column(self, numbers: list[int]) -> Tensor | int:
+        """``[B, 1]`` on the device, or the number that all of them are."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        column = torch.tensor(numbers)[:, None]
+        if self.device.type == "cuda":
+            column = column.pin_memory()
+        return column.to(self.device, non_blocking=True)
 
     def _note_excess(self, retention: float) -> None:
         for index, row in enumerate(self.rows):
@@ -205,7 +253,20 @@ class Step:
 
     def supervised(self) -> Tensor:
         """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
-        tokens = torch.tensor([[row.tokens] for row in self.rows], device=self.device)
-        mean = self.times_kept.sum(1, keepdim=True) / tokens.clamp_min(1)
+        mean = self.times_kept.sum(1, keepdim=True) / self._tokens.clamp_min(1)
         supervised = self.times_kept >= mean
         return supervised if self.valid is None else supervised & self.valid
+
+    @property
+    def most_labels(self) -> int | None:
+        """No more tokens than this have a label that is asked for; None if only the device knows.
+
+        That is so where layers choose sets of their own, and tokens kept most often are asked.
+        """
+        labels = sum(row.labels for row in self.rows)
+        if self.config.supervise == "all":
+            return labels
+        if set(self.agreed) != {"attention"}:
+            return None
+        slots = self.agreed["attention"].index.shape[1]
+        return sum(min(row.labels, slots) for row in self.rows)

@@ -5,7 +5,7 @@ of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from lemo_hf.fused import gated_mlp, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
+from lemo_hf.recompute import rerun_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Sublayer:
         kind: Of the norms, as `KINDS` names it.
         dropout: Of the output, or None.
         scale: Of the update.
+        modules: What ``run`` calls.
+        width: Of the widest activation inside ``run``, elements; None if that is not known.
+        again: Store nothing of it but its rows, and run it again in the backward.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -37,6 +41,9 @@ class Sublayer:
     kind: str
     dropout: Callable[[Tensor], Tensor] | None
     scale: float
+    modules: tuple[nn.Module, ...]
+    width: int | None = None
+    again: bool = False
 
     def fused_norm(self) -> Norm | None:
         """The norm for a kernel that reads rows; None if there is none or it must be called."""
@@ -63,6 +70,17 @@ class Sublayer:
             return self.post_norm(add_update(rows, update, self.scale)), None
         return rows, update
 
+    def rerun(self, rows: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`enter` and `apply`, of which nothing but the sum of rows and update is stored."""
+
+        def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.apply(*self.enter(tile, None))
+
+        norms = [x for x in (self.norm, self.output_norm, self.post_norm) if x is not None]
+        behind = self.post_norm is not None
+        modules = [*self.modules, *norms]
+        return rerun_rows(run, modules, rows, update, self.scale, self.width, behind)
+
 
 def run_sublayers(
     sublayers: list[Sublayer], rows: Tensor, hidden: Tensor | None = None
@@ -79,6 +97,9 @@ def run_sublayers(
     """
     update = None
     for sublayer in sublayers:
+        if sublayer.again and hidden is None:
+            rows, update = sublayer.rerun(rows, update)
+            continue
         if hidden is None:
             rows, hidden = sublayer.enter(rows, update)
         rows, update = sublayer.apply(rows, hidden)
@@ -91,25 +112,30 @@ def attention_sublayer(
 ) -> Sublayer:
     """The attention of ``layer``, called by ``attend``."""
     names = (family.attention_norm, family.attention_output_norm, family.attention_dropout)
-    return _sublayer(layer, family, attend, *names)
+    return _sublayer(layer, family, attend, (getattr(layer, family.attention),), *names)
 
 
-def mlp_sublayer(layer: nn.Module, family: Family) -> Sublayer:
-    """The MLP of ``layer``."""
+def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
+    """The MLP of ``layer``; ``again`` as for `Sublayer`."""
+    parts = tuple(getattr(layer, name) for name in family.mlp)
 
     def modules(hidden: Tensor) -> Tensor:
-        for name in family.mlp:
-            hidden = getattr(layer, name)(hidden)
+        for part in parts:
+            hidden = part(hidden)
         return hidden
 
     names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
-    return _sublayer(layer, family, gated_mlp(layer, family) or modules, *names)
+    run = gated_mlp(layer, family) or modules
+    mlp = _sublayer(layer, family, run, parts, *names)
+    inner = family.intermediate and layer.get_submodule(family.intermediate)
+    return replace(mlp, again=again, width=getattr(inner, "in_features", None))
 
 
 def _sublayer(
     layer: nn.Module,
     family: Family,
     run: Callable[[Tensor], Tensor],
+    modules: tuple[nn.Module, ...],
     norm: str | None,
     output_norm: str | None,
     dropout: str | None,
@@ -124,6 +150,7 @@ def _sublayer(
         family.norm,
         dropout and _dropout(layer, dropout),
         getattr(layer, family.residual_scale) if family.residual_scale else 1.0,
+        modules,
     )
 
 

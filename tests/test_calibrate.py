@@ -217,7 +217,7 @@ def test_a_retention_below_what_must_be_kept(unchanged):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_buys_retention(checkpointing, unchanged):
     model = unchanged(with_lora(make_model("llama", "sdpa"), lora_dropout=0.1))
-    config = dataclasses.replace(CONFIG, checkpoint_kept_rows=checkpointing)
+    config = dataclasses.replace(CONFIG, recompute="full" if checkpointing else "none")
     (row,) = rows(1, 256)
 
     def bytes_at(share):

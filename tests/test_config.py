@@ -30,7 +30,7 @@ from lemo_hf.config import KeepRule
         ("supervise", "some", "supervise must be one of .* got 'some'"),
         ("agree_across_layers", 1, "agree_across_layers must be one of .* got 1"),
         ("normalize_scores", None, "got None"),
-        ("checkpoint_kept_rows", "yes", "got 'yes'"),
+        ("recompute", "yes", "got 'yes'"),
         ("seed", 0.5, "got 0.5"),
     ],
 )

@@ -8,6 +8,7 @@ from models import batch, loss_and_gradients, make_model, relative_error, with_l
 from torch.nn.functional import cross_entropy
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.config import LEVELS
 from lemo_hf.families import FAMILIES, PARALLEL_RESIDUAL, family_of
 
 
@@ -25,9 +26,9 @@ def exact_gradients(model, input_ids, labels):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", LEVELS)
 @pytest.mark.parametrize("mlp_retention", [None, 1.0])
-def test_retention_1_is_the_stock_model(family, mlp_retention, checkpointing):
+def test_retention_1_is_the_stock_model(family, mlp_retention, recompute):
     model = with_lora(make_model(family))
     keys = list(model.state_dict())
     loss, gradients = loss_and_gradients(model, **batch())
@@ -38,7 +39,7 @@ def test_retention_1_is_the_stock_model(family, mlp_retention, checkpointing):
         block_size=16,
         segment_size=29,
         policy="recent",
-        checkpoint_kept_rows=checkpointing,
+        recompute=recompute,
     )
     lemo = apply_lemo(model, config)
     assert list(model.state_dict()) == keys

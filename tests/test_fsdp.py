@@ -47,7 +47,7 @@ def test_fully_sharded_layers(mesh, checkpointing):
 
 def test_rows_saved_under_sharding_are_kept_rows(mesh):
     model = make_model("llama")
-    apply_lemo(model, LeMoConfig(block_size=8, checkpoint_kept_rows=True))
+    apply_lemo(model, LeMoConfig(block_size=8, recompute="full"))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     shapes = []

@@ -191,7 +191,7 @@ def test_what_is_trained(options, lemo, checkpointing, launched):
         {"retention": 0.5, "dense_first_layers": 1, "dense_last_layers": 1},
         {"retention": (0.25, 0.5, 1.0), "agree_across_layers": False},
         {"retention": 0.5, "supervise": "all"},
-        {"retention": 0.5, "checkpoint_kept_rows": True},
+        {"retention": 0.5, "recompute": "full"},
         {"retention": 0.3, "segment_size": 32},
     ],
     ids=str,

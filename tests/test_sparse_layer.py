@@ -6,6 +6,7 @@ from dense_reference import expected_loss, masked_dense, recorded_sets
 from models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.config import LEVELS
 from lemo_hf.families import FAMILIES
 from lemo_hf.patch import transformers_model
 
@@ -104,11 +105,11 @@ def test_equals_masked_dense_layers(family, case, monkeypatch):
     compare(model, case(), config, monkeypatch, "fc2" if family == "opt" else "mlp")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", LEVELS)
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("mlp_retention", [None, 0.3])
 @pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "recent"])
-def test_every_policy_and_way_of_sharing(policy, mlp_retention, agree, checkpointing, monkeypatch):
+def test_every_policy_and_way_of_sharing(policy, mlp_retention, agree, recompute, monkeypatch):
     config = LeMoConfig(
         retention=0.4,
         mlp_retention=mlp_retention,
@@ -116,7 +117,7 @@ def test_every_policy_and_way_of_sharing(policy, mlp_retention, agree, checkpoin
         policy=policy,
         agree_across_layers=agree,
         supervise="all" if agree else "kept",
-        checkpoint_kept_rows=checkpointing,
+        recompute=recompute,
     )
     compare(with_lora(make_model("llama")), left_padded(), config, monkeypatch)
 

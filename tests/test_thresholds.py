@@ -13,7 +13,7 @@ from test_sparse_layer import (
 )
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.config import KeepRule
+from lemo_hf.config import LEVELS, KeepRule
 from lemo_hf.selection import blocks_above
 from lemo_hf.step import Step
 
@@ -68,14 +68,12 @@ def test_equals_masked_dense_layers(case, normalize, monkeypatch):
     compare(with_lora(make_model("llama")), case(), settings, monkeypatch)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", LEVELS)
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("mlp", [{}, {"mlp_threshold": 1.02}, {"mlp_retention": 0.3}])
 @pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "recent"])
-def test_every_policy_and_way_of_sharing(policy, mlp, agree, checkpointing, monkeypatch):
-    settings = config(
-        0.9, policy=policy, agree_across_layers=agree, checkpoint_kept_rows=checkpointing, **mlp
-    )
+def test_every_policy_and_way_of_sharing(policy, mlp, agree, recompute, monkeypatch):
+    settings = config(0.9, policy=policy, agree_across_layers=agree, recompute=recompute, **mlp)
     compare(with_lora(make_model("llama")), left_padded(), settings, monkeypatch)
 
 
@@ -83,8 +81,8 @@ def test_every_policy_and_way_of_sharing(policy, mlp, agree, checkpointing, monk
 def test_checkpointing_changes_nothing(agree):
     model = with_lora(make_model("llama", "sdpa"))
     settings = dict(agree_across_layers=agree, mlp_threshold=1.0)
-    plain_run = run(model, left_padded(), config(1.1, checkpoint_kept_rows=False, **settings))
-    again = run(model, left_padded(), config(1.1, checkpoint_kept_rows=True, **settings))
+    plain_run = run(model, left_padded(), config(1.1, recompute="none", **settings))
+    again = run(model, left_padded(), config(1.1, recompute="full", **settings))
     assert again[0] == pytest.approx(plain_run[0], rel=1e-6)
     for name, gradient in plain_run[1].items():
         assert relative_error(again[1][name], gradient) < 1e-5, name

@@ -148,19 +148,19 @@ def test_it_has_one_backward():
 
 
 def test_only_a_plain_linear_is_bypassed():
-    head, hidden = nn.Linear(3, 5, bias=False), torch.zeros(2, 3)
-    assert plain_weight(head, hidden, []) is head.weight
-    assert plain_weight(head, hidden, [head.weight]) is None  # fp32: autograd adds up
-    assert plain_weight(head, hidden.bfloat16(), []) is None
-    assert plain_weight(nn.Linear(3, 5), hidden, []) is None
-    assert plain_weight(head.forward, hidden, []) is None
+    head, cpu = nn.Linear(3, 5, bias=False), torch.device("cpu")
+    assert plain_weight(head, cpu, torch.float32, []) is head.weight
+    assert plain_weight(head, cpu, torch.float32, [head.weight]) is None  # fp32: autograd adds up
+    assert plain_weight(head, cpu, torch.bfloat16, []) is None
+    assert plain_weight(nn.Linear(3, 5), cpu, torch.float32, []) is None
+    assert plain_weight(head.forward, cpu, torch.float32, []) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain_weight(head, hidden, []) is None
+        assert plain_weight(head, cpu, torch.float32, []) is None
     handle = head.register_forward_hook(lambda *args: None)
-    assert plain_weight(head, hidden, []) is None
+    assert plain_weight(head, cpu, torch.float32, []) is None
     handle.remove()
     head.forward = lambda rows: rows
-    assert plain_weight(head, hidden, []) is None
+    assert plain_weight(head, cpu, torch.float32, []) is None
 
 
 @pytest.mark.parametrize(("vocabulary", "rows"), [(128_256, 576), (32_000, 960), (None, 512)])

@@ -1,0 +1,163 @@
+"""Pinned host memory for what layers store, copied behind the computation.
+
+`HostMemory.put` stores on the way forward, `HostMemory.get` reads on the way back; copies run on
+two streams of their own. On the way back the unit before the one that is asked for is fetched at
+the same time, so that it is there when its turn comes. Layers that keep more rows send more, and
+have more computation to hide it behind. What does not fit the budget stays on the device, and so
+does the last layer's, which is the first to be needed.
+
+Memory on the device in flight: two units on either way. Pinned memory is taken in slabs, which
+are used again in every step.
+
+Source: LeMo, arXiv:2501.09767, "sparsity-sensitive offload".
+"""
+
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+SLAB = 64 * 2**20  # bytes: large enough for full speed, small enough to waste little
+SMALL = 2**20  # bytes: less than this is not worth a copy
+
+
+class _Slab:
+    """A piece of pinned memory, and when it may be written to again."""
+
+    def __init__(self, pinned: bool):
+        self.bytes = torch.empty(SLAB, dtype=torch.uint8, pin_memory=pinned)
+        self.read: torch.cuda.Event | None = None
+
+
+class Stored:
+    """A tensor in host memory, and once it is fetched, on its device."""
+
+    def __init__(self, host: "HostMemory", tensor: Tensor, slabs: list[_Slab], unit: int):
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.host, self.slabs, self.unit = host, slabs, unit
+        self.fetched: Tensor | None = None
+        self.copied: torch.cuda.Event | None = None  # out, then back
+
+    def __del__(self):
+        self.host.release(self.slabs)
+
+
+class HostMemory:
+    """See the module's docstring.
+
+    Args:
+        budget_gib: Pinned memory to take at most, GiB.
+        last: The unit that stays on the device.
+    """
+
+    def __init__(self, budget_gib: float, last: int):
+        self.most = int(budget_gib * GIB) // SLAB
+        self.last = last
+        self._made = 0
+        self._free: list[_Slab] = []
+        self._order: list[weakref.ref[Stored]] = []
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._out = self._back = None
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Pinned memory taken so far."""
+        return self._made * SLAB
+
+    @property
+    def most_bytes(self) -> int:
+        """Pinned memory that may be taken."""
+        return self.most * SLAB
+
+    def put(self, tensor: Tensor, unit: int) -> Tensor | Stored:
+        """Store ``tensor`` of ``unit``; itself if it stays on the device."""
+        size = tensor.numel() * tensor.element_size()
+        if size < SMALL or unit == self.last or not tensor.is_contiguous():
+            return tensor
+        slabs = self._take(-(-size // SLAB), tensor.is_cuda)
+        if slabs is None:
+            return tensor
+        stored = Stored(self, tensor, slabs, unit)
+        if tensor.is_cuda:
+            self._copy_out(tensor, stored)
+        else:
+            _copy(tensor, slabs, back=False)
+        self._order = [ref for ref in self._order if ref() is not None]
+        self._order.append(weakref.ref(stored))
+        return stored
+
+    def get(self, stored: Tensor | Stored) -> Tensor:
+        """What was stored; the unit before it sets out for the device."""
+        if not isinstance(stored, Stored):
+            return stored
+        self._let_go(all_of_them=True)
+        waiting = [entry for ref in reversed(self._order) if (entry := ref()) is not None]
+        for entry in [stored, *waiting]:
+            if entry.fetched is None and stored.unit - 1 <= entry.unit <= stored.unit:
+                self._fetch(entry)
+        if stored.copied is not None:
+            torch.cuda.current_stream(stored.device).wait_event(stored.copied)
+        tensor, stored.fetched = stored.fetched, None
+        return tensor
+
+    def release(self, slabs: list[_Slab]) -> None:
+        """Take slabs back."""
+        self._free.extend(slabs)
+
+    def _take(self, count: int, pinned: bool) -> list[_Slab] | None:
+        if count > len(self._free) + self.most - self._made:
+            return None
+        while len(self._free) < count:
+            self._free.append(_Slab(pinned))
+            self._made += 1
+        return [self._free.pop() for _ in range(count)]
+
+    def _copy_out(self, tensor: Tensor, stored: Stored) -> None:
+        self._open(tensor.device)
+        self._let_go()
+        self._out.wait_stream(torch.cuda.current_stream(tensor.device))
+        for slab in stored.slabs:
+            if slab.read is not None:
+                self._out.wait_event(slab.read)
+        with torch.cuda.stream(self._out):
+            _copy(tensor, stored.slabs, back=False)
+            stored.copied = self._out.record_event()
+        self._leaving.append((tensor, stored.copied))
+
+    def _let_go(self, all_of_them: bool = False) -> None:
+        """Drop tensors that have left; two may be on their way.
+
+        The stream that will use their memory again waits for the copy. Marking them as used by the
+        other stream instead would leave it to the host when they are free, which runs ahead.
+        """
+        while len(self._leaving) > (0 if all_of_them else 1):
+            tensor, copied = self._leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(copied)
+
+    def _fetch(self, stored: Stored) -> None:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        if tensor.is_cuda:
+            # The memory may have been somebody else's until now.
+            self._back.wait_stream(torch.cuda.current_stream(stored.device))
+            self._back.wait_event(stored.copied)
+            with torch.cuda.stream(self._back):
+                _copy(tensor, stored.slabs, back=True)
+                stored.copied = self._back.record_event()
+            for slab in stored.slabs:
+                slab.read = stored.copied
+        else:
+            _copy(tensor, stored.slabs, back=True)
+        stored.fetched = tensor
+
+    def _open(self, device: torch.device) -> None:
+        if self._out is None:
+            self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+def _copy(tensor: Tensor, slabs: list[_Slab], back: bool) -> None:
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    for slab, part in zip(slabs, flat.split(SLAB), strict=True):
+        there, here = slab.bytes[: len(part)], part
+        (here if back else there).copy_(there if back else here, non_blocking=True)
