@@ -42,6 +42,15 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
     return Norm(kind, module.weight, getattr(module, "bias", None), eps)
 
 
+def is_frozen_linear(module: nn.Module | None) -> bool:
+    """Whether a call multiplies by a 16- or 32-bit weight that is not trained, and nothing else."""
+    if type(module) is not nn.Linear or not untouched(module):
+        return False
+    return type(module.weight) is nn.Parameter and not any(
+        parameter.requires_grad for parameter in module.parameters()
+    )
+
+
 def final_norm(model: nn.Module, family: Family) -> Norm | None:
     """The norm between the last layer and the head, if the kernels know it and it stands alone."""
     inner = model.get_submodule(family.layers.rpartition(".")[0])
@@ -52,8 +61,8 @@ def final_norm(model: nn.Module, family: Family) -> Norm | None:
     return None if norm is None or sharded(getattr(inner, name)) else norm
 
 
-def gated_mlp(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | None:
-    """The MLP of a layer with its gate fused, by its Linear modules; None if it must be called."""
+def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | None:
+    """A gated MLP up to its last Linear, by those before it; None if the MLP must be called."""
     mlp = getattr(layer, family.mlp[0])
     activation = _ACTIVATIONS.get(type(getattr(mlp, family.activation, None)))
     projections = [getattr(mlp, name, None) for name in family.gate]
@@ -61,12 +70,11 @@ def gated_mlp(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | 
         return None
     if not (untouched(mlp) and _of_transformers(mlp)):
         return None
-    down = layer.get_submodule(family.intermediate)
 
     def run(hidden: Tensor) -> Tensor:
         parts = [projection(hidden) for projection in projections]
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-        return down(gated_activation(gate, up, activation))
+        return gated_activation(gate, up, activation)
 
     return run
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo_hf.attention import fastest_attention, using
 from lemo_hf.config import KeepRule
 from lemo_hf.families import Family
 from lemo_hf.fused import call_attention
@@ -159,9 +160,9 @@ def _sparse_forward(
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept)
         module = getattr(layer, plan.family.attention)
-        return call_attention(
-            module, positions, hidden_states=hidden, past_key_values=None, **{**kwargs, **inputs}
-        )
+        inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
+        with using(fastest_attention(module, hidden.device, _dtype_of(hidden))):
+            return call_attention(module, positions, **inputs)
 
     level = plan.recompute or _level(layer, plan, x, kept)
     attention = attention_sublayer(layer, plan.family, attend)
@@ -214,6 +215,12 @@ def _level(layer: nn.Module, plan: LayerPlan, x: Tensor, kept: KeptSet) -> str:
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
     return "selective" if plan.passes.attention_fits(layer, x, kept) else "full"
+
+
+def _dtype_of(hidden: Tensor) -> torch.dtype:
+    """Of the products of ``hidden``, under autocast or not."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _uses_flash(layer: nn.Module, family: Family, step: Step) -> bool:

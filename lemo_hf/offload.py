@@ -35,7 +35,8 @@ class Stored:
     """A tensor in host memory, and once it is fetched, on its device."""
 
     def __init__(self, host: "HostMemory", tensor: Tensor, slabs: list[_Slab], unit: int):
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.shape, self.stride = tensor.shape, tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
         self.host, self.slabs, self.unit = host, slabs, unit
         self.fetched: Tensor | None = None
         self.copied: torch.cuda.Event | None = None  # out, then back
@@ -74,7 +75,7 @@ class HostMemory:
     def put(self, tensor: Tensor, unit: int) -> Tensor | Stored:
         """Store ``tensor`` of ``unit``; itself if it stays on the device."""
         size = tensor.numel() * tensor.element_size()
-        if size < SMALL or unit == self.last or not tensor.is_contiguous():
+        if size < SMALL or unit == self.last or not _is_dense(tensor):
             return tensor
         slabs = self._take(-(-size // SLAB), tensor.is_cuda)
         if slabs is None:
@@ -137,7 +138,8 @@ class HostMemory:
             torch.cuda.current_stream(tensor.device).wait_event(copied)
 
     def _fetch(self, stored: Stored) -> None:
-        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        shape, stride = stored.shape, stored.stride
+        tensor = torch.empty_strided(shape, stride, dtype=stored.dtype, device=stored.device)
         if tensor.is_cuda:
             # The memory may have been somebody else's until now.
             self._back.wait_stream(torch.cuda.current_stream(stored.device))
@@ -156,8 +158,14 @@ class HostMemory:
             self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie side by side, in whatever order of dimensions."""
+    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.shape[i]))
+    return tensor.permute(order).is_contiguous()
+
+
 def _copy(tensor: Tensor, slabs: list[_Slab], back: bool) -> None:
-    flat = tensor.detach().view(-1).view(torch.uint8)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     for slab, part in zip(slabs, flat.split(SLAB), strict=True):
         there, here = slab.bytes[: len(part)], part
         (here if back else there).copy_(there if back else here, non_blocking=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_intermediate, check_model, check_predictors
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
@@ -135,9 +136,17 @@ class LeMo:
             f"are sparse, attention {_span(attention)}, {mlp_text}, "
             f"{config.block_size}-token blocks by {config.policy!r}{learned}, "
             f"{'one kept set for all' if config.agree_across_layers else 'a kept set each'}, "
-            f"loss on {config.supervise} tokens; the other layers, evaluation and generation stay "
-            "dense."
+            f"loss on {config.supervise} tokens, attention by {self._attention()}; the other "
+            "layers, evaluation and generation stay dense."
         )
+
+    def _attention(self) -> str:
+        layer = self._layers[0]
+        attention = getattr(layer, self.passes.family.attention)
+        weight = next(layer.parameters())
+        kernels = fastest_attention(attention, weight.device, weight.dtype)
+        name = attention.config._attn_implementation
+        return f"{name} ({kernels[0].name.lower()})" if kernels else name
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.

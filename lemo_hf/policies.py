@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lemo_hf.families import Family
+from lemo_hf.fused import norm_of
 from lemo_hf.kernels.block_scores import block_scores
+from lemo_hf.kernels.launch import untouched, use_triton
+from lemo_hf.kernels.predict_blocks import MOST_RANK, MOST_UNITS, predict_blocks
 from lemo_hf.predictors.block_predictor import BlockPredictor, Embedded
 from lemo_hf.predictors.training_free import pool_blocks, random_scores, recent_scores
 from lemo_hf.step import Step
@@ -49,11 +52,17 @@ class ScoreInputs:
 
 def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
     """What the attention or MLP module reads of ``rows``: their norm, where the family has one."""
+    norm = _input_norm(inputs)
+    return rows if norm is None else norm(rows)
+
+
+def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
+    """The norm before the attention or MLP, if there is one."""
     family, layer = inputs.family, inputs.layer
     name = family.attention_norm if inputs.sublayer == "attention" else family.mlp_norm
     if name is None or (family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)):
-        return rows
-    return getattr(layer, name)(rows)
+        return None
+    return getattr(layer, name)
 
 
 def oracle(inputs: ScoreInputs) -> Tensor:
@@ -126,13 +135,36 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     """Whatever the layer's predictor says, in shares of the row's best block."""
     step, network = inputs.step, inputs.predictor
     size = step.config.block_size
-    parts = [
-        network.embed_rows(sublayer_input(inputs, inputs.x[:, part]), valid)
-        for part, valid in _chunks(step)
-    ]
     documents = None if step.documents is None else step.documents[:, _middles(step, size)]
-    scores = network.score(Embedded.join(parts), documents)
+    module = _input_norm(inputs)
+    norm = norm_of(module, inputs.family.norm)
+    if _by_kernel(inputs, known=module is None or norm is not None):
+        scores = predict_blocks(
+            inputs.x,
+            norm,
+            dict(network.named_parameters()),
+            size,
+            longest=network.longest,
+            normalize=network.normalize,
+            valid=step.valid,
+            documents=documents,
+        )
+    else:
+        parts = [
+            network.embed_rows(sublayer_input(inputs, inputs.x[:, part]), valid)
+            for part, valid in _chunks(step)
+        ]
+        scores = network.score(Embedded.join(parts), documents)
     return (scores - scores.amax(1, keepdim=True)).exp()
+
+
+def _by_kernel(inputs: ScoreInputs, known: bool) -> bool:
+    """Whether the kernels may stand in for the network's calls; ``known``: they know its norm."""
+    network = inputs.predictor
+    if not (known and use_triton(inputs.x)) or torch.is_grad_enabled():
+        return False
+    own = type(network) is BlockPredictor and all(map(untouched, network.modules()))
+    return own and network.units <= MOST_UNITS and network.rank <= MOST_RANK
 
 
 def _chunks(step: Step) -> Iterator[tuple[slice, Tensor | None]]:

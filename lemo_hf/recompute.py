@@ -209,6 +209,27 @@ def rerun_rows(
     return _Rerun.apply(run, tile, behind, rows, update, scale, *parameters)
 
 
+class _GradientAlone(Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad @ ctx.weight.to(grad.dtype), None
+
+
+def gradient_alone(x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of ``x @ weight.T`` for ``x [..., I]``, ``weight [H, I]``, without its values.
+
+    Returns:
+        ``[..., H]`` that nobody may read.
+    """
+    return _GradientAlone.apply(x, weight)
+
+
 def tile_rows(rows: Tensor, width: int | None) -> int:
     """Rows of a tile: gate, up, their product and two gradients take `TILE_BYTES`."""
     whole = rows.shape[0] * rows.shape[1]

@@ -4,17 +4,19 @@ The addition of an update is left pending, since whoever comes next can do it on
 of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lemo_hf.families import Family
-from lemo_hf.fused import gated_mlp, norm_of
+from lemo_hf.fused import gated_activations, is_frozen_linear, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
-from lemo_hf.recompute import rerun_rows
+from lemo_hf.recompute import gradient_alone, rerun_rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Sublayer:
         modules: What ``run`` calls.
         width: Of the widest activation inside ``run``, elements; None if that is not known.
         again: Store nothing of it but its rows, and run it again in the backward.
+        again_run: Then in place of ``run``: the same gradients, no result. None: ``run`` itself.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -44,6 +47,7 @@ class Sublayer:
     modules: tuple[nn.Module, ...]
     width: int | None = None
     again: bool = False
+    again_run: Callable[[Tensor], Tensor] | None = None
 
     def fused_norm(self) -> Norm | None:
         """The norm for a kernel that reads rows; None if there is none or it must be called."""
@@ -74,7 +78,10 @@ class Sublayer:
         """`enter` and `apply`, of which nothing but the sum of rows and update is stored."""
 
         def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.apply(*self.enter(tile, None))
+            # Gradients are on where it runs again.
+            again = self.again_run is not None and torch.is_grad_enabled()
+            this = replace(self, run=self.again_run) if again else self
+            return this.apply(*this.enter(tile, None))
 
         norms = [x for x in (self.norm, self.output_norm, self.post_norm) if x is not None]
         behind = self.post_norm is not None
@@ -118,17 +125,26 @@ def attention_sublayer(
 def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     """The MLP of ``layer``; ``again`` as for `Sublayer`."""
     parts = tuple(getattr(layer, name) for name in family.mlp)
-
-    def modules(hidden: Tensor) -> Tensor:
-        for part in parts:
-            hidden = part(hidden)
-        return hidden
-
-    names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
-    run = gated_mlp(layer, family) or modules
-    mlp = _sublayer(layer, family, run, parts, *names)
     inner = family.intermediate and layer.get_submodule(family.intermediate)
-    return replace(mlp, again=again, width=getattr(inner, "in_features", None))
+    names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
+    first = gated_activations(layer, family)
+    if first is None and inner is parts[-1]:
+        first = partial(_chain, parts[:-1])
+    run = partial(_chain, parts) if first is None else lambda hidden: inner(first(hidden))
+    mlp = _sublayer(layer, family, run, parts, *names)
+    # Where nothing reads the last product but the sum of rows and update, it is not run again.
+    plain = (mlp.output_norm, mlp.post_norm, mlp.dropout) == (None, None, None)
+    again_run = None
+    if first is not None and plain and is_frozen_linear(inner):
+        again_run = lambda hidden: gradient_alone(first(hidden), inner.weight)  # noqa: E731
+    width = getattr(inner, "in_features", None)
+    return replace(mlp, again=again, again_run=again_run, width=width)
+
+
+def _chain(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    for module in modules:
+        hidden = module(hidden)
+    return hidden
 
 
 def _sublayer(

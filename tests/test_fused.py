@@ -7,7 +7,7 @@ from transformers.models.llama import modeling_llama
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.families import FAMILIES
-from lemo_hf.fused import gated_mlp, norm_of
+from lemo_hf.fused import gated_activations, norm_of
 from lemo_hf.kernels.norm import Norm
 
 TINY = {"num_hidden_layers": 2}
@@ -46,7 +46,8 @@ def test_what_each_family_lets_kernels_do(family):
     row = FAMILIES[family]
     for name in (row.attention_norm, row.mlp_norm, row.attention_output_norm):
         assert name is None or isinstance(norm_of(getattr(layer, name), row.norm), Norm)
-    assert (gated_mlp(layer, row) is not None) == (family not in ("mixtral", "qwen3_moe", "opt"))
+    gated = family not in ("mixtral", "qwen3_moe", "opt")
+    assert (gated_activations(layer, row) is not None) == gated
 
 
 def test_hooks_and_replaced_forwards_are_respected():

@@ -45,7 +45,7 @@ def test_keep_blocks_takes_required_then_best_then_earlier():
     scores = torch.tensor([[1.0, 9.0, 5.0, 5.0, 0.0], [float("nan"), 2.0, 1.0, 3.0, 8.0]])
     required = torch.tensor([[0, 0, 0, 0, 1], [1, 0, 0, 0, 0]]).bool()
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
-    keep = keep_blocks(scores, real, required, torch.tensor([3, 2]))
+    keep = keep_blocks(scores, real, required, torch.tensor([[3], [2]]))
     assert keep.tolist() == [[False, True, True, False, True], [True, False, False, True, False]]
 
 

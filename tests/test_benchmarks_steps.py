@@ -1,0 +1,121 @@
+"""The benchmarks' own parts: dry steps, S2-Attn, and what they find in a memory snapshot."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import dry_steps
+from dry_host import counted_host
+from providers import provider_of
+from s2_attention import s2_attention_forward
+from steps import Bench
+
+CPU = torch.device("cpu")
+
+
+def naive_s2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """S2-Attn by a mask for each head: groups, and groups half a group later."""
+    tokens, heads = query.shape[2], query.shape[1]
+    size, place = tokens // 4, torch.arange(tokens)
+    groups = [place // size, (place + size // 2) // size]
+    causal = place[:, None] >= place[None]
+    masks = [causal & (group[:, None] == group[None]) for group in groups]
+    mask = torch.stack([masks[head >= heads // 2] for head in range(heads)])
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("batch", "key_heads"), [(1, 4), (2, 2)])
+def test_s2_attention_is_the_masked_one(batch, key_heads):
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads
+    shapes = [(batch, heads, 32, 8) for heads in (4, key_heads, key_heads)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    out, _ = s2_attention_forward(module, *inputs, None)
+    expected = naive_s2(*inputs)
+    assert torch.allclose(out, expected)
+    weights = torch.randn_like(out)
+    for found, wanted in zip(
+        torch.autograd.grad((out * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(found, wanted)
+
+
+def test_dry_kernels_do_no_arithmetic_and_go_away():
+    left, right = torch.ones(3, 4), torch.ones(4, 5)
+    with dry_steps.DryKernels(CPU) as dry:
+        shapes = [
+            torch.mm(left, right).shape,
+            torch.addmm(torch.ones(5), left, right).shape,
+            torch.bmm(left[None], right[None]).shape,
+            torch.nn.functional.linear(left[None], right.T.contiguous(), torch.ones(5)).shape,
+        ]
+        out = torch.zeros(3, 5)
+        torch.mm(left, right, out=out)
+    assert [tuple(x)[-2:] for x in shapes] == [(3, 5)] * 4
+    assert not out.any()
+    assert dry.flops == 5 * 2 * 3 * 4 * 5
+    assert torch.equal(torch.mm(left, right), torch.full((3, 5), 4.0))
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
+def test_dry_attention_has_the_shapes_of_the_real_one(backend):
+    name = f"_scaled_dot_product_{backend}_attention"
+    sizes = [(2, 16, heads, 8) for heads in (4, 4, 4)]
+    q, k, v = (torch.zeros(size, requires_grad=True) for size in sizes)
+    operands = [x.transpose(1, 2) for x in (q, k, v)]
+    own = {"efficient": (None, True), "cudnn": (None, True), "flash": ()}[backend]
+    with dry_steps.DryKernels(CPU) as dry:
+        out = getattr(torch.ops.aten, name)(*operands, *own, 0.0, True)[0]
+        assert out.shape == (2, 4, 16, 8)
+        out.backward(torch.zeros_like(out))
+    assert q.grad.shape == k.grad.shape == v.grad.shape == (2, 16, 4, 8)
+    assert dry.flops == (2 + 5) * 2 * 2 * 4 * 16 * 16 * 8 // 2
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench("Llama-3 8B", 256, CPU, tiny=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf", "hf+checkpointing+offload", "lemo", "lemo+checkpointing", "lemo+offload"]
+)
+def test_a_dry_step_changes_nothing_and_counts_operations(bench, name):
+    before = [p.detach().clone() for g in bench.optimizer.param_groups for p in g["params"]]
+    dry = bench.dry(provider_of(name), 256)
+    after = [p.detach() for g in bench.optimizer.param_groups for p in g["params"]]
+    assert dry.status == "ok"
+    assert all(map(torch.equal, before, after))
+    if name != "hf+checkpointing+offload":  # pinned memory needs a GPU
+        with dry_steps.numbers_kept(bench.optimizer):
+            assert isinstance(bench.real(provider_of(name), 256), dict)
+
+
+def test_operations_are_those_pytorch_counts(bench):
+    dry = bench.dry(provider_of("hf"), 256)
+    model = bench.models.model
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.zeros(1, 256, dtype=torch.int64)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    # FlopCounterMode does not know attention on the CPU: 2 products forward and 5 backward.
+    config = model.config
+    attention = 7 * 2 * config.num_hidden_layers * config.hidden_size * 256**2 // 2
+    assert dry.flops == counter.get_total_flops() + attention
+
+
+def test_host_memory_is_counted():
+    with counted_host(rounding=True) as host:
+        host.add(3)
+        host.add(5)
+        host.add(-5)
+    assert (host.now, host.most) == (4, 12)

@@ -1,0 +1,122 @@
+"""Levels of recomputation: what runs again, what does not, and that nothing changes by it."""
+
+import pytest
+import torch
+from models import batch, make_model, with_lora
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf import recompute as levels
+from lemo_hf.config import LEVELS
+
+
+def run(model, **options):
+    """Loss, and the gradients by name."""
+    model.zero_grad()
+    apply_lemo(model, LeMoConfig(block_size=16, policy="recent", **options))
+    torch.manual_seed(0)
+    try:
+        loss = model(**batch(2, 96)).loss
+        loss.backward()
+    finally:
+        remove_lemo(model)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=0)
+    assert a[1].keys() == b[1].keys()
+    for name, grad in a[1].items():
+        torch.testing.assert_close(grad, b[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def model():
+    return with_lora(make_model("llama", "sdpa"))
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("gemma2", {}),
+        ("granite", {}),
+        ("qwen3_moe", {}),
+        ("opt", {}),
+        ("opt", {"do_layer_norm_before": False}),
+    ],
+)
+def test_full_fine_tuning_is_the_same_at_every_level(family, overrides, level):
+    """Weights of norms, experts and projections get their gradients through tiles too."""
+    model = make_model(family, "sdpa" if family != "gemma2" else "eager", **overrides)
+    assert_same(run(model, recompute=level), run(model, recompute="none"))
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_tiles_change_nothing(model, level, monkeypatch):
+    whole = run(model, recompute=level)
+    monkeypatch.setattr(levels, "TILE_BYTES", 1)
+    monkeypatch.setattr(levels, "LEAST_ROWS", 10)  # 96 kept rows: the last tile is a short one
+    assert levels.tile_rows(torch.empty(2, 48, 32), 48) == 10
+    assert_same(run(model, recompute=level), whole)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_dropout_drops_the_same_when_run_again(level):
+    model = with_lora(make_model("phi3", "sdpa", resid_pdrop=0.3), lora_dropout=0.2)
+    assert_same(run(model, recompute=level), run(model, recompute="none"))
+
+
+def test_levels_of_their_own(model):
+    mixed = ("none", "mlp", "selective", "full")
+    assert_same(run(model, recompute=mixed), run(model, recompute="none"))
+
+
+@pytest.mark.parametrize(
+    ("level", "projections", "attentions"),
+    [("none", 1, 1), ("mlp", 1, 1), ("selective", 2, 1), ("full", 2, 2)],
+)
+def test_what_runs_again(model, level, projections, attentions):
+    """Attention runs again at "full" alone; the MLP never more than twice, nor its last product."""
+    layer = model.get_base_model().model.layers[1]
+    calls = {"q": 0, "gate": 0, "attention": 0, "down": 0}
+    layer.mlp.down_proj = torch.nn.Linear(48, 32, bias=False).requires_grad_(False)
+
+    class Attention(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name
+            products = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul")
+            down = layer.mlp.down_proj.weight
+            # Its transpose is a view: forward products read it, the gradient's read the weight.
+            calls["down"] += name in products and any(
+                torch.is_tensor(x) and x.data_ptr() == down.data_ptr() and x.shape == down.mT.shape
+                for x in args
+            )
+            calls["attention"] += "scaled_dot_product" in name and "backward" not in name
+            return func(*args, **(kwargs or {}))
+
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.__setitem__("q", calls["q"] + 1))
+    layer.mlp.gate_proj.register_forward_hook(
+        lambda *_: calls.__setitem__("gate", calls["gate"] + 1)
+    )
+    with Attention():
+        run(model, recompute=level)
+    assert calls["q"] == projections
+    assert calls["gate"] == (1 if level == "none" else 2)
+    assert calls["down"] == 1
+    assert calls["attention"] == 4 * attentions
+
+
+def test_gradient_checkpointing_picks_a_level(model):
+    """Where memory allows, and on a CPU it does, attention is not run again."""
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    picked = run(model)
+    assert_same(picked, run(model, recompute="selective"))
+
+
+@pytest.mark.parametrize("value", ["some", ("full",), ("full", "none", None, "mlp")])
+def test_wrong_levels_are_refused(model, value):
+    with pytest.raises(ValueError, match="recompute"):
+        apply_lemo(model, LeMoConfig(recompute=value))
