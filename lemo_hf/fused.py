@@ -17,6 +17,7 @@ from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.launch import sharded, untouched
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rotary import KeptRotary, rotary
+from lemo_hf.lora import linear_of
 
 _ROTARY = "apply_rotary_pos_emb"
 _ACTIVATIONS = {
@@ -71,8 +72,10 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
     if not (untouched(mlp) and _of_transformers(mlp)):
         return None
 
+    linears = [linear_of(projection) for projection in projections]
+
     def run(hidden: Tensor) -> Tensor:
-        parts = [projection(hidden) for projection in projections]
+        parts = [linear(hidden) for linear in linears]
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
         return gated_activation(gate, up, activation)
 
@@ -82,36 +85,59 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
 def call_attention(
     attention: nn.Module, positions: tuple[KeptRotary, KeptRotary] | None, **kwargs: Any
 ) -> Tensor:
-    """Output of the attention module for kept rows, rotated by the kernel where it can be.
+    """Output of the attention module for kept rows, by our own rotary kernel and linears.
 
-    transformers' attention modules look up the rotary function among the globals of their forward.
-    For the time of the call the instance gets the same code with one global replaced.
+    transformers' attention modules look up the rotary function among the globals of their forward
+    and the projections on themselves. For the time of the call the instance gets the same code with
+    one global replaced, and linears in place of its projections.
 
     Args:
         attention: The layer's attention.
         positions: cos and sin at the kept positions, or None.
         **kwargs: Of its forward, ``position_embeddings`` excepted.
     """
-    if positions is None:
-        return attention(**kwargs)[0]
     forward = type(attention).forward
     code = getattr(forward, "__code__", None)
-    if "forward" in vars(attention) or code is None or _ROTARY not in code.co_names:
-        gathered = tuple(part.gathered for part in positions)
-        return attention(position_embeddings=gathered, **kwargs)[0]
+    known = "forward" not in vars(attention) and code is not None
+    names = forward.__globals__ if known else {}
+    if positions is not None:
+        if known and _ROTARY in code.co_names:
+            names = {**names, _ROTARY: rotary}
+        else:
+            positions = tuple(part.gathered for part in positions)
+        kwargs["position_embeddings"] = positions
+    if not known:
+        return attention(**kwargs)[0]
     own = FunctionType(
         code,
-        {**forward.__globals__, _ROTARY: rotary},
+        names,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    attention.forward = MethodType(own, attention)
+    attention.forward = MethodType(own, _WithLinears(attention))
     try:
-        return attention(position_embeddings=positions, **kwargs)[0]
+        return attention(**kwargs)[0]
     finally:
         del attention.forward
+
+
+class _WithLinears:
+    """An attention module but for its projections."""
+
+    def __init__(self, attention: nn.Module):
+        self.__dict__["_attention"] = attention
+        for name, module in attention.named_children():
+            linear = linear_of(module)
+            if linear is not module:
+                self.__dict__[name] = linear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._attention, name, value)
 
 
 def _of_transformers(module: nn.Module) -> bool:

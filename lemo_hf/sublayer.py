@@ -16,6 +16,7 @@ from lemo_hf.fused import gated_activations, is_frozen_linear, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
+from lemo_hf.lora import linear_of
 from lemo_hf.recompute import gradient_alone, rerun_rows
 
 
@@ -130,7 +131,8 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     first = gated_activations(layer, family)
     if first is None and inner is parts[-1]:
         first = partial(_chain, parts[:-1])
-    run = partial(_chain, parts) if first is None else lambda hidden: inner(first(hidden))
+    down = inner and linear_of(inner)
+    run = partial(_chain, parts) if first is None else lambda hidden: down(first(hidden))
     mlp = _sublayer(layer, family, run, parts, *names)
     # Where nothing reads the last product but the sum of rows and update, it is not run again.
     plain = (mlp.output_norm, mlp.post_norm, mlp.dropout) == (None, None, None)

@@ -9,6 +9,9 @@ Keys are looked at token by token because the score is a maximum: means of 8 or 
 4 points of recall (docs/LOG.md). Scores are logarithms inside, so sums over query blocks are
 log-sum-exps and nothing dies of a ReLU at the end.
 
+This is what is trained. Where no gradient is needed, `lemo_hf.kernels.predict_blocks` gives the
+same scores from the stream in front of the norm.
+
 Source: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction".
 """
 
