@@ -34,7 +34,7 @@ MOVEMENT = [
     (KERNELS + "scatter_add.use_triton", lambda _: False),
 ]
 ROTARY = [("lemo_hf.fused._ROTARY", "none")]
-GATED = [("lemo_hf.sublayer.gated_mlp", lambda *_: None)]
+GATED = [("lemo_hf.sublayer.gated_activations", lambda *_: None)]
 LOSS = [
     (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),
     (KERNELS + "segment_cross_entropy.plain_weight", lambda *_: None),

@@ -1,21 +1,24 @@
 """Predictors of a real model: how they are best trained, what they recall, and what they cost.
 
 Recall is measured on documents that neither the model nor the predictors were trained on, and again
-after the model was fine-tuned with LoRA (drift). Cost: one layer's predictor at the sizes of
-Llama-3 8B.
+after the model was fine-tuned with LoRA (drift). Cost (`--only cost`, which needs no model): one
+layer's predictor at the sizes of Llama-3 8B, by its kernels and by its modules.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from record import command_line, environment, measure, save
-from torch import nn
+from record import command_line, environment, save
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
@@ -34,6 +37,10 @@ TRAININGS = {
     "causal": (1, {"normalize_scores": True, "causal": True}),
 }
 COST = {"hidden_size": 4096, "tokens": 16384}
+# Networks whose cost is measured: units, and the type of their weights.
+NETWORKS = [(units, torch.bfloat16) for units in (128, 64, 32)] + [(128, torch.float32)]
+CALLS = 20  # in a row, of a cost
+PARTS = ("cost", "quality")
 
 
 def load(args: argparse.Namespace) -> nn.Module:
@@ -85,6 +92,8 @@ def measured(table: list[dict], training: str, model: str = "base") -> list[dict
 
 def fine_tuned(model, predictor: LeMoPredictor, rows, args) -> nn.Module:
     """The model after LoRA fine-tuning with LeMo by ``predictor``."""
+    from peft import LoraConfig, get_peft_model
+
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
     settings = TrainingArguments(
@@ -107,49 +116,91 @@ def fine_tuned(model, predictor: LeMoPredictor, rows, args) -> nn.Module:
     return lora.merge_and_unload()
 
 
+def timed(call: Callable[[], Tensor]) -> dict[str, float]:
+    """What one call costs, after it was called before.
+
+    Returns:
+        ``ms_median``, ``ms_min`` and ``ms_max`` of calls that find the GPU idle and wait for it, by
+        CUDA events; ``ms_queued``, of each of `CALLS` calls that do not wait; ``ms_kernels``, the
+        GPU's own time by the profiler, and ``kernels``, how many it ran (None without a profiler).
+    """
+
+    def elapsed(count: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / count
+
+    elapsed(5)
+    single = [elapsed(1) for _ in range(CALLS)]
+    queued = statistics.median(elapsed(CALLS) for _ in range(5))
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        elapsed(CALLS)
+    kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    busy = sum(e.time_range.elapsed_us() for e in kernels) / CALLS / 1e3
+    for name in sorted({e.name for e in kernels}):
+        times = [e.time_range.elapsed_us() for e in kernels if e.name == name]
+        print(f"    {len(times) / CALLS:.0f} x {statistics.median(times):.1f} us  {name[:90]}")
+    return {
+        "ms_median": round(statistics.median(single), 4),
+        "ms_min": round(min(single), 4),
+        "ms_max": round(max(single), 4),
+        "ms_queued": round(queued, 4),
+        "ms_kernels": round(busy, 4) if kernels else None,
+        "kernels": round(len(kernels) / CALLS) if kernels else None,
+    }
+
+
 @torch.no_grad()
 def cost(args: argparse.Namespace) -> list[dict]:
     """Time of one layer's scores by its predictor, through the policy that training uses."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from lemo_hf import policies
     from lemo_hf.families import family_of
-    from lemo_hf.policies import POLICIES, ScoreInputs
     from lemo_hf.predictors.block_predictor import BlockPredictor
     from lemo_hf.step import Step
 
     hidden, tokens = COST["hidden_size"], COST["tokens"]
-    dtype = torch.bfloat16
+    on = {"device": args.device, "dtype": torch.bfloat16}
     layer = nn.Module()
-    layer.input_layernorm = nn.RMSNorm(hidden, device=args.device, dtype=dtype)
-    x = torch.randn(1, tokens, hidden, device=args.device, dtype=dtype)
+    layer.input_layernorm = LlamaRMSNorm(hidden).to(**on)
+    x = torch.randn(1, tokens, hidden, **on)
+    step = Step(LeMoConfig(policy="predictor"), (1, tokens), args.device)
+    family = family_of("llama")
     rows = []
-    for units in (128, 64, 32):
-        predictor = BlockPredictor(hidden, 64, units=units).to(args.device, dtype)
-        step = Step(LeMoConfig(policy="predictor"), (1, tokens), args.device)
-        inputs = ScoreInputs(layer, family_of("llama"), 0, "attention", x, None, step, predictor)
-        times = []
-        for _ in range(30):
-            times.append(
-                measure(lambda i=inputs: POLICIES["predictor"](i).sum(), args.device)["ms"]
+    for units, dtype in NETWORKS:
+        network = BlockPredictor(hidden, 64, units=units)
+        network.init_weights(torch.Generator().manual_seed(0))
+        network.to(args.device, dtype)
+        inputs = policies.ScoreInputs(layer, family, 0, "attention", x, None, step, network)
+        scores = {}
+        for path in ("kernels", "modules"):
+            with mock.patch.object(policies, "_by_kernel", lambda *_, p=path, **__: p == "kernels"):
+                scores[path] = policies.predictor(inputs)
+                times = timed(lambda i=inputs: policies.predictor(i))
+            row = {"part": "cost", **COST, "units": units, "weights": str(dtype)[6:], "by": path}
+            rows.append(
+                {**row, "parameters": sum(p.numel() for p in network.parameters()), **times}
             )
-        rows.append(
-            {
-                "part": "cost",
-                **COST,
-                "units": units,
-                "parameters": sum(p.numel() for p in predictor.parameters()),
-                "ms_median": round(statistics.median(times[10:]), 4),
-                "ms_min": round(min(times), 4),
-                "ms_max": round(max(times[10:]), 4),
-            }
-        )
+            print(rows[-1], flush=True)
+        best = [set(s[0].topk(s.shape[1] // 2).indices.tolist()) for s in scores.values()]
+        rows[-2]["same_half"] = round(len(best[0] & best[1]) / len(best[0]), 4)
+        print(f"    {rows[-2]['same_half']:.1%} of the best half of the blocks are the same")
     return rows
 
 
 def main() -> None:
     """Run the parts in order; the JSON is written after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", action="append", required=True, help="name=file.npy")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--model")
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--test", action="append", help="name=file.npy")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lora-steps", type=int, default=120)
@@ -160,14 +211,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", required=True)
     args = parser.parse_args()
+    if args.only != "cost" and not (args.model and args.train and args.test):
+        parser.error("--model, --train and --test are needed, unless --only cost")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.only == "cost" and args.device.type != "cuda":
+        parser.error("--only cost needs a CUDA GPU")
+    packages = ("torch", "triton", "transformers", *(() if args.only == "cost" else ("peft",)))
     header = {
         "commit": args.commit,
-        **environment(args.device),
+        **environment(args.device, packages),
         "command": command_line("bench_predictor.py", sys.argv[1:]),
         "tokens": args.tokens,
     }
-    rows: list[dict] = cost(args) if args.device.type == "cuda" else []
+    measures_cost = args.device.type == "cuda" and args.only != "quality"
+    rows: list[dict] = cost(args) if measures_cost else []
+    if args.only == "cost":
+        save(args.output, header, rows)
+        return
     data = rows_of(args.train, args)[: args.train_rows]
     tests = {t.split("=")[0]: rows_of(Path(t.split("=")[1]), args) for t in args.test}
     fewer = {name: test[: args.compare_rows] for name, test in tests.items()}

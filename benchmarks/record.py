@@ -41,6 +41,17 @@ def measure(step: Callable[[], Tensor], device: torch.device) -> dict[str, float
     }
 
 
+def matmul_tflops(device: torch.device, size: int = 8192, count: int = 20) -> float:
+    """What a bf16 matrix product of random numbers reaches: the median of ``count``."""
+    if device.type != "cuda":
+        size, count = 512, 3
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    times = [measure(lambda: (left @ right)[0, 0], device)["ms"] for _ in range(count)]
+    return round(2e-9 * size**3 / statistics.median(times), 3)
+
+
 def summary(samples: list[dict[str, float]], tokens: int) -> dict[str, float]:
     """Median, least and most ms, the highest peaks in GiB, tokens/s, and the last loss."""
     times = [sample["ms"] for sample in samples]

@@ -1,111 +1,22 @@
-"""What `bench_step.py` measures: models, providers, and one optimizer step."""
+"""One optimizer step of a provider: real, or dry for its memory and operations."""
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from peft import LoraConfig, get_peft_model
-from record import measure
+from dry_host import counted_host, empty_host_cache, pinned_rounding
+from dry_steps import DryKernels, calibrate, numbers_kept
+from model_shapes import adapter_weights, build_model
+from providers import Models, Provider, provider_on
+from record import GIB, measure
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.patch import LeMo
 
-COMMON = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-SHAPES = {
-    "Llama-3 8B": {
-        **COMMON,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-    "Llama-2 7B": {
-        **COMMON,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-}
-PROVIDERS = [
-    provider + checkpointing
-    for provider in ("hf", "lemo-0.5", "lemo-0.3")
-    for checkpointing in ("", "+checkpointing")
-]
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-
-
-def build_model(shape: dict, longest: int, device: torch.device) -> nn.Module:
-    """A PEFT model in training mode with random bf16 weights, made on ``device``.
-
-    Args:
-        shape: Arguments of `LlamaConfig`.
-        longest: Tokens of the longest sequence.
-        device: Where it lives.
-    """
-    config = LlamaConfig(
-        **shape,
-        max_position_embeddings=longest,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.fill_(1) if weight.dim() == 1 else weight.normal_(0, 0.02)
-    # Buffers have lost their values. The RoPE frequencies are all there is; they stay fp32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    for name, buffer in model.named_buffers():
-        if "rotary_emb" not in name or not buffer.isfinite().all():
-            raise RuntimeError(f"the buffer {name} has no values")
-    lora = LoraConfig(**LORA, task_type="CAUSAL_LM")
-    # bf16 like the rest: peft's fp32 default would cast and keep every projection's input.
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
-
-
-def adapter_weights(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained."""
-    return [weight for weight in model.parameters() if weight.requires_grad]
-
-
-def parse_provider(name: str) -> tuple[float | None, bool]:
-    """LeMo's retention (None: Hugging Face alone), and whether activations are checkpointed."""
-    base, plus, suffix = name.partition("+")
-    if plus + suffix not in ("", "+checkpointing") or not base.startswith(("hf", "lemo-")):
-        raise ValueError(f"a provider is hf or lemo-RETENTION, then +checkpointing; got {name!r}")
-    return (None if base == "hf" else float(base.removeprefix("lemo-"))), bool(plus)
-
-
-def lemo_config(provider: str, options: dict) -> LeMoConfig | None:
-    """What ``provider`` leaves out, by its name and the options; None for Hugging Face alone."""
-    retention, _ = parse_provider(provider)
-    return None if retention is None else LeMoConfig(**{**options, "retention": retention})
-
-
-@contextmanager
-def provider_on(model: nn.Module, provider: str, options: dict) -> Iterator[LeMo | None]:
-    """Put ``provider`` on the model, and take it off again."""
-    config, base = lemo_config(provider, options), model.get_base_model()
-    try:
-        if parse_provider(provider)[1]:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        yield None if config is None else apply_lemo(model, config)
-    finally:
-        remove_lemo(model)
-        base.gradient_checkpointing_disable()
-        base.disable_input_require_grads()  # hooks that enabling adds and disabling leaves
+FIRST_TOKENS = 512  # of the step that makes the optimizer's states
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int) -> Tensor:
@@ -120,7 +31,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int) 
 
 
 def take_turn(
-    step: Callable[[], Tensor], lemo: LeMo | None, device: torch.device
+    step: Callable[[], Tensor], lemo: LeMo | None, device: torch.device, warm_up: bool = True
 ) -> dict[str, float] | str:
     """One step that is not timed (kernels compile, the allocator's cache fills), one that is.
 
@@ -128,25 +39,134 @@ def take_turn(
         What `measure` says, or ``"oom"``, or ``"failed: ..."``.
     """
     try:
-        step()
+        if warm_up:
+            step()
         sample = measure(step, device)
     except Exception as error:  # one provider's failure must not cost the others' numbers
-        text = str(error)
-        if any(sign in text for sign in ("out of memory", "ALLOC_FAILED")):
-            return "oom"
-        traceback.print_exc()
-        return f"failed: {type(error).__name__}: {text[:200]}"
+        return why(error)
     if lemo is not None and not lemo.report():
         return "failed: no sparse pass took place"
     finite = abs(sample["loss"]) < float("inf")
     return sample if finite else f"failed: the loss is {sample['loss']}"
 
 
+def why(error: Exception) -> str:
+    """An exception as the status of a row."""
+    text = str(error)
+    if any(sign in text for sign in ("out of memory", "ALLOC_FAILED")):
+        return "oom"
+    traceback.print_exc()
+    return f"failed: {type(error).__name__}: {text[:200]}"
+
+
 def empty_memory(optimizer: torch.optim.Optimizer) -> None:
     """Drop gradients, and what the allocator has cached."""
     optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Dry:
+    """A dry step.
+
+    Attributes:
+        status: "ok", "oom" or "failed: ...".
+        peak_gib: The most that was allocated.
+        reserved_gib: The most that the allocator held.
+        host_gib: The most pinned memory.
+        flops: Operations of the products and of attention.
+        uncalibrated: Attention operators whose own memory is not in the peak.
+    """
+
+    status: str
+    peak_gib: float
+    reserved_gib: float
+    host_gib: float
+    flops: int
+    uncalibrated: list[str]
+
+
+class Bench:
+    """One model on one device, its optimizer, and the steps that providers take on it.
+
+    Args:
+        title: Of the model.
+        longest: Tokens of the longest sequence.
+        device: Where it lives.
+        tiny: Take a tiny model of the kind.
+        options: Fields of `LeMoConfig` that replace those of every LeMo provider.
+
+    Attributes:
+        beside: What attention takes beside its outputs, by operator.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        longest: int,
+        device: torch.device,
+        tiny: bool = False,
+        options: dict | None = None,
+    ):
+        model = build_model(title, longest, device, tiny)
+        self.models = Models(model, title)
+        self.device, self.options = device, options or {}
+        self.optimizer = torch.optim.AdamW(adapter_weights(model), lr=1e-4, fused=True)
+        self._rounding = pinned_rounding()
+        self.beside = self._calibrate(model.config)
+        train_step(model, self.optimizer, min(longest, FIRST_TOKENS))
+
+    def _calibrate(self, config) -> dict[str, list]:
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", heads)
+        size = config.hidden_size // heads
+        halves = calibrate(heads // 2, key_heads // 2, size, self.device)  # S2-Attn
+        whole = calibrate(heads, key_heads, size, self.device)
+        return {"all heads": whole, "half of the heads": halves}
+
+    def real(self, provider: Provider, tokens: int, warm_up: bool = True) -> dict | str:
+        """A turn of ``provider``; see `take_turn`."""
+        empty_memory(self.optimizer)
+        try:
+            with provider_on(self.models, provider, self.options) as (model, lemo):
+                step = partial(train_step, model, self.optimizer, tokens)
+                result = take_turn(step, lemo, self.device, warm_up)
+                if lemo is not None and lemo.passes.host is not None and isinstance(result, dict):
+                    result["pinned_gib"] = lemo.passes.host.pinned_bytes / GIB
+        except Exception as error:  # the provider itself: Liger missing, a model not supported
+            result = why(error)
+        empty_memory(self.optimizer)
+        return result
+
+    def dry(self, provider: Provider, tokens: int, empty_first: bool = True) -> Dry:
+        """A dry step of ``provider``; weights and optimizer stay as they are."""
+        if empty_first:
+            empty_memory(self.optimizer)
+        kernels = DryKernels(self.device)
+        sample = {"peak_gib": 0.0, "reserved_gib": 0.0}
+        with numbers_kept(self.optimizer), counted_host(self._rounding) as host:
+            try:
+                with provider_on(self.models, provider, self.options) as (model, _), kernels:
+                    step = partial(train_step, model, self.optimizer, tokens)
+                    sample = measure(step, self.device)
+                status = "ok"
+            except Exception as error:
+                status = why(error)
+            if status != "ok":
+                empty_memory(self.optimizer)
+        names = sorted({name for name, *_ in kernels.uncalibrated})
+        peaks = (round(sample[k], 3) for k in ("peak_gib", "reserved_gib"))
+        return Dry(status, *peaks, round(host.most / GIB, 3), kernels.flops, names)
+
+    def close(self) -> None:
+        """Make room for the next model."""
+        self.models = self.optimizer = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        empty_host_cache()
 
 
 def print_kernels(step: Callable[[], Tensor], count: int = 15) -> None:

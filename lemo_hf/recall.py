@@ -33,8 +33,7 @@ def recall(scores: Tensor, target: Tensor, retention: float) -> Tensor:
     required = torch.zeros_like(real)
     required[:, [0, -1]] = True
     count = num_kept_blocks(retention, target.shape[1])
-    budget = torch.full((len(target),), count, device=target.device)
-    kept, oracle = (keep_blocks(x, real, required, budget) for x in (scores, target))
+    kept, oracle = (keep_blocks(x, real, required, count) for x in (scores, target))
     return (kept & oracle).sum(1) / oracle.sum(1)
 
 
