@@ -11,6 +11,7 @@ from dataclasses import dataclass
 class Family:
     """Attribute names of a pre-norm decoder layer; the defaults are Llama's.
 
+    ``attention_output`` names the last projection inside ``attention``.
     ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
     and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
     of all norms, as `lemo_hf.kernels.norm.KINDS` names it. ``intermediate`` names the Linear
@@ -22,6 +23,7 @@ class Family:
 
     layers: str = "model.layers"
     attention: str = "self_attn"
+    attention_output: str = "o_proj"
     attention_norm: str | None = "input_layernorm"
     attention_output_norm: str | None = None
     attention_dropout: str | None = None
@@ -75,6 +77,7 @@ FAMILIES = {
     ),
     "opt": Family(
         layers="model.decoder.layers",
+        attention_output="out_proj",
         attention_norm="self_attn_layer_norm",
         attention_dropout="dropout",
         norm="layer",

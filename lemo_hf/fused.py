@@ -43,15 +43,6 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
     return Norm(kind, module.weight, getattr(module, "bias", None), eps)
 
 
-def is_frozen_linear(module: nn.Module | None) -> bool:
-    """Whether a call multiplies by a 16- or 32-bit weight that is not trained, and nothing else."""
-    if type(module) is not nn.Linear or not untouched(module):
-        return False
-    return type(module.weight) is nn.Parameter and not any(
-        parameter.requires_grad for parameter in module.parameters()
-    )
-
-
 def final_norm(model: nn.Module, family: Family) -> Norm | None:
     """The norm between the last layer and the head, if the kernels know it and it stands alone."""
     inner = model.get_submodule(family.layers.rpartition(".")[0])
@@ -83,7 +74,10 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
 
 
 def call_attention(
-    attention: nn.Module, positions: tuple[KeptRotary, KeptRotary] | None, **kwargs: Any
+    attention: nn.Module,
+    positions: tuple[KeptRotary, KeptRotary] | None,
+    value_free: str | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Output of the attention module for kept rows, by our own rotary kernel and linears.
 
@@ -94,6 +88,7 @@ def call_attention(
     Args:
         attention: The layer's attention.
         positions: cos and sin at the kept positions, or None.
+        value_free: Name of a projection of whose result nobody reads the values.
         **kwargs: Of its forward, ``position_embeddings`` excepted.
     """
     forward = type(attention).forward
@@ -116,7 +111,7 @@ def call_attention(
         forward.__closure__,
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    attention.forward = MethodType(own, _WithLinears(attention))
+    attention.forward = MethodType(own, _WithLinears(attention, value_free))
     try:
         return attention(**kwargs)[0]
     finally:
@@ -126,10 +121,10 @@ def call_attention(
 class _WithLinears:
     """An attention module but for its projections."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, value_free: str | None):
         self.__dict__["_attention"] = attention
         for name, module in attention.named_children():
-            linear = linear_of(module)
+            linear = linear_of(module, values=name != value_free)
             if linear is not module:
                 self.__dict__[name] = linear
 

@@ -24,7 +24,7 @@ from lemo_hf.kernels.rows import close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
 from lemo_hf.policies import POLICIES, ScoreInputs
-from lemo_hf.recompute import checkpointed
+from lemo_hf.recompute import checkpointed, value_free
 from lemo_hf.selection import KeptSet
 from lemo_hf.step import Step
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
@@ -160,9 +160,10 @@ def _sparse_forward(
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept)
         module = getattr(layer, plan.family.attention)
+        unread = plan.family.attention_output if attention.plain and value_free() else None
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
         with using(fastest_attention(module, hidden.device, _dtype_of(hidden))):
-            return call_attention(module, positions, **inputs)
+            return call_attention(module, positions, unread, **inputs)
 
     level = plan.recompute or _level(layer, plan, x, kept)
     attention = attention_sublayer(layer, plan.family, attend)

@@ -1,55 +1,116 @@
-"""PEFT's LoRA with its scaling and its sum inside the second product.
+"""A linear of the model, PEFT's LoRA in it or not, in as few passes as there can be.
 
-``W x + scaling * B (A x)`` takes PEFT two passes over the result for the scaling and the sum, and
-one over its gradient. As one `torch.addmm` into the result of ``W x`` there are none. At 64K tokens
-that is some 2 % of a step of Llama-3 8B.
+``W x + scaling * B (A x)`` takes PEFT two passes over the result for the scaling and the sum, one
+over its gradient, and one for the sum of the input's two gradients. Added up inside the products
+there are none. Where a layer runs again and nobody reads the result, the products that make it are
+left out (`linear_of`, ``values``).
 
 Source: LoRA, arXiv:2106.09685.
 """
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from lemo_hf.kernels.launch import untouched
 
 
-def linear_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What to call in place of a linear of the model: `module` itself unless it is plain LoRA."""
-    parts = _plain_lora(module)
-    if parts is None:
+class _Adapter(NamedTuple):
+    first: Tensor  # A, [r, in]
+    second: Tensor  # B, [out, r]
+    scaling: float
+
+
+class _Linear(Function):
+    """``x [N, in]`` by a frozen weight and perhaps an adapter."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, first, second, scaling, values):
+        ctx.scaling, ctx.weight = scaling, weight
+        inner = a = b = None
+        if first is not None:
+            a, b = first.to(x.dtype), second.to(x.dtype)
+            inner = x @ a.mT
+            ctx.dtype = first.dtype
+        ctx.save_for_backward(x if first is not None else None, inner, a, b)
+        if not values:
+            return x.new_empty(()).expand(len(x), len(weight))
+        out = x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
+        if first is not None:
+            out.addmm_(inner, b.mT, alpha=scaling)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, inner, a, b = ctx.saved_tensors
+        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        if a is None:
+            return grad_x, *[None] * 6
+        grad_inner = (grad @ b).mul_(ctx.scaling)
+        if grad_x is not None:
+            grad_x.addmm_(grad_inner, a)
+        grad_a = (grad_inner.mT @ x).to(ctx.dtype)
+        grad_b = (grad.mT @ inner).mul_(ctx.scaling).to(ctx.dtype)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tensor]:
+    """What to call in place of a linear of the model; ``module`` itself if it must be called.
+
+    Args:
+        module: Any module.
+        values: False: the result need not be right, only its gradients.
+    """
+    base, adapter = _parts(module)
+    if base is None or (values and adapter is None):
         return module
-    base, first, second, scaling = parts
 
     def run(x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        out = base(rows)
-        if first.weight.dtype != out.dtype and not torch.is_autocast_enabled(x.device.type):
-            return module(x)  # PEFT's path in the adapter's own precision
-        inner = nn.functional.linear(rows, first.weight)
-        out.addmm_(inner, second.weight.to(out.dtype).mT, alpha=scaling)
-        return out.view(*x.shape[:-1], -1)
+        kind = x.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        same = base.weight.dtype == x.dtype and low in (None, x.dtype)
+        if not same or (adapter and low is None and adapter.first.dtype != x.dtype):
+            return module(x)  # in another precision
+        with torch.autocast(kind, enabled=False):
+            rows = x.flatten(0, -2)
+            parts = adapter or (None, None, 1.0)
+            out = _Linear.apply(rows, base.weight, base.bias, *parts, values)
+        return out.view(*x.shape[:-1], -1) if values else out.unflatten(0, x.shape[:-1])
 
     return run
 
 
-def _plain_lora(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, float] | None:
-    """Base, A, B and scaling of one unmerged adapter without dropout, bias or variant."""
+def _parts(module: nn.Module) -> tuple[nn.Linear | None, _Adapter | None]:
+    """The frozen linear that a call multiplies by and one plain adapter; None for no such."""
+    if _is_frozen(module):
+        return module, None
     layers = sys.modules.get("peft.tuners.lora.layer")
     if layers is None or type(module) is not layers.Linear or not untouched(module):
-        return None
+        return None, None
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
-        return None
+        return None, None
     (name,) = module.active_adapters
     if name not in module.lora_A or name in module.lora_variant:
-        return None
-    linears = module.base_layer, module.lora_A[name], module.lora_B[name]
-    if not all(type(part) is nn.Linear and untouched(part) for part in linears):
-        return None
-    if linears[1].bias is not None or linears[2].bias is not None:
-        return None
-    if type(module.lora_dropout[name]) is not nn.Identity:
-        return None
-    return *linears, float(module.scaling[name])
+        return None, None
+    first, second = module.lora_A[name], module.lora_B[name]
+    plain = all(type(part) is nn.Linear and untouched(part) for part in (first, second))
+    if not plain or first.bias is not None or second.bias is not None:
+        return None, None
+    if type(module.lora_dropout[name]) is not nn.Identity or not _is_frozen(module.base_layer):
+        return None, None
+    return module.base_layer, _Adapter(first.weight, second.weight, float(module.scaling[name]))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a call multiplies by a weight that is not trained, and does nothing else."""
+    if type(module) is not nn.Linear or not untouched(module):
+        return False
+    return type(module.weight) is nn.Parameter and not any(
+        parameter.requires_grad for parameter in module.parameters()
+    )

@@ -4,7 +4,8 @@ Levels, from most stored to least (bytes a kept row of Llama-3 8B in bf16, LoRA 
 
 - ``"none"``: what autograd stores (101 KiB).
 - ``"mlp"``: the MLP is computed again, a tile of rows at a time (44 KiB).
-- ``"selective"``: everything but attention itself is (16 KiB: the rows, and attention's output).
+- ``"selective"``: everything but attention is (24 KiB: the rows, attention's output before its
+  projection, and the sum of rows and update after it).
 - ``"full"``: everything is (8 KiB: the rows).
 
 At the last two a layer is one `torch.utils.checkpoint` unit around its kept rows. The MLP inside is
@@ -62,63 +63,95 @@ def checkpointed(
             offload as well.
         unit: Place in the order of units, for ``host``.
     """
-    contexts = partial(_contexts, level, host, unit)
-    if host is not None or model_checkpoint is None:
-        model_checkpoint = checkpoint
-    # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
-    options = {"use_reentrant": False, "context_fn": contexts}
     stored = nullcontext()
     if host is not None:
-        pack = partial(host.put, unit=unit)
-        stored = torch.autograd.graph.saved_tensors_hooks(pack, host.get)
+        model_checkpoint = checkpoint
+        stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=unit), host.get)
+    function_of_contexts = partial(_contexts, level, host, unit)
+    # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
     with stored:
-        return model_checkpoint(function, rows, **options)
+        return (model_checkpoint or checkpoint)(
+            function, rows, use_reentrant=False, context_fn=function_of_contexts
+        )
 
 
-def _contexts(level: str, host: HostMemory | None, unit: int):
-    """What holds while a unit runs, and while it runs again."""
-    if level == "full":
-        return nullcontext(), _running_again(None)
-    kept: list = []
-    return _KeepAttention(kept, host, unit), _running_again(_ReuseAttention(kept, host))
+def value_free() -> bool:
+    """Whether a unit runs again that has kept the sum of its rows and attention's update."""
+    unit = getattr(_thread, "unit", None)
+    return unit is not None and unit.again and bool(unit.sums)
 
 
-@contextmanager
-def _running_again(mode: TorchDispatchMode | None):
-    _thread.again = True
-    try:
-        with mode or nullcontext():
-            yield
-    finally:
-        _thread.again = False
+class _Unit:
+    """What one unit keeps besides its rows: attention's output, and its sum with the rows.
+
+    It is the state of the unit's two contexts: one while it runs, one whenever it runs again.
+    """
+
+    def __init__(self, level: str, host: HostMemory | None, number: int):
+        self.selective, self.host, self.number = level == "selective", host, number
+        self.attentions: list[list] = []
+        self.sums: list = []
+        self.again = False
+
+    def put(self, tensor: Tensor):
+        return self.host.put(tensor, self.number) if self.host else tensor
+
+    def get(self, stored) -> Tensor:
+        return self.host.get(stored) if self.host else stored
+
+
+class _Running:
+    """Makes a unit the one that runs, or runs again, in this thread; may be entered many times."""
+
+    def __init__(self, unit: _Unit, again: bool):
+        self.unit, self.again = unit, again
+
+    def __enter__(self):
+        self.before = getattr(_thread, "unit", None)
+        _thread.unit = self.unit
+        self.unit.again = self.again
+        self.mode = None
+        if self.unit.selective:
+            self.mode = (_ReuseAttention if self.again else _KeepAttention)(self.unit)
+            self.mode.__enter__()
+
+    def __exit__(self, *error):
+        _thread.unit = self.before
+        if self.mode is not None:
+            self.mode.__exit__(*error)
+
+
+def _contexts(level: str, host: HostMemory | None, number: int) -> tuple[_Running, _Running]:
+    unit = _Unit(level, host, number)
+    return _Running(unit, again=False), _Running(unit, again=True)
 
 
 class _KeepAttention(TorchDispatchMode):
     """Keeps what attention operators return."""
 
-    def __init__(self, kept: list, host: HostMemory | None, unit: int):
+    def __init__(self, unit: _Unit):
         super().__init__()
-        self.kept, self.host, self.unit = kept, host, unit
+        self.unit = unit
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._schema.name in _ATTENTION:
-            put = self.host.put if self.host else lambda tensor, unit: tensor
-            self.kept.append([put(x, self.unit) if torch.is_tensor(x) else x for x in out])
+            kept = [self.unit.put(x) if torch.is_tensor(x) else x for x in out]
+            self.unit.attentions.append(kept)
         return out
 
 
 class _ReuseAttention(TorchDispatchMode):
     """Hands that out, in the same order, in place of running them again."""
 
-    def __init__(self, kept: list, host: HostMemory | None):
+    def __init__(self, unit: _Unit):
         super().__init__()
-        self.kept, self.host = kept, host
+        self.unit, self.kept = unit, iter(unit.attentions)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name not in _ATTENTION:
             return func(*args, **(kwargs or {}))
-        return tuple(self.host.get(x) if self.host else x for x in self.kept.pop(0))
+        return tuple(self.unit.get(x) for x in next(self.kept))
 
 
 class _Rerun(Function):
@@ -126,15 +159,22 @@ class _Rerun(Function):
 
     @staticmethod
     def forward(ctx, run, tile, behind, rows, update, scale, *parameters):
-        total = add_update(rows, update, scale)
-        total = total.detach() if update is None else total.to(rows.dtype)
+        unit = getattr(_thread, "unit", None)
+        again = unit is not None and unit.again
+        if again and unit.sums:
+            total = unit.get(unit.sums[0])
+        else:
+            total = add_update(rows, update, scale)
+            total = total.detach() if update is None else total.to(rows.dtype)
+            if unit is not None and unit.selective and unit.attentions:
+                unit.sums.append(unit.put(total))
         ctx.save_for_backward(total)
         ctx.run, ctx.tile, ctx.parameters = run, tile, parameters
         ctx.scale, ctx.update_dtype = scale, None if update is None else update.dtype
         kind = total.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.rng = _rng_state(total.device)
-        if getattr(_thread, "again", False):
+        if again:
             # Nobody reads what a unit that runs again returns.
             out = total.new_empty(()).expand_as(total)
         else:
@@ -207,27 +247,6 @@ def rerun_rows(
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     tile = tile_rows(rows, width)
     return _Rerun.apply(run, tile, behind, rows, update, scale, *parameters)
-
-
-class _GradientAlone(Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad @ ctx.weight.to(grad.dtype), None
-
-
-def gradient_alone(x: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of ``x @ weight.T`` for ``x [..., I]``, ``weight [H, I]``, without its values.
-
-    Returns:
-        ``[..., H]`` that nobody may read.
-    """
-    return _GradientAlone.apply(x, weight)
 
 
 def tile_rows(rows: Tensor, width: int | None) -> int:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lemo_hf.families import Family
-from lemo_hf.fused import gated_activations, is_frozen_linear, norm_of
+from lemo_hf.fused import gated_activations, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
 from lemo_hf.lora import linear_of
-from lemo_hf.recompute import gradient_alone, rerun_rows
+from lemo_hf.recompute import rerun_rows
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Sublayer:
     width: int | None = None
     again: bool = False
     again_run: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing reads what ``run`` returns but the sum of rows and update."""
+        return (self.output_norm, self.post_norm, self.dropout) == (None, None, None)
 
     def fused_norm(self) -> Norm | None:
         """The norm for a kernel that reads rows; None if there is none or it must be called."""
@@ -135,10 +140,10 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     run = partial(_chain, parts) if first is None else lambda hidden: down(first(hidden))
     mlp = _sublayer(layer, family, run, parts, *names)
     # Where nothing reads the last product but the sum of rows and update, it is not run again.
-    plain = (mlp.output_norm, mlp.post_norm, mlp.dropout) == (None, None, None)
     again_run = None
-    if first is not None and plain and is_frozen_linear(inner):
-        again_run = lambda hidden: gradient_alone(first(hidden), inner.weight)  # noqa: E731
+    if first is not None and mlp.plain:
+        value_free = linear_of(inner, values=False)
+        again_run = lambda hidden: value_free(first(hidden))  # noqa: E731
     width = getattr(inner, "in_features", None)
     return replace(mlp, again=again, again_run=again_run, width=width)
 

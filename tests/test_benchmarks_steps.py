@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import dry_steps
+import timeline
+from bench_longest import Search, search_longest
 from dry_host import counted_host
 from providers import provider_of
 from s2_attention import s2_attention_forward
@@ -117,5 +119,72 @@ def test_host_memory_is_counted():
     with counted_host(rounding=True) as host:
         host.add(3)
         host.add(5)
-        host.add(-5)
+        host.remove(5)
     assert (host.now, host.most) == (4, 12)
+    assert host.blocks == {4: 1, 8: 1}
+
+
+def frame(file: str, name: str) -> dict:
+    return {"filename": f"/x/{file}", "name": name, "line": 1}
+
+
+def test_a_trace_is_split_by_origin():
+    attend = [frame("torch/functional.py", "sdpa"), frame("lemo_hf/layer.py", "attend")]
+    loss = [frame("lemo_hf/kernels/segment_cross_entropy.py", "forward")]
+    stream = 8 * 2**30
+
+    def alloc(addr, size, frames):
+        return {"action": "alloc", "addr": addr, "size": size, "frames": frames, "time_us": addr}
+
+    def free(addr):
+        return {"action": "free_requested", "addr": addr, "size": 0, "time_us": 10 + addr}
+
+    trace = [
+        alloc(1, stream, [frame("torch/nn/modules/sparse.py", "forward")]),
+        alloc(2, 2 * 2**30, attend),  # until the backward
+        alloc(3, 2**30, attend),
+        free(3),
+        {"action": "free_completed", "addr": 3, "size": 0},
+        alloc(4, stream, loss),
+        alloc(5, 2**30, loss),
+        free(5),
+        alloc(6, 2**29, []),
+        free(2),
+        free(6),
+        free(4),
+        free(1),
+    ]
+    pieces, times = timeline.pieces_of(trace, stream)
+    assert [piece.origin for piece in pieces] == [
+        timeline.STREAM,
+        timeline.STORED,
+        timeline.ATTENTION,
+        timeline.STREAM,
+        timeline.LOSS,
+        timeline.ATTENTION,
+    ]
+    most, rows = timeline.at_the_peak(pieces)
+    assert most == 2 * stream + 3 * 2**30
+    assert rows[0]["origin"] == timeline.STREAM
+    series = timeline.series_of(pieces, times, base_bytes=2**30, points=4)
+    assert len(series) == 4
+    assert max(sum(entry[1:]) for entry in series) == 1 + 16 + 3
+
+
+@pytest.mark.parametrize(
+    ("line", "limit", "expected"),
+    [((16, 1e-4), None, 1230000), ((16, 1e-3), None, 123000), ((16, 1e-4), 262144, 262144)],
+)
+def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(line, limit, expected):
+    def try_at(tokens):
+        peak = line[0] + line[1] * tokens
+        if limit is not None and tokens > limit:
+            return "host memory", peak
+        return ("ok" if peak <= 139 else "oom"), peak
+
+    known = {tokens: line[0] + line[1] * tokens for tokens in (16384, 32768)}
+    found = search_longest(Search(4096, known), try_at, 139.0, float("inf"))
+    assert found.done
+    assert found.fits <= expected < found.too_long
+    assert found.too_long <= max(1.04 * found.fits + 4096, found.fits + 4096)
+    assert found.limit == ("oom" if limit is None else "host memory")
