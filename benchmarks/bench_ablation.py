@@ -9,21 +9,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from providers import provider_of
 from record import command_line, environment, save, summary
-from steps import (
-    SHAPES,
-    adapter_weights,
-    build_model,
-    empty_memory,
-    provider_on,
-    take_turn,
-    train_step,
-)
+from steps import Bench
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"
@@ -35,6 +27,8 @@ MOVEMENT = [
 ]
 ROTARY = [("lemo_hf.fused._ROTARY", "none")]
 GATED = [("lemo_hf.sublayer.gated_activations", lambda *_: None)]
+ADAPTERS = [("lemo_hf.fused.linear_of", lambda module: module)]
+ATTENTION = [("lemo_hf.layer.fastest_attention", lambda *_: None)]
 LOSS = [
     (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),
     (KERNELS + "segment_cross_entropy.plain_weight", lambda *_: None),
@@ -47,14 +41,16 @@ WITHOUT = {
     "without rotary": ROTARY,
     "without gated_activation": GATED,
     "without segment_cross_entropy": LOSS,
-    "no kernel": NORMS + MOVEMENT + ROTARY + GATED + LOSS + SCORES,
+    "without LoRA in one product": ADAPTERS,
+    "without choice of attention": ATTENTION,
+    "none of these": NORMS + MOVEMENT + ROTARY + GATED + LOSS + SCORES + ADAPTERS + ATTENTION,
 }
 ORACLE = {"oracle scores": [], "oracle scores, without block_scores": SCORES}
 # Provider, tokens, options of LeMoConfig, variants.
 CASES = [
-    ("lemo-0.5", 16384, {}, WITHOUT),
-    ("lemo-0.5+checkpointing", 32768, {}, WITHOUT),
-    ("lemo-0.5", 16384, {"policy": "oracle"}, ORACLE),
+    ("lemo", 16384, {}, WITHOUT),
+    ("lemo+checkpointing", 32768, {}, WITHOUT),
+    ("lemo", 16384, {"policy": "oracle"}, ORACLE),
 ]
 
 
@@ -79,17 +75,15 @@ def main() -> None:
     header = {**environment(device), "commit": args.commit, "model": MODEL, "commands": [command]}
     slug = header["gpu"].lower().replace(" ", "-")
     path = args.output or RESULTS / slug / "bench_ablation.json"
-    model = build_model(SHAPES[MODEL], max(tokens for _, tokens, *_ in CASES), device)
-    optimizer = torch.optim.AdamW(adapter_weights(model), lr=1e-4, fused=True)
+    bench = Bench(MODEL, max(tokens for _, tokens, *_ in CASES), device)
     rows: list[dict] = []
     for provider, tokens, options, variants in CASES:
         samples: dict[str, list] = {name: [] for name in variants}
         for _ in range(args.rounds):
             for name, patches in variants.items():
-                empty_memory(optimizer)
-                with left_out(patches), provider_on(model, provider, options) as lemo:
-                    step = partial(train_step, model, optimizer, tokens)
-                    samples[name].append(take_turn(step, lemo, device))
+                bench.options = options
+                with left_out(patches):
+                    samples[name].append(bench.real(provider_of(provider), tokens))
         for name, taken in samples.items():
             failed = [sample for sample in taken if isinstance(sample, str)]
             row = {"provider": provider, "tokens": tokens, "variant": name}

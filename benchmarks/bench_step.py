@@ -33,15 +33,15 @@ TINY_TOKENS = 256
 
 
 def measure_case(
-    bench: Bench, case: Case, args: argparse.Namespace, header: dict, too_long: dict[str, str]
+    bench: Bench, case: Case, args: argparse.Namespace, header: dict, too_long: dict[str, int]
 ) -> Iterator[list[dict]]:
     """The rows of one case, one a provider, after the dry steps and after each round."""
     dry: dict[str, Dry] = {}
     status: dict[str, str] = {}
     samples: dict[str, list] = {name: [] for name in case.providers}
     for name in case.providers:
-        if name in too_long:
-            status[name] = too_long[name]
+        if case.tokens > too_long.get(name, case.tokens):
+            status[name] = f"not run: OOM at {too_long[name]}"
         elif time.monotonic() > args.deadline:
             status[name] = "not run: time budget"
         else:
@@ -70,7 +70,7 @@ def measure_case(
             provider = provider_of(name)
             if steps == 1:
                 bench.dry(provider, case.tokens)
-            result = bench.real(provider, case.tokens, warm_up=steps == 2)
+            result = bench.real(provider, case.tokens, steps == 2, dry[name])
             if isinstance(result, str):
                 status[name] = result
             else:
@@ -104,6 +104,7 @@ def row_of(
         if row["status"] == "ok":
             row["tflops"] = round(1e-9 * dry.flops / row["ms_median"], 1)
             row["share_of_matmul"] = round(row["tflops"] / header["matmul_tflops"], 3)
+    row["command"] = args.command
     return {**row, "config": None if config is None else config.to_dict()}
 
 
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
         longest = max(case.tokens for case in cases)
         bench = Bench(title, longest, device, args.tiny, args.lemo)
         header["beside_attention"] = header.get("beside_attention", {}) | {title: bench.beside}
-        too_long: dict[str, str] = {}
+        too_long: dict[str, int] = {}  # where a provider ran out of memory
         for case in cases:
             rows: list[dict] = []
             for rows in measure_case(bench, case, args, header, too_long):
@@ -145,7 +146,8 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
             for row in rows:
                 print_row(row)
                 if row["status"] == "oom":
-                    too_long[row["provider"]] = f"not run: OOM at {case.tokens}"
+                    shortest = too_long.get(row["provider"], case.tokens)
+                    too_long[row["provider"]] = min(shortest, case.tokens)
             if args.profile and time.monotonic() < args.deadline:
                 profile(bench, args.profile, case.tokens)
         bench.close()

@@ -4,34 +4,47 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from steps import SHAPES
-from transformers import LlamaConfig
+from model_shapes import SHAPES, model_config
 
 from lemo_hf import LeMoConfig
 from lemo_hf.plan import GIB, plan
+from lemo_hf.plan_model import PLANNED
 
 RESULTS = Path(__file__).parent / "results"
+MEMORY_GIB = {"NVIDIA H200": 139.7, "NVIDIA H100 80GB HBM3": 79.1}  # of the device
+CONTEXT_GIB = 0.5
 
 
 def measured() -> Iterator[tuple[dict, list[dict]]]:
-    """Header and measured rows of every ``bench_step.json``."""
+    """Header and measured rows of every ``bench_step.json``, those that the plan knows."""
     for file in sorted(RESULTS.glob("*/bench_step.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        yield content["header"], [row for row in content["rows"] if row["status"] == "ok"]
+        yield content["header"], [row for row in content["rows"] if plannable(row)]
+
+
+def plannable(row: dict) -> bool:
+    """Whether a row was measured, and is Hugging Face's or LeMo's without transformers' offload."""
+    known = row["provider"].startswith(("hf", "lemo")) and not row.get("transformers_offload")
+    planned = SHAPES[row["model"]].config.model_type in PLANNED
+    return row["status"] == "ok" and known and planned
 
 
 def predicted(header: dict, row: dict) -> float:
     """GiB that the plan expects where ``row`` was measured."""
+    config = row["config"]
+    if config is not None:  # the field was replaced by recompute
+        config = {key: value for key, value in config.items() if key != "checkpoint_kept_rows"}
+    checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
     expected = plan(
-        LlamaConfig(**SHAPES[row["model"]]),
-        None if row["config"] is None else LeMoConfig.from_dict(row["config"]),
+        model_config(row["model"]),
+        None if config is None else LeMoConfig.from_dict(config),
         row["tokens"],
         lora_rank=header["lora"]["r"],
         lora_targets=header["lora"]["target_modules"],
         adapter_dtype=header["lora_dtype"],
         autocast=False,
-        gradient_checkpointing=row["provider"].endswith("+checkpointing"),
+        gradient_checkpointing=checkpointing,
     )
     return expected.peak / GIB
 

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from dry_host import counted_host, empty_host_cache, pinned_rounding
+from dry_host import (
+    HOST_LIMIT,
+    counted_host,
+    empty_host_cache,
+    pin_ahead,
+    pinned_peak,
+    pinned_rounding,
+)
 from dry_steps import DryKernels, calibrate, numbers_kept
 from model_shapes import adapter_weights, build_model
-from providers import Models, Provider, provider_on
+from providers import Models, Provider, provider_of, provider_on
 from record import GIB, measure
 from torch import Tensor, nn
 
 from lemo_hf.patch import LeMo
 
-FIRST_TOKENS = 512  # of the step that makes the optimizer's states
+FIRST_TOKENS = 512  # of the first steps, which no dry step may come before
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int) -> Tensor:
@@ -76,6 +83,7 @@ class Dry:
         peak_gib: The most that was allocated.
         reserved_gib: The most that the allocator held.
         host_gib: The most pinned memory.
+        host_blocks: How many pinned blocks of each size, in bytes.
         flops: Operations of the products and of attention.
         uncalibrated: Attention operators whose own memory is not in the peak.
     """
@@ -84,6 +92,7 @@ class Dry:
     peak_gib: float
     reserved_gib: float
     host_gib: float
+    host_blocks: dict[int, int]
     flops: int
     uncalibrated: list[str]
 
@@ -116,7 +125,10 @@ class Bench:
         self.optimizer = torch.optim.AdamW(adapter_weights(model), lr=1e-4, fused=True)
         self._rounding = pinned_rounding()
         self.beside = self._calibrate(model.config)
-        train_step(model, self.optimizer, min(longest, FIRST_TOKENS))
+        # Optimizer states, workspaces of the products, and LeMo's choice of an attention kernel.
+        for name in ("hf", "lemo"):
+            with provider_on(self.models, provider_of(name), self.options) as (model, _):
+                train_step(model, self.optimizer, min(longest, FIRST_TOKENS))
 
     def _calibrate(self, config) -> dict[str, list]:
         heads = config.num_attention_heads
@@ -126,17 +138,35 @@ class Bench:
         whole = calibrate(heads, key_heads, size, self.device)
         return {"all heads": whole, "half of the heads": halves}
 
-    def real(self, provider: Provider, tokens: int, warm_up: bool = True) -> dict | str:
-        """A turn of ``provider``; see `take_turn`."""
+    def real(
+        self, provider: Provider, tokens: int, warm_up: bool = True, dry: Dry | None = None
+    ) -> dict | str:
+        """A turn of ``provider``; see `take_turn`.
+
+        Args:
+            provider: Who takes it.
+            tokens: Length of the sequence.
+            warm_up: Take a step before that is not timed.
+            dry: The same step, dry: what it pins is pinned before.
+
+        Returns:
+            As `take_turn`, with ``pinned_gib``; or ``"host memory"``.
+        """
         empty_memory(self.optimizer)
+        if dry is not None and dry.host_blocks:
+            if dry.host_gib * GIB > HOST_LIMIT:
+                return "host memory"
+            pin_ahead(dry.host_blocks)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_host_memory_stats()
         try:
             with provider_on(self.models, provider, self.options) as (model, lemo):
                 step = partial(train_step, model, self.optimizer, tokens)
                 result = take_turn(step, lemo, self.device, warm_up)
-                if lemo is not None and lemo.passes.host is not None and isinstance(result, dict):
-                    result["pinned_gib"] = lemo.passes.host.pinned_bytes / GIB
         except Exception as error:  # the provider itself: Liger missing, a model not supported
             result = why(error)
+        if isinstance(result, dict):
+            result["pinned_gib"] = round(pinned_peak() / GIB, 3)
         empty_memory(self.optimizer)
         return result
 
@@ -158,7 +188,8 @@ class Bench:
                 empty_memory(self.optimizer)
         names = sorted({name for name, *_ in kernels.uncalibrated})
         peaks = (round(sample[k], 3) for k in ("peak_gib", "reserved_gib"))
-        return Dry(status, *peaks, round(host.most / GIB, 3), kernels.flops, names)
+        host_gib, blocks = round(host.most / GIB, 3), dict(host.blocks)
+        return Dry(status, *peaks, host_gib, blocks, kernels.flops, names)
 
     def close(self) -> None:
         """Make room for the next model."""

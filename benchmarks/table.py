@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
+from step_table import longest_tables, step_tables
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -52,7 +53,7 @@ def cell(row: dict | None) -> str:
 
 
 def tables(header: dict, rows: list[dict]) -> str:
-    """Markdown: a table a model, then the conditions."""
+    """Markdown: a table a model, then the conditions (results of before cases had groups)."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -154,11 +155,15 @@ def demo_table(report: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, kernels, ablations, quality, predictors = [], [], [], [], []
+    steps, longest, kernels, ablations, quality, predictors = [], [], [], [], [], []
     for file in sorted(HERE.glob("results/*/*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
-            steps.append(tables(content["header"], content["rows"]))
+            grouped = all("group" in row for row in content["rows"])
+            make = step_tables if grouped else tables
+            steps.append(make(content["header"], content["rows"]))
+        elif file.name == "bench_longest.json":
+            longest.append(longest_tables(content["header"], content["rows"]))
         elif file.name == "bench_kernels.json":
             kernels.append(kernel_tables(content["header"], content["rows"]))
         elif file.name == "bench_ablation.json":
@@ -169,6 +174,7 @@ def blocks() -> dict[str, str]:
             predictors.append(predictor_table(content["header"], content["rows"]))
     return {
         "bench_step": "\n\n".join(steps),
+        "bench_longest": "\n\n".join(longest),
         "bench_kernels": "\n\n".join(kernels),
         "bench_ablation": "\n\n".join(ablations),
         "bench_quality": "\n\n".join(quality),
@@ -181,6 +187,8 @@ def blocks() -> dict[str, str]:
 def insert(text: str, name: str, block: str) -> str:
     """``text`` with ``block`` between the markers ``name``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if not block and start not in text:  # not measured yet
+        return text
     if text.count(start) != 1 or text.count(end) != 1:
         raise SystemExit(f"README.md must hold {start} and {end} once each.")
     before, _, rest = text.partition(start)

@@ -156,13 +156,16 @@ def _sparse_forward(
             plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
         )
 
+    # Found here, since what is tried inside a unit would be stored for its backward.
+    kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, _dtype_of(x))
+
     def attend(hidden: Tensor) -> Tensor:
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept)
         module = getattr(layer, plan.family.attention)
         unread = plan.family.attention_output if attention.plain and value_free() else None
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
-        with using(fastest_attention(module, hidden.device, _dtype_of(hidden))):
+        with using(kernels):
             return call_attention(module, positions, unread, **inputs)
 
     level = plan.recompute or _level(layer, plan, x, kept)

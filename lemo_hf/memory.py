@@ -1,4 +1,6 @@
-"""Whether attention's outputs fit the device beside everything else a step needs."""
+"""Whether what ``"selective"`` stores fits the device beside everything else a step needs."""
+
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,10 @@ def attention_fits(
     num_layers: int,
     host: HostMemory | None,
 ) -> bool:
-    """Whether all layers may keep attention's output until the backward.
+    """Whether all layers may keep attention's output and the sum behind it until the backward.
 
-    A bound from above of what the rest needs, compared with what is free when the first layer that
-    asks begins.
+    What a step then needs at most (`bytes_needed`) is compared with what is free when the first
+    layer that asks begins.
 
     Args:
         layer: That layer.
@@ -33,23 +35,40 @@ def attention_fits(
         x: Its stream, ``[B, T, H]``.
         rows: That it keeps, in the whole batch.
         num_layers: Of the model.
-        host: Takes both rows and outputs as far as its budget goes, or None.
+        host: Takes all of it as far as its budget goes, or None.
     """
     if x.device.type != "cuda":
         return True
     attention = getattr(layer, family.attention)
-    size = x.element_size()
     head = getattr(attention, "head_dim", 0)
     width = attention.config.num_attention_heads * head or x.shape[2]
-    stored = num_layers * rows * x.shape[2] * size
-    outputs = num_layers * rows * width * size
-    if host is not None:
-        budget = host.most_bytes
-        stored, outputs = max(0, stored - budget), max(0, outputs - max(0, budget - stored))
-        if outputs == 0:
-            return True
-    working = WORKING_ROWS * x.shape[0] * x.shape[1] * x.shape[2] * size + 2 * TILE_BYTES
-    return stored + outputs + working + RESERVE < free_bytes(x.device)
+    budget = 0 if host is None else host.most_bytes
+    needed = bytes_needed(tuple(x.shape), x.element_size(), rows, width, num_layers, budget)
+    return needed <= free_bytes(x.device)
+
+
+def bytes_needed(
+    stream: tuple[int, int, int], size: int, rows: int, width: int, num_layers: int, host: int
+) -> int:
+    """A bound from above of what a selective step takes beside its weights and its stream.
+
+    Args:
+        stream: Its shape, ``(B, T, H)``.
+        size: Bytes of an element.
+        rows: That a layer keeps, in the whole batch.
+        width: Of all query heads.
+        num_layers: Of the model.
+        host: Bytes of host memory that may be taken.
+
+    Returns:
+        Bytes; 0 if host memory takes all that layers store.
+    """
+    # A layer's rows, attention's output, and their sum.
+    stored = num_layers * rows * (2 * stream[2] + width) * size
+    if stored <= host:
+        return 0
+    working = WORKING_ROWS * prod(stream) * size + 2 * TILE_BYTES
+    return stored - host + working + RESERVE
 
 
 def free_bytes(device: torch.device) -> int:

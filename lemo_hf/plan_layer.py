@@ -92,45 +92,22 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How a layer runs.
-
-    Attributes:
-        attention: Rows of the batch that its attention reads.
-        mlp: Rows that its MLP reads.
-        sparse: It is LeMo's, with its kernels.
-        apart: The MLP has a kept set of its own.
-        checkpointed: It stores its input and computes the rest again.
-        frozen: Nothing before it needs a gradient.
-    """
-
-    attention: int
-    mlp: int
-    sparse: bool
-    apart: bool
-    checkpointed: bool
-    frozen: bool
-
-
-@dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of one layer.
+    """Bytes of one layer, by part.
 
     Attributes:
-        attention: Saved by the attention and its norm.
-        mlp: The same of the MLP.
-        stored: Kept instead of both if the layer is checkpointed, else None.
-        shared: Of what a second forward saves, what is in ``stored`` already.
-        forward: Held by the MLP's forward beside what is saved.
-        backward: By phase: held beside what is saved, and what of that has been freed.
+        saved: Kept from its forward to its backward.
+        forward: Held by its forward beside that.
+        backward: By phase: all that is alive of it.
+        may_leave: What of ``saved`` host memory can take: part and bytes of each tensor, in order.
+        mlp_gradients: Of the MLP's trained weights while it runs backward.
     """
 
-    attention: int
-    mlp: int
-    stored: int | None
-    shared: int
+    saved: dict[str, int]
     forward: int
-    backward: dict[str, tuple[int, int]]
+    backward: dict[str, dict[str, int]]
+    may_leave: tuple[tuple[str, int], ...] = ()
+    mlp_gradients: int = 0
 
 
 def stock_norm(model: ModelShapes, trained: Trained) -> int:
@@ -143,67 +120,64 @@ def stock_norm(model: ModelShapes, trained: Trained) -> int:
     )
 
 
-def layer_bytes(model: ModelShapes, trained: Trained, rows: Rows) -> LayerBytes:
-    """Bytes of a layer of ``model`` that runs as ``rows`` say."""
+def stock_layer(
+    model: ModelShapes, trained: Trained, rows: int, checkpointed: bool, frozen: bool
+) -> LayerBytes:
+    """Bytes of transformers' own layer; ``frozen``: nothing before it needs a gradient."""
     size, hidden, inner = trained.weight, model.hidden, model.intermediate
-    # A kernel's norm keeps its input's rows and norms them again.
-    norm = hidden * size if rows.sparse else stock_norm(model, trained)
-    attention = _attention(model, trained, rows, norm)
+    norm = stock_norm(model, trained)
+    attention = attention_saved(model, trained, norm, frozen, kept=False)
     active = trained.inputs(("down_proj",), inner)
-    gate = (2 if rows.sparse else 3) * inner * size  # stock: the activated gate too
     above = norm
-    if rows.frozen and not trained.reaches((*ATTENTION_INPUTS, "o_proj")):
+    if frozen and not trained.reaches((*ATTENTION_INPUTS, "o_proj")):
         above = norm if model.norms_behind else 0  # no gradient goes further than the MLP
-    mlp = above + trained.inputs(model.named(MLP_INPUTS), hidden) + gate + active
-    # Sparse layers read the gradient of their rows out of the stream's.
-    own = hidden * size if rows.sparse else 0
+    # Gate, up and the activated gate.
+    inside = trained.inputs(model.named(MLP_INPUTS), hidden) + 3 * inner * size + active
+    mlp = above + inside
     # By the time of the gate, the MLP's output projection and a norm behind it are done.
     held = max(
         3 * inner * size - active - (norm if model.norms_behind else 0),
-        _adapter_backward(trained, inner, active),
+        adapter_backward(trained, inner, active),
     )
-    if rows.checkpointed:
+    if checkpointed:
         again = _mlp_forward(model, trained, active, again=True)
         held = max(held, again + _adapter_gradients(model, trained))
-    grouped = model.key_value < model.query
-    # Gradients of output, queries, keys and values (by query head first, where heads share keys),
-    # and FlashAttention's fp32 sum of the queries'.
-    heads = (2 + 2 * grouped) * model.query + 2 * model.key_value
-    backward = {
-        "backward of an MLP": (rows.mlp * (own + held), 0),
-        "backward of an attention": (
-            rows.attention * (own + heads * size + FP32 * model.query),
-            rows.mlp * mlp,
-        ),
+    # By phase: held beside what was saved, and what of the MLP's has been freed.
+    phases = {
+        "backward of an MLP": (held, 0),
+        "backward of an attention": (attention_backward(model, trained), mlp),
     }
-    if not rows.sparse and not model.norms_behind:
-        held = rows.mlp * NORM_BACKWARD * FP32 * hidden
-        backward["backward of a norm"] = (held, rows.mlp * (mlp - above))
-    stored, shared = None, 0
-    if rows.checkpointed:
-        stored = (rows.attention + (rows.mlp if rows.apart else 0)) * hidden * size
-        reads_stored = not model.norms_behind or trained.shares(ATTENTION_INPUTS)
-        shared = rows.attention * hidden * size if rows.sparse and reads_stored else 0
+    if not model.norms_behind:
+        phases["backward of a norm"] = (NORM_BACKWARD * FP32 * hidden, inside)
+    stored = {"stored rows": rows * hidden * size}
+    backward = {}
+    for phase, (held, freed) in phases.items():
+        parts = {"attention rows": rows * attention, "MLP rows": rows * (mlp - freed)}
+        if checkpointed:
+            parts = stored | {"recomputed layer": sum(parts.values())}
+        backward[phase] = parts | {"backward": rows * held}
     return LayerBytes(
-        attention=rows.attention * attention,
-        mlp=rows.mlp * mlp,
-        stored=stored,
-        shared=shared,
-        forward=rows.mlp * _mlp_forward(model, trained, active, again=False),
+        saved=stored
+        if checkpointed
+        else {"attention rows": rows * attention, "MLP rows": rows * mlp},
+        forward=rows * _mlp_forward(model, trained, active, again=False),
         backward=backward,
+        may_leave=tuple(stored.items()) if checkpointed else (),
+        mlp_gradients=down_gradient(model, trained),
     )
 
 
-def _attention(model: ModelShapes, trained: Trained, rows: Rows, norm: int) -> int:
-    """Bytes a row that the attention and its norm save."""
+def attention_saved(
+    model: ModelShapes, trained: Trained, norm: int, frozen: bool, kept: bool
+) -> int:
+    """Bytes a row that attention saves, and a norm that saves ``norm``; ``kept``: LeMo's way."""
     reads, size = model.named(ATTENTION_INPUTS), trained.weight
     fused = "qkv_proj" in model.linears
-    if rows.frozen and not trained.reaches(reads):
+    if frozen and not trained.reaches(reads):
         saved = trained.inputs(("o_proj",), model.query)
         return saved + (norm if model.norms_behind else 0)
     rotated = model.query + model.key_value
-    saved = (rotated + model.key_value + model.query) * size
-    saved += FP32 * (model.query // model.head)  # the logarithm of the softmax's sum
+    saved = (rotated + model.key_value) * size + attention_output(model, trained)
     if fused:  # its values are a view that holds the whole projection
         saved += rotated * size
     if model.query_norm:
@@ -212,10 +186,31 @@ def _attention(model: ModelShapes, trained: Trained, rows: Rows, norm: int) -> i
         if trained.full:
             saved += rotated * (FP32 if model.norms_behind else size)
     # The stock rotary of part of a head leaves a layout whose attention output must be copied.
-    copied = fused and not rows.sparse
+    copied = fused and not kept
     saved += trained.inputs(("o_proj",), model.query, saved=not copied)
     saved += trained.inputs(reads, model.hidden)
-    return saved + (0 if rows.frozen and not model.norms_behind else norm)
+    return saved + (0 if frozen and not model.norms_behind else norm)
+
+
+def attention_output(model: ModelShapes, trained: Trained) -> int:
+    """Bytes a row of attention's output, and of the logarithm of the softmax's sum."""
+    return model.query * trained.weight + FP32 * (model.query // model.head)
+
+
+def attention_backward(model: ModelShapes, trained: Trained) -> int:
+    """Bytes a row that attention's backward holds.
+
+    Gradients of output, queries, keys and values (by query head first, where heads share keys),
+    and the fp32 sum of the queries'.
+    """
+    grouped = model.key_value < model.query
+    heads = (2 + 2 * grouped) * model.query + 2 * model.key_value
+    return heads * trained.weight + FP32 * model.query
+
+
+def down_gradient(model: ModelShapes, trained: Trained) -> int:
+    """Bytes of the gradient that the MLP's last weight has by the time of the gate."""
+    return model.linears["down_proj"].parameters * trained.weight if trained.full else 0
 
 
 def _mlp_forward(model: ModelShapes, trained: Trained, active: int, again: bool) -> int:
@@ -246,7 +241,7 @@ def _adapter_gradients(model: ModelShapes, trained: Trained) -> int:
     return model.hidden * (trained.through + (trained.weight if widened else 0))
 
 
-def _adapter_backward(trained: Trained, inner: int, active: int) -> int:
+def adapter_backward(trained: Trained, inner: int, active: int) -> int:
     """Bytes a row while the gradient of the gate's output comes through the adapter and beside."""
     if "down_proj" not in trained.targets:
         return 0

@@ -39,6 +39,8 @@ class ModelShapes:
         query_norm: None, or over what queries and keys are normed: each ``"head"``, or ``"all"``.
         norms_behind: Norms follow attention and MLP instead of preceding them (OLMo 2).
         scaled_embeddings: Embeddings are multiplied before the first layer (Granite).
+        scaled_updates: What attention and MLP add to the stream is multiplied.
+        drops: A dropout (of 0) stands behind the MLP.
         layers: Decoder layers.
         vocabulary: Rows of the embeddings.
         tied: The head's weight is the embeddings'.
@@ -55,6 +57,8 @@ class ModelShapes:
     query_norm: str | None
     norms_behind: bool
     scaled_embeddings: bool
+    scaled_updates: bool
+    drops: bool
     layers: int
     vocabulary: int
     tied: bool
@@ -97,6 +101,8 @@ class ModelShapes:
             query_norm={"qwen3": "head", "olmo2": "all"}.get(kind),
             norms_behind=family.attention_norm is None,
             scaled_embeddings=kind == "granite",
+            scaled_updates=getattr(config, family.residual_scale or "", 1) != 1,
+            drops=family.mlp_dropout is not None,
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),

@@ -11,6 +11,7 @@ from test_sparse_layer import CASES
 from test_trainer import SPARSE, Trainer, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.attention import _tried as fastest_attention
 from lemo_hf.families import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -164,10 +165,11 @@ def test_kept_rows_save_memory():
         assert half < 0.65 * full and quarter < 0.65 * half + 0.1 * full
 
 
-def wide_model():
+def wide_model(dtype=torch.bfloat16, key_value_heads=2):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
-    model = make_model("llama", "sdpa", **sizes, num_attention_heads=8, num_hidden_layers=6)
-    return with_lora(model).cuda().bfloat16()
+    heads = {"num_attention_heads": 8, "num_key_value_heads": key_value_heads}
+    model = make_model("llama", "sdpa", **sizes, **heads, num_hidden_layers=6)
+    return with_lora(model).cuda().to(dtype)
 
 
 def step_of(model, ids, **options):
@@ -184,7 +186,7 @@ def step_of(model, ids, **options):
 @pytest.mark.parametrize("budget", [1 / 16, 1])
 def test_host_memory_changes_nothing(level, budget):
     """Rows that went through pinned memory, all of them or as many as the budget takes."""
-    model = wide_model()
+    model = wide_model(torch.float32, key_value_heads=8)  # in fp32 there is a kernel for those
     ids = torch.randint(3, 97, (2, 4096), device="cuda")
     plain = step_of(model, ids, recompute=level)
     for _ in range(3):  # slabs are used again
@@ -192,7 +194,7 @@ def test_host_memory_changes_nothing(level, budget):
         assert loss == plain[0]
         # Attention's backward adds up in no fixed order.
         error = sum((gradients[name] - grad).square().sum() for name, grad in plain[1].items())
-        assert error.sqrt() <= 5e-3 * sum(g.square().sum() for g in plain[1].values()).sqrt()
+        assert error.sqrt() <= 1e-5 * sum(g.square().sum() for g in plain[1].values()).sqrt()
 
 
 def test_levels_agree():
@@ -241,3 +243,15 @@ def test_the_host_never_waits_for_what_a_step_computes(options):
     # transformers looks into the position ids, before the first layer.
     assert not {place for place in places if "masking_utils.py" not in place}
     assert lemo.report()["kept_tokens"] > 0
+
+
+@pytest.mark.parametrize(("level", "runs"), [("mlp", 1), ("selective", 2), ("full", 2)])
+def test_a_unit_runs_again_once(level, runs):
+    fastest_attention.cache_clear()  # a trial of kernels must stay outside of the unit
+    model = wide_model()
+    calls = []
+    layer = model.get_base_model().model.layers[2]
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append("q"))
+    ids = torch.randint(3, 97, (2, 4096), device="cuda")
+    step_of(model, ids, recompute=level)
+    assert len(calls) == runs

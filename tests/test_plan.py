@@ -14,9 +14,11 @@ from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.measure import saved_bytes
-from lemo_hf.plan import WORKSPACES, longest, plan
-from lemo_hf.plan_layer import Rows, Trained, layer_bytes
+from lemo_hf.plan import longest, plan
+from lemo_hf.plan_kept import Kept, kept_layer
+from lemo_hf.plan_layer import Trained, stock_layer
 from lemo_hf.plan_model import PLANNED, ModelShapes
+from lemo_hf.plan_step import WORKSPACES
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -223,8 +225,11 @@ def test_bytes_saved_by_one_more_layer(family, targets, sparse, launched):
     rank = None if names is None else 8
     trained = Trained.of(shapes, rank, names or (), "bfloat16", "bfloat16", autocast=False)
     kept = tokens // 2 if sparse else tokens
-    layer = layer_bytes(shapes, trained, Rows(kept, kept, sparse, False, False, False))
-    assert counts[1] - counts[0] == layer.attention + layer.mlp
+    if sparse:
+        layer = kept_layer(shapes, trained, Kept(kept, kept, False, "none", False))
+    else:
+        layer = stock_layer(shapes, trained, kept, False, False)
+    assert counts[1] - counts[0] == sum(layer.saved.values())
 
 
 @pytest.mark.parametrize("tied", [False, True])

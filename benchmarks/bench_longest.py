@@ -1,0 +1,315 @@
+"""The longest sequence of one optimizer step, by provider and by memory of the GPU.
+
+First each provider's dry step is compared with its real one. Then, under each cap, dry steps search
+for a length that fits while one 4 % longer does not. Last come real steps at chosen lengths.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from dry_host import HOST_LIMIT
+from model_shapes import LORA
+from providers import PROVIDERS, lemo_config, provider_of
+from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
+from steps import Bench, Dry
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "Llama-3 8B"
+STEP = 4096  # lengths are multiples of it
+GAP = 1.04  # between the longest length that fits and one that does not
+VERIFIED_AT = (16384, 32768)
+MOST_TRIALS = 10
+CAPS = ("24", "80", "whole")
+SHARE = 0.5  # of the matmul's speed, by which the time of a step is guessed
+MAY_DIFFER = ("date", "commands", "commit", "matmul_tflops")
+DEFAULT = (
+    "hf+checkpointing",
+    "hf+checkpointing+offload",
+    "liger+checkpointing",
+    "liger+checkpointing+offload",
+    "lemo+checkpointing",
+    "lemo+offload",
+)
+
+
+@dataclass
+class Search:
+    """What trials have shown of one provider under one cap.
+
+    Attributes:
+        step: Lengths are multiples of it.
+        peaks: GiB by length, of trials that fit or of dry steps without a cap.
+        fits: The longest length that fits; 0 if none is known.
+        limit: Why the shortest one that does not fit does not.
+        too_long: That length, or None.
+        trials: How many there were.
+    """
+
+    step: int = STEP
+    peaks: dict[int, float] = field(default_factory=dict)
+    fits: int = 0
+    too_long: int | None = None
+    limit: str | None = None
+    trials: int = 0
+
+    def round_up(self, tokens: float) -> int:
+        """The next multiple of the step."""
+        return -(-int(tokens) // self.step) * self.step
+
+    @property
+    def done(self) -> bool:
+        """Whether both ends are known closely enough."""
+        if self.too_long is None:
+            return False
+        return self.too_long <= max(self.round_up(GAP * self.fits), self.fits + self.step)
+
+    def guess(self, cap_gib: float) -> int:
+        """The next length to try."""
+        line = self._line(cap_gib)
+        if self.too_long is None:
+            least = max(self.round_up(GAP * self.fits), self.fits + self.step)
+            return max(least, line or 2 * least)
+        if self.fits == 0:
+            half = self.too_long // 2 // self.step * self.step
+            near = line is not None and self.limit == "oom" and line < self.too_long / GAP
+            return max(self.step, line if near else half)
+        just_above = max(self.round_up(GAP * self.fits), self.fits + self.step)
+        if line is not None and self.fits < line < self.too_long:
+            return line
+        middle = (self.fits + self.too_long) // 2 // self.step * self.step
+        return max(self.fits + self.step, min(middle, self.too_long - self.step, 2 * just_above))
+
+    def _line(self, cap_gib: float) -> int | None:
+        """Where a line through the last two peaks meets the cap, a little below."""
+        known = sorted(self.peaks)[-2:]
+        if len(known) < 2 or self.peaks[known[1]] <= self.peaks[known[0]]:
+            return None
+        (a, x), (b, y) = ((tokens, self.peaks[tokens]) for tokens in known)
+        meets = a + (0.99 * cap_gib - x) * (b - a) / (y - x)
+        return max(self.step, int(meets) // self.step * self.step)
+
+    def add(self, tokens: int, status: str, peak_gib: float) -> None:
+        """Take in a trial; any status but "ok" is a limit."""
+        self.trials += 1
+        if status == "ok":
+            self.fits = max(self.fits, tokens)
+            self.peaks[tokens] = peak_gib
+        elif self.too_long is None or tokens < self.too_long:
+            self.too_long, self.limit = tokens, status
+
+
+def search_longest(
+    search: Search, try_at: Callable[[int], tuple[str, float]], cap_gib: float, deadline: float
+) -> Search:
+    """Try lengths until the longest is known within `GAP`, or trials or time are used up."""
+    while not search.done and search.trials < MOST_TRIALS and time.monotonic() < deadline:
+        tokens = search.guess(cap_gib)
+        if search.too_long is not None and tokens >= search.too_long:
+            break
+        search.add(tokens, *try_at(tokens))
+        if search.too_long is not None and search.too_long <= search.step:
+            break
+    return search
+
+
+class Longest:
+    """The run: its model, its rows, and its file."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.header = {
+            **environment(device),
+            "commit": args.commit,
+            "model": MODEL,
+            "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or "default",
+            "lora": LORA,
+            "matmul_tflops": matmul_tflops(device),
+            "host_limit_gib": HOST_LIMIT / GIB,
+            "commands": [args.command],
+        }
+        slug = self.header["gpu"].lower().replace(" ", "-")
+        self.path = args.output or RESULTS / slug / "bench_longest.json"
+        self.kept: list[dict] = []
+        if args.append and self.path.exists():
+            self.kept = earlier_rows(self.path, self.header, MAY_DIFFER)
+        self.rows: list[dict] = []
+        self.step = 64 if args.tiny else STEP
+        self.verified_at = [tokens // 64 if args.tiny else tokens for tokens in VERIFIED_AT]
+        longest = 4096 if args.tiny else 2**21
+        self.bench = Bench(MODEL, longest, device, args.tiny, args.lemo)
+        self.total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GIB
+        self.dry_peaks: dict[str, dict[int, float]] = {}
+
+    def write(self, row: dict) -> None:
+        """Add a row to the file, in place of an earlier one of that key."""
+        self.rows.append(row)
+        new = {key_of(row) for row in self.rows}
+        kept = [row for row in self.kept if key_of(row) not in new]
+        save(self.path, self.header, kept + self.rows)
+        print(json.dumps({k: v for k, v in row.items() if k != "config"}), flush=True)
+
+    def late(self) -> bool:
+        """Whether the time budget is used up."""
+        return time.monotonic() > self.args.deadline
+
+    def row(self, part: str, provider: str, **values) -> dict:
+        """What every row says first."""
+        config = lemo_config(provider_of(provider), self.args.lemo)
+        return {
+            "part": part,
+            "provider": provider,
+            "retention": None if config is None else config.retention,
+            **values,
+            "config": None if config is None else config.to_dict(),
+        }
+
+    def verify(self) -> None:
+        """Peaks of dry steps beside those of real ones."""
+        for name in self.args.providers:
+            for tokens in self.verified_at:
+                if self.late():
+                    return
+                provider = provider_of(name)
+                dry = self.bench.dry(provider, tokens)
+                self._note(name, tokens, dry)
+                real = self.bench.real(provider, tokens, False, dry)
+                row = self.row("verify", name, tokens=tokens, dry=dry.status)
+                row |= {"dry_gib": dry.peak_gib, "dry_reserved_gib": dry.reserved_gib}
+                row["status"] = real if isinstance(real, str) else "ok"
+                if row["status"] == "ok" == dry.status:
+                    row |= {key: round(real[key], 3) for key in ("peak_gib", "reserved_gib")}
+                    row["dry_host_gib"] = dry.host_gib
+                    row["real_host_gib"] = round(real.get("pinned_gib", 0.0), 3)
+                    row["off"] = round(dry.peak_gib / max(row["peak_gib"], 1e-9) - 1, 5)
+                if dry.uncalibrated:
+                    row["uncalibrated"] = dry.uncalibrated
+                self.write(row)
+
+    def _note(self, name: str, tokens: int, dry: Dry) -> None:
+        if dry.status == "ok":
+            self.dry_peaks.setdefault(name, {})[tokens] = dry.peak_gib
+
+    def cap(self, cap: str) -> float:
+        """Limit the process to ``cap``; GiB."""
+        share = 1.0 if cap == "whole" else min(1.0, float(cap) * GIB / self.total)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(share)
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            return min(share * self.total, free) / GIB
+        return share * self.total / GIB
+
+    def trial(self, cap: str, name: str, tokens: int) -> tuple[str, float]:
+        """Status and peak of a dry step."""
+        dry = self.bench.dry(provider_of(name), tokens)
+        self._note(name, tokens, dry)
+        status = dry.status
+        if status == "ok" and dry.host_gib * GIB > HOST_LIMIT:
+            status = "host memory"
+        print(f"  {cap} {name} {tokens}: {status} {dry.peak_gib:.2f} GiB", flush=True)
+        return status, dry.peak_gib
+
+    def search(self) -> None:
+        """The longest length of each provider under each cap."""
+        for cap in self.args.caps:
+            for name in self.args.providers:
+                if self.late():
+                    break
+                cap_gib = self.cap(cap)
+                start, try_at = time.monotonic(), partial(self.trial, cap, name)
+                self.cap("whole")
+                for tokens in self.verified_at:
+                    if tokens not in self.dry_peaks.get(name, {}):
+                        try_at(tokens)
+                self.cap(cap)
+                known = self.dry_peaks.get(name, {})
+                # At other lengths and caps a provider may have stored something else.
+                known = {tokens: known[tokens] for tokens in self.verified_at if tokens in known}
+                found = search_longest(
+                    Search(self.step, known), try_at, cap_gib, self.args.deadline
+                )
+                row = self.row("longest", name, cap=cap, cap_gib=round(cap_gib, 2))
+                row["status"] = "ok" if found.done else "not finished"
+                row |= {"fits": found.fits, "too_long": found.too_long, "limit": found.limit}
+                row["peak_gib"] = found.peaks.get(found.fits)
+                row |= {"trials": found.trials, "seconds": round(time.monotonic() - start, 1)}
+                self.write(row)
+        self.cap("whole")
+
+    def real(self) -> None:
+        """Real steps; ``PROVIDER@TOKENS`` or ``PROVIDER@TOKENS@CAP``."""
+        for text in self.args.real:
+            name, tokens, cap = (*text.split("@"), "whole")[:3]
+            provider, tokens = provider_of(name), int(tokens)
+            row = self.row("real", name, cap=cap, tokens=tokens)
+            row["cap_gib"] = round(self.cap(cap), 2)
+            dry = self.bench.dry(provider, tokens)
+            guess = dry.flops / (SHARE * 1e12 * self.header["matmul_tflops"])
+            row |= {"flops": dry.flops, "dry_gib": dry.peak_gib}
+            if dry.status != "ok":
+                row["status"] = dry.status
+            elif time.monotonic() + guess > self.args.deadline:
+                row["status"] = f"not run: time budget (a step takes about {guess:.0f} s)"
+            else:
+                # The dry step before it has compiled the kernels and filled the cache.
+                sample = self.bench.real(provider, tokens, False, dry)
+                row["status"] = sample if isinstance(sample, str) else "ok"
+                if row["status"] == "ok":
+                    row |= summary([sample], tokens)
+                    row["pinned_gib"] = round(sample.get("pinned_gib", 0.0), 2)
+                    row["tflops"] = round(1e-9 * dry.flops / row["ms_median"], 1)
+                    row["share_of_matmul"] = round(row["tflops"] / self.header["matmul_tflops"], 3)
+            self.write(row)
+        self.cap("whole")
+
+
+def key_of(row: dict) -> tuple:
+    """What makes a row unique."""
+    return row["part"], row["provider"], row.get("cap"), row.get("tokens")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--parts", nargs="+", default=["verify", "search"], choices=["verify", "search", "real"])
+    add("--providers", nargs="+", default=DEFAULT, metavar="NAME", help=str(list(PROVIDERS)))
+    add("--caps", nargs="+", default=CAPS, help="GiB, or whole")
+    add("--real", nargs="+", default=[], metavar="PROVIDER@TOKENS[@CAP]", help="for --parts real")
+    add("--lemo", type=json.loads, default={}, help="fields of LeMoConfig for all LeMo providers")
+    add("--time-budget", type=float, default=float("inf"), help="seconds; no trial begins after it")
+    add("--commit", default="unknown", help="of lemo-hf, for the record")
+    add("--output", type=Path, help="default: benchmarks/results/GPU/bench_longest.json")
+    add("--append", action="store_true", help="keep the output's rows that are not measured again")
+    add("--tiny", action="store_true", help="a tiny model on the CPU: does the script run?")
+    args = parser.parse_args(argv)
+    for name in [*args.providers, *(text.split("@")[0] for text in args.real)]:
+        try:
+            provider_of(name)
+        except ValueError as error:
+            parser.error(str(error))
+    args.deadline = time.monotonic() + args.time_budget
+    args.command = command_line("bench_longest.py", argv)
+    return args
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
+    if not (args.tiny or torch.cuda.is_available()):
+        raise SystemExit("bench_longest.py measures on a CUDA GPU, and there is none.")
+    torch.manual_seed(0)
+    run = Longest(args, torch.device("cpu" if args.tiny else "cuda"))
+    for part in args.parts:
+        getattr(run, part)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Who takes a step: Hugging Face, Liger, S2-Attn, LeMo, each with its options; one row each."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import s2_attention
+from liger_twin import liger_names, liger_twin
+from torch import nn
+from uniform_offload import equal_shares
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.patch import LeMo
+
+HOST_GIB = 100.0  # pinned memory that LeMo's offload may take
+SOME_GIB = 8.0  # a budget that does not take everything at 64K
+LEMO = {"retention": 0.5, "dense_first_layers": 4}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row of the comparison.
+
+    Attributes:
+        name: In results.
+        kind: "hf", "liger", "s2attn" or "lemo".
+        checkpointing: Of transformers, as ``TrainingArguments`` turns it on.
+        offload: Of transformers' checkpointing.
+        lemo: Fields of `LeMoConfig`.
+        equal_shares: LeMo's offload gives each layer the same part of its budget.
+    """
+
+    name: str
+    kind: str
+    checkpointing: bool = False
+    offload: bool = False
+    lemo: dict = field(default_factory=dict)
+    equal_shares: bool = False
+
+
+def _rival(kind: str) -> list[Provider]:
+    return [
+        Provider(kind, kind),
+        Provider(f"{kind}+checkpointing", kind, True),
+        Provider(f"{kind}+checkpointing+offload", kind, True, True),
+    ]
+
+
+def _lemo(suffix: str, *, checkpointing: bool = False, **options) -> Provider:
+    own = {name: options.pop(name) for name in ("offload", "equal_shares") if name in options}
+    return Provider(f"lemo{suffix}", "lemo", checkpointing, lemo=LEMO | options, **own)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        *_rival("hf"),
+        *_rival("liger"),
+        Provider("s2attn", "s2attn"),
+        _lemo(""),
+        _lemo("+some-mlp", recompute=("mlp",) * 14 + ("none",) * 18),
+        _lemo("+mlp", recompute="mlp"),
+        _lemo("+selective", recompute="selective"),
+        _lemo("+full", recompute="full"),
+        _lemo("+checkpointing", checkpointing=True),
+        _lemo("+offload", checkpointing=True, offload_gib=HOST_GIB),
+        _lemo("+full+offload", recompute="full", offload_gib=HOST_GIB),
+        _lemo("+some-offload", checkpointing=True, offload_gib=SOME_GIB),
+        _lemo("+some-offload-uniform", checkpointing=True, offload_gib=SOME_GIB, equal_shares=True),
+        # Without dense layers, and with less kept.
+        _lemo("-all+offload", recompute="full", offload_gib=HOST_GIB, dense_first_layers=0),
+        _lemo(
+            "-all-0.3+offload",
+            recompute="full",
+            offload_gib=HOST_GIB,
+            dense_first_layers=0,
+            retention=0.3,
+        ),
+        # On the compute stream, whatever a layer keeps.
+        _lemo("+transformers-offload", checkpointing=True, offload=True),
+    )
+}
+
+
+def provider_of(name: str) -> Provider:
+    """The row of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in PROVIDERS:
+        raise ValueError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
+    return PROVIDERS[name]
+
+
+def lemo_config(provider: Provider, options: dict) -> LeMoConfig | None:
+    """What it leaves out; None for rivals. ``options`` of the command line come last."""
+    return LeMoConfig(**{**provider.lemo, **options}) if provider.kind == "lemo" else None
+
+
+class Models:
+    """The model all providers run, and Liger's twin on its weights."""
+
+    def __init__(self, model: nn.Module, title: str):
+        self.model, self.title = model, title
+        self._twin: nn.Module | None = None
+
+    @property
+    def twin(self) -> nn.Module:
+        """Made when it is first asked for."""
+        if self._twin is None:
+            self._twin = liger_twin(self.model, self.title)
+        return self._twin
+
+
+@contextmanager
+def provider_on(
+    models: Models, provider: Provider, options: dict
+) -> Iterator[tuple[nn.Module, LeMo | None]]:
+    """The model that runs, with ``provider`` on it for a while."""
+    model = models.twin if provider.kind == "liger" else models.model
+    base = model.get_base_model()
+    config = lemo_config(provider, options)
+    with ExitStack() as stack:
+        if provider.kind == "liger":
+            stack.enter_context(liger_names())
+        if provider.kind == "s2attn":
+            s2_attention.register()
+            name = patch.object(base.config, "_attn_implementation_internal", s2_attention.NAME)
+            stack.enter_context(name)
+        if provider.equal_shares:
+            stack.enter_context(equal_shares())
+        if provider.checkpointing:
+            stack.callback(_checkpointing_off, base)
+            base.gradient_checkpointing_enable({"use_reentrant": False}, offload=provider.offload)
+        lemo = None
+        if config is not None:
+            stack.callback(remove_lemo, model)
+            lemo = apply_lemo(model, config)
+        yield model, lemo
+
+
+def _checkpointing_off(base: nn.Module) -> None:
+    base.gradient_checkpointing_disable()
+    base.disable_input_require_grads()  # hooks that enabling adds and disabling leaves

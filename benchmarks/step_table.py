@@ -1,0 +1,158 @@
+"""The README's tables of whole steps and of the longest sequences."""
+
+GROUPS = {
+    "plain": "No checkpointing",
+    "checkpointing": "Checkpointing",
+    "offload": "Offload to pinned host memory",
+    "growth": "Growth (one round; memory in italics is a dry step's)",
+    "paper": "The paper's protocol, no checkpointing",
+}
+NAMES = {
+    "hf": "HF + PEFT",
+    "liger": "Liger + PEFT",
+    "s2attn": "LongLoRA's S²-Attn",
+    "lemo": "LeMo",
+}
+PACKAGES = ("torch", "triton", "transformers", "peft")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Rows of cells, the first of them the head, as a table."""
+    head, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def name_of(provider: str) -> str:
+    """A provider in words."""
+    base, *rest = provider.split("+")
+    return " + ".join([NAMES.get(base, base), *rest])
+
+
+def length(tokens: int) -> str:
+    """``8192`` as ``8K``."""
+    return f"{tokens:,}" if tokens % 1024 else f"{tokens // 1024:,}K"
+
+
+def status_of(row: dict) -> str:
+    """Why there is no number."""
+    status = row["status"]
+    if status == "oom":
+        return "out of memory"
+    if status.startswith("not run: OOM at "):
+        return f"out of memory from {length(int(status.rsplit(' ', 1)[1]))} on"
+    return "not timed" if status.startswith("not run") else status.partition(":")[0]
+
+
+def step_row(row: dict, lemo: dict | None) -> list[str]:
+    """One line: what the step takes, and how far LeMo is ahead of it."""
+    retention = "1" if row["retention"] is None else f"{row['retention']:g}"
+    if row["config"] is not None and row["config"]["dense_first_layers"]:
+        retention += f" after layer {row['config']['dense_first_layers']}"
+    cells = [row["model"], length(row["tokens"]), name_of(row["provider"]), retention]
+    if row["status"] != "ok":
+        peak = f"*{row['dry_peak_gib']:.1f}*" if "dry_peak_gib" in row else ""
+        return [*cells, status_of(row), peak, "", "", "", ""]
+    pinned = f"{row['pinned_gib']:.1f}" if row.get("pinned_gib") else ""
+    share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+    ahead = ["", ""]
+    if lemo is not None and row is not lemo:
+        ahead = [
+            f"{row['ms_median'] / lemo['ms_median']:.2f}×",
+            f"{row['peak_gib'] / lemo['peak_gib']:.2f}×",
+        ]
+    return [
+        *cells,
+        f"{row['ms_median']:,.0f}",
+        f"{row['peak_gib']:.1f}",
+        pinned,
+        share,
+        *ahead,
+    ]
+
+
+def step_tables(header: dict, rows: list[dict]) -> str:
+    """Markdown: a table a group, each with its commands, then the conditions."""
+    parts = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
+        lines[0] += ["of matmul peak", "LeMo is faster", "LeMo is smaller"]
+        for row in own:
+            same = [x for x in own if (x["model"], x["tokens"]) == (row["model"], row["tokens"])]
+            lemo = [x for x in same if x["provider"].startswith("lemo") and x["status"] == "ok"]
+            lines.append(step_row(row, lemo[0] if lemo else None))
+        commands = "\n".join(dict.fromkeys(row["command"] for row in own))
+        parts += [f"**{GROUPS.get(group, group)}**", markdown(lines), f"```bash\n{commands}\n```"]
+    return "\n\n".join([*parts, step_conditions(header, rows)])
+
+
+def step_conditions(header: dict, rows: list[dict]) -> str:
+    """GPU, versions, commit, and what columns mean."""
+    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    checked = [
+        abs(row["dry_peak_gib"] / row["peak_gib"] - 1)
+        for row in rows
+        if row["status"] == "ok" and row.get("dry_peak_gib")
+    ]
+    dry = f" Dry steps' peaks differ from these by at most {max(checked):.1%}." if checked else ""
+    return (
+        f"{header['gpu']}, {versions}, commit `{header['commit']}`, {header['date']}, allocator "
+        f"{header['allocator']}. Medians; LoRA r = {header['lora']['r']} in "
+        f"{header['lora_dtype']} on q, k, v and o, AdamW fused. *Of matmul peak*: operations of "
+        "the step's matrix products and attention (recomputation counted, the half of a causal "
+        f"square) by its time, against {header['matmul_tflops']:.0f} TFLOP/s of an 8192³ bf16 "
+        f"product in the same run. *LeMo is*: against the first LeMo row of that length.{dry}"
+    )
+
+
+def longest_tables(header: dict, rows: list[dict]) -> str:
+    """Markdown: longest lengths by cap, real steps, how good dry steps are."""
+    found = [row for row in rows if row["part"] == "longest"]
+    caps = list(dict.fromkeys(row["cap"] for row in found))
+    heads = [("whole card" if cap == "whole" else f"{cap} GiB") for cap in caps]
+    lines = [["step", "retention", *heads]]
+    cells = {(row["provider"], row["cap"]): longest_cell(row) for row in found}
+    kept = {row["provider"]: row["retention"] or 1 for row in found}
+    for provider, retention in kept.items():
+        values = [cells.get((provider, cap), "not run") for cap in caps]
+        lines.append([name_of(provider), f"{retention:g}", *values])
+    parts = [markdown(lines)]
+    real = [row for row in rows if row["part"] == "real"]
+    if real:
+        lines = [["real step", "retention", "tokens", "cap", "s", "peak GiB", "pinned GiB"]]
+        lines += [real_row(row) for row in real]
+        parts.append(markdown(lines))
+    off = [abs(row["off"]) for row in rows if row["part"] == "verify" and "off" in row]
+    if off:
+        parts.append(
+            f"Found by dry steps, whose peaks differ from real ones by at most {max(off):.1%} in "
+            f"{len(off)} comparisons of the same run."
+        )
+    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    commands = "\n".join(header["commands"])
+    parts.append(
+        f"{header['model']} shapes, {header['gpu']}, {versions}, commit `{header['commit']}`, "
+        f"{header['date']}, allocator {header['allocator']}; caps by "
+        f"`set_per_process_memory_fraction`; at most {header['host_limit_gib']:.0f} GiB of host "
+        f"memory pinned.\n\n```bash\n{commands}\n```"
+    )
+    return "\n\n".join(parts)
+
+
+def longest_cell(row: dict) -> str:
+    """The longest length that fits, and what stops the next."""
+    fits = length(row["fits"]) if row["fits"] else "none"
+    if row["too_long"] is None:
+        return f"≥ {fits}"
+    why = {"oom": "out of memory"}.get(row["limit"], row["limit"].partition(":")[0])
+    return f"{fits} ({why} at {length(row['too_long'])})"
+
+
+def real_row(row: dict) -> list[str]:
+    """One real step."""
+    head = [name_of(row["provider"]), f"{row['retention'] or 1:g}", length(row["tokens"])]
+    head.append("whole card" if row["cap"] == "whole" else f"{row['cap']} GiB")
+    if row["status"] != "ok":
+        return [*head, status_of(row), "", ""]
+    pinned = f"{row['pinned_gib']:.1f}" if row.get("pinned_gib") else ""
+    return [*head, f"{row['ms_median'] / 1e3:,.1f}", f"{row['peak_gib']:.1f}", pinned]

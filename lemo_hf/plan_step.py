@@ -1,0 +1,289 @@
+"""What is alive at the moments of an optimizer step at which it may be at its peak."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.kernels.segment_cross_entropy import WHOLE, choose_segment_size
+from lemo_hf.memory import bytes_needed
+from lemo_hf.offload import GIB, SLAB
+from lemo_hf.plan_kept import ATTENTION, MLP, SUMS, Kept, kept_layer
+from lemo_hf.plan_layer import FP32, NORM_BACKWARD, LayerBytes, Trained, stock_layer, stock_norm
+from lemo_hf.plan_model import MLP_INPUTS, ModelShapes
+from lemo_hf.plan_offload import Offload
+from lemo_hf.selection import num_kept_blocks
+
+INT64 = 8
+# cuBLAS takes 32 MiB on Hopper (8 on other GPUs) for each thread that calls it: the forward's and
+# the backward's. Source: PyTorch's notes, "CUDA semantics", cuBLAS workspaces.
+WORKSPACES = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step.
+
+    Attributes:
+        model: Its shapes.
+        trained: What of it is trained.
+        lemo: What is left out; None: the stock model.
+        batch: Rows.
+        tokens: Of a row.
+        checkpointing: The model's gradient checkpointing is on.
+        stock_offload: It offloads, as transformers does.
+        room: Bytes of the device; None if that is not known.
+    """
+
+    model: ModelShapes
+    trained: Trained
+    lemo: LeMoConfig | None
+    batch: int
+    tokens: int
+    checkpointing: bool
+    stock_offload: bool
+    room: float | None
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the batch."""
+        return self.batch * self.tokens
+
+    @cached_property
+    def rules(self) -> list[tuple[KeepRule, KeepRule | None] | None]:
+        """What each layer keeps; None for one that keeps everything."""
+        if self.lemo is None:
+            return [None] * self.model.layers
+        return self.lemo.layer_rules(self.model.layers)
+
+    def kept(self, rule: KeepRule | None) -> int:
+        """Rows of the batch that a rule keeps; the first and the last block are among them."""
+        if rule is None:
+            return self.rows
+        if rule.threshold is not None:
+            raise ValueError(
+                f"threshold={rule.threshold} keeps what the data say: plan with the retention that "
+                "the logs show (lemo/attention_retention)."
+            )
+        size = self.lemo.block_size
+        blocks = -(-self.tokens // size)
+        last = self.tokens - (blocks - 1) * size
+        count = max(min(2, blocks), num_kept_blocks(rule.retention, blocks))
+        return self.batch * ((count - 1) * size + last)
+
+    @cached_property
+    def levels(self) -> list[str]:
+        """What each layer of LeMo's computes again."""
+        levels = self.lemo.recompute_levels(self.model.layers)
+        if not self.checkpointing or None not in levels:
+            return [level or "none" for level in levels]
+        rule = self.rules[levels.index(None)]
+        chosen = "selective" if self._attention_fits(self.kept(rule and rule[0])) else "full"
+        return [level or chosen for level in levels]
+
+    def _attention_fits(self, rows: int) -> bool:
+        """What the first layer that asks decides in the first step, before optimizer states."""
+        if self.room is None:
+            return True
+        stream = (self.batch, self.tokens, self.model.hidden)
+        needed = bytes_needed(
+            stream, self.trained.weight, rows, self.model.query, self.model.layers, self._host
+        )
+        there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
+        return needed <= self.room - there
+
+    @property
+    def _host(self) -> int:
+        """Bytes of pinned memory that may be taken."""
+        budget = self.lemo and self.lemo.offload_gib
+        return int(budget * GIB) // SLAB * SLAB if budget else 0
+
+    @cached_property
+    def layers(self) -> list[LayerBytes]:
+        """Every layer, the first one first."""
+        model, trained = self.model, self.trained
+        if self.lemo is None:
+            made = [
+                stock_layer(model, trained, self.rows, self.checkpointing, frozen)
+                for frozen in (self._frozen, False)
+            ]
+            return [made[0], *made[1:] * (model.layers - 1)]
+        make = cache(lambda how: kept_layer(model, trained, how))
+        layers = []
+        for index, (rule, level) in enumerate(zip(self.rules, self.levels, strict=True)):
+            apart = rule is not None and rule[1] is not None
+            attention = self.kept(rule and rule[0])
+            mlp = self.kept(rule[1]) if apart else attention
+            layers.append(make(Kept(attention, mlp, apart, level, self._frozen and index == 0)))
+        return layers
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether nothing before the first layer needs a gradient."""
+        # Checkpointing makes embeddings ask for one; LeMo undoes that where it stands before them.
+        asks = self.checkpointing and (self.lemo is None or self.model.scaled_embeddings)
+        return not (self.trained.full or asks)
+
+    @cached_property
+    def offload(self) -> Offload:
+        """What leaves the device."""
+        stock = self.stock_offload and self.checkpointing and not self._host
+        return Offload(self.layers, self._host // SLAB, stock)
+
+    @property
+    def _stream(self) -> int:
+        return self.rows * self.model.hidden * self.trained.weight
+
+    @property
+    def _gradients(self) -> int:
+        model, trained = self.model, self.trained
+        if trained.full:
+            return model.parameters * trained.weight
+        return model.layers * trained.adapters(model) * trained.adapter
+
+    @cached_property
+    def _always(self) -> dict[str, int]:
+        """What is there all the time."""
+        model, trained = self.model, self.trained
+        adapters = 0 if trained.full else self._gradients
+        return {
+            "weights": model.parameters * trained.weight,
+            "adapters": adapters,
+            "optimizer states": 2 * self._gradients,
+            "cuBLAS workspaces": WORKSPACES,
+            "ids, positions, kept sets": self._indices(),
+        }
+
+    def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Moments at which a step may be at its peak: the phase, and the bytes of each part."""
+        model, trained, stream = self.model, self.trained, self._stream
+        always = dict(self._always)
+        # What autocast makes of adapters stays as long as what layers save.
+        plain = sum("attention rows" in layer.saved for layer in self.layers)
+        if trained.copy and trained.autocast:
+            always["adapters"] += max(1, plain) * trained.adapters(model) * trained.through
+        # With adapters, checkpointing makes the embeddings' output a leaf, which stays to the end
+        # where the stream is not that very tensor.
+        if self.checkpointing and not trained.full and model.scaled_embeddings:
+            always["embeddings"] = stream
+
+        # A stock layer has its input besides what it adds to it.
+        copies = 3 if self.lemo is None else 1
+        for index, layer in enumerate(self.layers):
+            yield (
+                "forward",
+                _sum(
+                    always,
+                    self._saved(index),
+                    layer.saved,
+                    {
+                        "stream": copies * stream,
+                        "forward": layer.forward,
+                        "offload in flight": self.offload.going(index),
+                    },
+                ),
+            )
+
+        head = model.table * trained.weight if trained.full else 0
+        left = {"offload in flight": self.offload.coming(model.layers)}
+        saved = _sum(always, self._saved(model.layers), left)
+        yield from self._loss(saved, head)
+        for phase, parts in self._backward(head):
+            yield phase, _sum(always, parts)
+
+        # Embeddings that are the head's weight too have two gradients, which are added.
+        twice = head if model.tied else 0
+        end = {"gradients": self._gradients + twice, "stream gradient": stream}
+        yield "backward of the embeddings", always | end
+        yield "optimizer", always | {"gradients": self._gradients}
+
+    def _backward(self, head: int) -> Iterator[tuple[str, dict[str, int]]]:
+        """The moments of each layer's backward, from the last layer on."""
+        model, trained = self.model, self.trained
+        if trained.full:
+            each = model.layer_parameters * trained.weight
+            names = (*model.named(MLP_INPUTS), "down_proj")
+            mlp = sum(model.linears[name].parameters for name in names) * trained.weight
+        else:
+            each = mlp = trained.adapters(model) * trained.adapter
+        for index in reversed(range(model.layers)):
+            layer = self.layers[index]
+            below = self._saved(index)
+            above = head + (model.layers - 1 - index) * each
+            for phase, parts in layer.backward.items():
+                own = (layer.mlp_gradients if trained.full else mlp) if phase == MLP else mlp
+                # LeMo's first layer hands no gradient on where nobody asks for it.
+                ends = index == 0 and self.lemo is not None and self._frozen
+                beside = {
+                    "stream gradient": 0 if ends else self._stream,
+                    "gradients": above + own,
+                    "offload in flight": self.offload.coming(index),
+                }
+                if phase == ATTENTION:  # a sum that came back is gone with the MLP's backward
+                    beside[SUMS] = -dict(self.offload.leaving[index]).get(SUMS, 0)
+                yield phase, _sum(below, parts, beside)
+
+    def _saved(self, count: int) -> dict[str, int]:
+        """What the first ``count`` layers keep on the device for their backward."""
+        return _sum(*(self.offload.remaining(index) for index in range(count)))
+
+    def _indices(self) -> int:
+        """Bytes of ids and positions, of cos and sin, and of the kept sets."""
+        sets = [1 if rule[1] is None else 2 for rule in self.rules if rule is not None]
+        if sets and self.lemo.agree_across_layers:
+            sets = sets[:1]
+        whole = int(self.lemo is not None and None in self.rules)  # that of dense layers
+        tables = 2 * self.tokens * self.model.rotary * self.trained.weight
+        return (2 + sum(sets) + whole) * INT64 * self.rows + tables
+
+    def _loss(self, saved: dict[str, int], head: int) -> Iterator[tuple[str, dict[str, int]]]:
+        """The moments of the loss, from the last layer's output on."""
+        model, trained, size, stream = self.model, self.trained, self.trained.weight, self._stream
+        if self.lemo is None:
+            logits = self.rows * model.vocabulary
+            final = saved | {"targets": 2 * INT64 * self.rows}
+            final["final norm"] = self.rows * stock_norm(model, trained)
+            # As the head returns them, in fp32, and their logarithmic softmax.
+            made = stream + logits * (2 * FP32 + (size if size < FP32 else 0))
+            yield "loss", final | {"loss": made}
+            # That softmax, its gradient, and the logits'.
+            held = (stream if trained.full else 0) + 3 * FP32 * logits
+            yield "backward of the loss", final | {"loss": held}
+            wide = self.rows * FP32 * model.hidden
+            norm = {"gradients": head, "final norm": wide, "backward": NORM_BACKWARD * wide}
+            yield "backward of the final norm", saved | norm
+            return
+        segment = self.lemo.segment_size
+        if segment is None:
+            shape = torch.empty(self.rows, model.hidden, device="meta")
+            segment = choose_segment_size(shape, model.vocabulary, trained.full)
+        asked = self.rows
+        if self.lemo.supervise == "kept":
+            asked = max(self.kept(rule[0]) for rule in self.rules if rule is not None)
+        # Logits, which their gradient overwrites, normed rows and their gradient, and the rows
+        # themselves where they are not consecutive.
+        copies = 2 if asked >= WHOLE * self.rows else 3
+        # Labels, targets and where they are: before and after some are struck.
+        targets = 4 * INT64 * self.rows
+        streams = saved | {"stream": stream, "stream gradient": stream, "targets": targets}
+        peak = min(segment, asked) * (model.vocabulary + copies * model.hidden) * size
+        if not trained.full:
+            yield "loss", streams | {"loss": peak}
+            return
+        # The weight's gradient is added up in fp32. Only under autocast or with fp32 weights does
+        # a segment's own exist too.
+        total = FP32 * model.table
+        alone = model.table * size if trained.autocast or size == FP32 else 0
+        yield "loss", streams | {"loss": peak + total + alone}
+        yield "loss", streams | {"loss": total + (model.table * size if size < FP32 else 0)}
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    """Bytes by part, added up."""
+    total: dict[str, int] = {}
+    for some in parts:
+        for name, size in some.items():
+            total[name] = total.get(name, 0) + size
+    return total
