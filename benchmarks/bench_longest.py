@@ -187,7 +187,6 @@ class Longest:
                 if row["status"] == "ok" == dry.status:
                     row |= {key: round(real[key], 3) for key in ("peak_gib", "reserved_gib")}
                     row["dry_host_gib"] = dry.host_gib
-                    row["real_host_gib"] = round(real.get("pinned_gib", 0.0), 3)
                     row["off"] = round(dry.peak_gib / max(row["peak_gib"], 1e-9) - 1, 5)
                 if dry.uncalibrated:
                     row["uncalibrated"] = dry.uncalibrated
@@ -262,9 +261,9 @@ class Longest:
                 # The dry step before it has compiled the kernels and filled the cache.
                 sample = self.bench.real(provider, tokens, False, dry)
                 row["status"] = sample if isinstance(sample, str) else "ok"
+                row["dry_host_gib"] = dry.host_gib
                 if row["status"] == "ok":
                     row |= summary([sample], tokens)
-                    row["pinned_gib"] = round(sample.get("pinned_gib", 0.0), 2)
                     row["tflops"] = round(1e-9 * dry.flops / row["ms_median"], 1)
                     row["share_of_matmul"] = round(row["tflops"] / self.header["matmul_tflops"], 3)
             self.write(row)

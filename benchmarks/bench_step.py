@@ -96,7 +96,6 @@ def row_of(
     row["status"] = status or ("ok" if samples else "not run: time budget")
     if row["status"] == "ok":
         row |= summary(samples, case.tokens)
-        row["pinned_gib"] = samples[-1].get("pinned_gib", 0.0)
     if dry is not None and dry.status == "ok":
         row |= {"dry_peak_gib": dry.peak_gib, "dry_host_gib": dry.host_gib, "flops": dry.flops}
         if dry.uncalibrated:

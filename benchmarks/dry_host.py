@@ -105,11 +105,6 @@ def pinned_bytes() -> int:
     return _host_stat("allocated_bytes.current", "reserved_bytes.current")
 
 
-def pinned_peak() -> int:
-    """The most pinned memory in use since `torch.cuda.reset_peak_host_memory_stats`."""
-    return _host_stat("active_bytes.peak", "allocated_bytes.peak")
-
-
 def pin_ahead(blocks: dict[int, int]) -> None:
     """Let PyTorch hold these pinned blocks, so that no timed step has to take them.
 

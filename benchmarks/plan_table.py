@@ -23,8 +23,9 @@ def measured() -> Iterator[tuple[dict, list[dict]]]:
 
 
 def plannable(row: dict) -> bool:
-    """Whether a row was measured, and is Hugging Face's or LeMo's without transformers' offload."""
-    known = row["provider"].startswith(("hf", "lemo")) and not row.get("transformers_offload")
+    """Whether a row was measured, and is Hugging Face's or LeMo's as the package itself is."""
+    known = row["provider"].startswith(("hf", "lemo")) and not row["provider"].endswith("uniform")
+    known &= row["config"] is None or "checkpointing" in row  # not before recompute had levels
     planned = SHAPES[row["model"]].config.model_type in PLANNED
     return row["status"] == "ok" and known and planned
 
@@ -32,8 +33,6 @@ def plannable(row: dict) -> bool:
 def predicted(header: dict, row: dict) -> float:
     """GiB that the plan expects where ``row`` was measured."""
     config = row["config"]
-    if config is not None:  # the field was replaced by recompute
-        config = {key: value for key, value in config.items() if key != "checkpoint_kept_rows"}
     checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
     expected = plan(
@@ -45,6 +44,9 @@ def predicted(header: dict, row: dict) -> float:
         adapter_dtype=header["lora_dtype"],
         autocast=False,
         gradient_checkpointing=checkpointing,
+        stock_offload=row.get("transformers_offload", False),
+        memory_gib=MEMORY_GIB.get(header["gpu"]),
+        reserve_gib=CONTEXT_GIB,
     )
     return expected.peak / GIB
 

@@ -12,6 +12,13 @@ NAMES = {
     "liger": "Liger + PEFT",
     "s2attn": "LongLoRA's S²-Attn",
     "lemo": "LeMo",
+    "lemo-all": "LeMo, no dense layer",
+    "lemo-all-0.3": "LeMo, no dense layer",
+    "some-mlp": "MLPs of 14 layers again",
+    "mlp": "MLPs again",
+    "some-offload": "offload of 8 GiB",
+    "some-offload-uniform": "offload of 8 GiB, as much from each layer",
+    "transformers-offload": "transformers' own offload",
 }
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
@@ -25,7 +32,7 @@ def markdown(lines: list[list[str]]) -> str:
 def name_of(provider: str) -> str:
     """A provider in words."""
     base, *rest = provider.split("+")
-    return " + ".join([NAMES.get(base, base), *rest])
+    return " + ".join(NAMES.get(part, part) for part in (base, *rest))
 
 
 def length(tokens: int) -> str:
@@ -52,7 +59,7 @@ def step_row(row: dict, lemo: dict | None) -> list[str]:
     if row["status"] != "ok":
         peak = f"*{row['dry_peak_gib']:.1f}*" if "dry_peak_gib" in row else ""
         return [*cells, status_of(row), peak, "", "", "", ""]
-    pinned = f"{row['pinned_gib']:.1f}" if row.get("pinned_gib") else ""
+    pinned = f"{row['dry_host_gib']:.1f}" if row.get("dry_host_gib") else ""
     share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
     ahead = ["", ""]
     if lemo is not None and row is not lemo:
@@ -71,8 +78,8 @@ def step_row(row: dict, lemo: dict | None) -> list[str]:
 
 
 def step_tables(header: dict, rows: list[dict]) -> str:
-    """Markdown: a table a group, each with its commands, then the conditions."""
-    parts = []
+    """Markdown: a table a group, the conditions and the commands; all but two groups folded."""
+    parts, folded = [], []
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
@@ -81,9 +88,12 @@ def step_tables(header: dict, rows: list[dict]) -> str:
             same = [x for x in own if (x["model"], x["tokens"]) == (row["model"], row["tokens"])]
             lemo = [x for x in same if x["provider"].startswith("lemo") and x["status"] == "ok"]
             lines.append(step_row(row, lemo[0] if lemo else None))
-        commands = "\n".join(dict.fromkeys(row["command"] for row in own))
-        parts += [f"**{GROUPS.get(group, group)}**", markdown(lines), f"```bash\n{commands}\n```"]
-    return "\n\n".join([*parts, step_conditions(header, rows)])
+        shown = parts if group in ("plain", "checkpointing") else folded
+        shown += [f"**{GROUPS.get(group, group)}**", markdown(lines)]
+    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
+    folded = ["<details>\n<summary>Offload, growth, the paper's protocol</summary>", *folded]
+    folded += [step_conditions(header, rows), f"```bash\n{commands}\n```", "</details>"]
+    return "\n\n".join([*parts, *folded])
 
 
 def step_conditions(header: dict, rows: list[dict]) -> str:
@@ -119,7 +129,7 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
     parts = [markdown(lines)]
     real = [row for row in rows if row["part"] == "real"]
     if real:
-        lines = [["real step", "retention", "tokens", "cap", "s", "peak GiB", "pinned GiB"]]
+        lines = [["real step", "retention", "tokens", "cap", "s", "peak GiB"]]
         lines += [real_row(row) for row in real]
         parts.append(markdown(lines))
     off = [abs(row["off"]) for row in rows if row["part"] == "verify" and "off" in row]
@@ -130,11 +140,12 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
         )
     versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
     commands = "\n".join(header["commands"])
+    note = f" Note: {header['note']}." if "note" in header else ""
     parts.append(
         f"{header['model']} shapes, {header['gpu']}, {versions}, commit `{header['commit']}`, "
         f"{header['date']}, allocator {header['allocator']}; caps by "
         f"`set_per_process_memory_fraction`; at most {header['host_limit_gib']:.0f} GiB of host "
-        f"memory pinned.\n\n```bash\n{commands}\n```"
+        f"memory pinned.{note}\n\n```bash\n{commands}\n```"
     )
     return "\n\n".join(parts)
 
@@ -153,6 +164,5 @@ def real_row(row: dict) -> list[str]:
     head = [name_of(row["provider"]), f"{row['retention'] or 1:g}", length(row["tokens"])]
     head.append("whole card" if row["cap"] == "whole" else f"{row['cap']} GiB")
     if row["status"] != "ok":
-        return [*head, status_of(row), "", ""]
-    pinned = f"{row['pinned_gib']:.1f}" if row.get("pinned_gib") else ""
-    return [*head, f"{row['ms_median'] / 1e3:,.1f}", f"{row['peak_gib']:.1f}", pinned]
+        return [*head, status_of(row), ""]
+    return [*head, f"{row['ms_median'] / 1e3:,.1f}", f"{row['peak_gib']:.1f}"]

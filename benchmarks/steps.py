@@ -12,7 +12,6 @@ from dry_host import (
     counted_host,
     empty_host_cache,
     pin_ahead,
-    pinned_peak,
     pinned_rounding,
 )
 from dry_steps import DryKernels, calibrate, numbers_kept
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from lemo_hf.patch import LeMo
 
+LEFT_BEHIND = 2**26  # bytes; more than this of an earlier trial would spoil a peak
 FIRST_TOKENS = 512  # of the first steps, which no dry step may come before
 
 
@@ -97,6 +97,11 @@ class Dry:
     uncalibrated: list[str]
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes of tensors on a GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 class Bench:
     """One model on one device, its optimizer, and the steps that providers take on it.
 
@@ -129,6 +134,8 @@ class Bench:
         for name in ("hf", "lemo"):
             with provider_on(self.models, provider_of(name), self.options) as (model, _):
                 train_step(model, self.optimizer, min(longest, FIRST_TOKENS))
+        empty_memory(self.optimizer)
+        self._resting = allocated(self.device)
 
     def _calibrate(self, config) -> dict[str, list]:
         heads = config.num_attention_heads
@@ -150,23 +157,19 @@ class Bench:
             dry: The same step, dry: what it pins is pinned before.
 
         Returns:
-            As `take_turn`, with ``pinned_gib``; or ``"host memory"``.
+            As `take_turn`; or ``"host memory"``.
         """
         empty_memory(self.optimizer)
         if dry is not None and dry.host_blocks:
             if dry.host_gib * GIB > HOST_LIMIT:
                 return "host memory"
             pin_ahead(dry.host_blocks)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_host_memory_stats()
         try:
             with provider_on(self.models, provider, self.options) as (model, lemo):
                 step = partial(train_step, model, self.optimizer, tokens)
                 result = take_turn(step, lemo, self.device, warm_up)
         except Exception as error:  # the provider itself: Liger missing, a model not supported
             result = why(error)
-        if isinstance(result, dict):
-            result["pinned_gib"] = round(pinned_peak() / GIB, 3)
         empty_memory(self.optimizer)
         return result
 
@@ -174,6 +177,9 @@ class Bench:
         """A dry step of ``provider``; weights and optimizer stay as they are."""
         if empty_first:
             empty_memory(self.optimizer)
+        held = allocated(self.device) - self._resting
+        if held > LEFT_BEHIND:
+            raise RuntimeError(f"{held / GIB:.1f} GiB are still held by an earlier trial")
         kernels = DryKernels(self.device)
         sample = {"peak_gib": 0.0, "reserved_gib": 0.0}
         with numbers_kept(self.optimizer), counted_host(self._rounding) as host:

@@ -17,7 +17,7 @@ from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.launch import sharded, untouched
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rotary import KeptRotary, rotary
-from lemo_hf.lora import linear_of
+from lemo_hf.lora import has_adapter, linear_of
 
 _ROTARY = "apply_rotary_pos_emb"
 _ACTIVATIONS = {
@@ -124,7 +124,7 @@ class _WithLinears:
     def __init__(self, attention: nn.Module, value_free: str | None):
         self.__dict__["_attention"] = attention
         for name, module in attention.named_children():
-            linear = linear_of(module, values=name != value_free)
+            linear = linear_of(module, values=name != value_free or not has_adapter(module))
             if linear is not module:
                 self.__dict__[name] = linear
 

@@ -86,6 +86,11 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
     return run
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether `linear_of` knows an adapter in it."""
+    return _parts(module)[1] is not None
+
+
 def _parts(module: nn.Module) -> tuple[nn.Linear | None, _Adapter | None]:
     """The frozen linear that a call multiplies by and one plain adapter; None for no such."""
     if _is_frozen(module):

@@ -39,6 +39,7 @@ class Stored:
         self.dtype, self.device = tensor.dtype, tensor.device
         self.host, self.slabs, self.unit = host, slabs, unit
         self.fetched: Tensor | None = None
+        self.handed_out = False
         self.copied: torch.cuda.Event | None = None  # out, then back
 
     def __del__(self):
@@ -95,12 +96,15 @@ class HostMemory:
             return stored
         self._let_go(all_of_them=True)
         waiting = [entry for ref in reversed(self._order) if (entry := ref()) is not None]
-        for entry in [stored, *waiting]:
-            if entry.fetched is None and stored.unit - 1 <= entry.unit <= stored.unit:
+        if stored.fetched is None:
+            self._fetch(stored)
+        for entry in waiting:
+            ahead = entry.fetched is None and not entry.handed_out
+            if ahead and stored.unit - 1 <= entry.unit <= stored.unit:
                 self._fetch(entry)
         if stored.copied is not None:
             torch.cuda.current_stream(stored.device).wait_event(stored.copied)
-        tensor, stored.fetched = stored.fetched, None
+        tensor, stored.fetched, stored.handed_out = stored.fetched, None, True
         return tensor
 
     def release(self, slabs: list[_Slab]) -> None:

@@ -78,8 +78,8 @@ def plan(
         lora_targets: Names of the adapted linears, or ``"all-linear"``.
         dtype: Of the weights: "bfloat16", "float16" or "float32".
         adapter_dtype: Of the adapters. PEFT makes them fp32 unless it is told
-            ``autocast_adapter_dtype=False``; each then keeps a copy of its input, which adapters
-            of the weights' dtype share.
+            ``autocast_adapter_dtype=False``. Its linears then keep a copy of each input, those of
+            LeMo's layers only without autocast.
         autocast: As ``TrainingArguments(bf16=True)`` sets it: those copies are 16-bit.
         gradient_checkpointing: Of the model.
         stock_offload: It is transformers' with ``offload=True``; the config's ``offload_gib`` comes

@@ -12,7 +12,7 @@ from lemo_hf.plan_layer import (
     attention_backward,
     attention_output,
     attention_saved,
-    down_gradient,
+    gradient_bytes,
 )
 from lemo_hf.plan_model import ATTENTION_INPUTS, MLP_INPUTS, ModelShapes
 from lemo_hf.recompute import tile_rows
@@ -100,7 +100,7 @@ def kept_layer(model: ModelShapes, trained: Trained, kept: Kept) -> LayerBytes:
             saved=saved,
             forward=kept.mlp * mlp.forward,
             backward={MLP: saved | {"backward": held}} | backward,
-            mlp_gradients=down_gradient(model, trained),
+            mlp_gradients=gradient_bytes(model, trained, ("down_proj",)),
         )
     # The sum of rows and update, or with a set of its own the rows.
     total = kept.mlp * row
@@ -123,7 +123,7 @@ def kept_layer(model: ModelShapes, trained: Trained, kept: Kept) -> LayerBytes:
         forward=max(pending + made, scores),
         backward={MLP: in_mlp} | backward,
         may_leave=tuple(leaves) if unit else (),
-        mlp_gradients=_mlp_gradients(model, trained, kept.mlp > tile),
+        mlp_gradients=_mlp_gradients(model, trained, -(-kept.mlp // tile)),
     )
 
 
@@ -136,18 +136,20 @@ def _mlp(model: ModelShapes, trained: Trained) -> _Mlp:
     # What the MLP read, the last projection's input and output.
     leaving = 0 if trained.shares(MLP_INPUTS) else normed
     leaving += row + (0 if trained.shares(("down_proj",)) else inner * size)
+    # An adapter's output, and that scaled, where PEFT computes it.
+    wide = "down_proj" in trained.targets and trained.copy
+    scaled = 2 * trained.through * hidden if wide else 0
     # By the time of the gate, the output projection and a norm behind it are done.
     behind = row if model.norms_behind else 0
     held = max(3 * inner * size - active, adapter_backward(trained, inner, active))
     # The last product is not run again where nothing but the layer's output reads it.
-    wide = "down_proj" in trained.targets and trained.copy  # by PEFT itself
     left_out = not (trained.full or wide or model.norms_behind or model.drops)
     return _Mlp(
         saved=reads + 2 * inner * size + active,
         behind=behind,
-        forward=leaving,
+        forward=leaving + scaled,
         backward=held - behind,
-        alone=normed + max(3 * inner * size, inner * size + row),
+        alone=normed + max(3 * inner * size, inner * size + row + scaled),
         output=0 if left_out else row,
     )
 
@@ -165,10 +167,10 @@ def _tile(model: ModelShapes, trained: Trained, rows: int) -> int:
     return tile_rows(shape, model.intermediate)
 
 
-def _mlp_gradients(model: ModelShapes, trained: Trained, tiled: bool) -> int:
-    """Bytes of gradients of the MLP's weights: added up in fp32 over tiles, if there are some."""
-    down = down_gradient(model, trained)
-    if not (trained.full and tiled):
-        return down
+def _mlp_gradients(model: ModelShapes, trained: Trained, tiles: int) -> int:
+    """Bytes of gradients of what the MLP trains: those of a tile, and the sum over earlier ones."""
     names = (*model.named(MLP_INPUTS), "down_proj")
-    return down + FP32 * sum(model.linears[name].parameters for name in names)
+    summed = gradient_bytes(model, trained, names) if tiles > 1 else 0
+    if tiles > 2:  # added up in fp32 from the second on
+        summed = summed * FP32 // (trained.weight if trained.full else trained.adapter)
+    return summed + gradient_bytes(model, trained, ("down_proj",))

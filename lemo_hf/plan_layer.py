@@ -85,9 +85,10 @@ class Trained:
         own = adapted * (self.copy * width + (self.rank or 0) * self.through)
         return own + (self.weight * width if self.shares(names) and not saved else 0)
 
-    def adapters(self, model: ModelShapes) -> int:
-        """Elements of the adapters of one layer."""
-        linears = [linear for name, linear in model.linears.items() if name in self.targets]
+    def adapters(self, model: ModelShapes, names: Sequence[str] | None = None) -> int:
+        """Elements of the adapters of one layer, or of those of its linears ``names``."""
+        wanted = self.targets if names is None else self.targets.intersection(names)
+        linears = [model.linears[name] for name in wanted]
         return sum(self.rank * (linear.width + linear.out) for linear in linears)
 
 
@@ -100,7 +101,7 @@ class LayerBytes:
         forward: Held by its forward beside that.
         backward: By phase: all that is alive of it.
         may_leave: What of ``saved`` host memory can take: part and bytes of each tensor, in order.
-        mlp_gradients: Of the MLP's trained weights while it runs backward.
+        mlp_gradients: Of what the MLP trains, by the time of its gate.
     """
 
     saved: dict[str, int]
@@ -163,7 +164,7 @@ def stock_layer(
         forward=rows * _mlp_forward(model, trained, active, again=False),
         backward=backward,
         may_leave=tuple(stored.items()) if checkpointed else (),
-        mlp_gradients=down_gradient(model, trained),
+        mlp_gradients=gradient_bytes(model, trained, ("down_proj",)),
     )
 
 
@@ -208,9 +209,11 @@ def attention_backward(model: ModelShapes, trained: Trained) -> int:
     return heads * trained.weight + FP32 * model.query
 
 
-def down_gradient(model: ModelShapes, trained: Trained) -> int:
-    """Bytes of the gradient that the MLP's last weight has by the time of the gate."""
-    return model.linears["down_proj"].parameters * trained.weight if trained.full else 0
+def gradient_bytes(model: ModelShapes, trained: Trained, names: Sequence[str]) -> int:
+    """Bytes of the gradients of the linears ``names`` of one layer, or of their adapters."""
+    if trained.full:
+        return sum(model.linears[name].parameters for name in names) * trained.weight
+    return trained.adapters(model, names) * trained.adapter
 
 
 def _mlp_forward(model: ModelShapes, trained: Trained, active: int, again: bool) -> int:

@@ -11,7 +11,15 @@ from lemo_hf.kernels.segment_cross_entropy import WHOLE, choose_segment_size
 from lemo_hf.memory import bytes_needed
 from lemo_hf.offload import GIB, SLAB
 from lemo_hf.plan_kept import ATTENTION, MLP, SUMS, Kept, kept_layer
-from lemo_hf.plan_layer import FP32, NORM_BACKWARD, LayerBytes, Trained, stock_layer, stock_norm
+from lemo_hf.plan_layer import (
+    FP32,
+    NORM_BACKWARD,
+    LayerBytes,
+    Trained,
+    gradient_bytes,
+    stock_layer,
+    stock_norm,
+)
 from lemo_hf.plan_model import MLP_INPUTS, ModelShapes
 from lemo_hf.plan_offload import Offload
 from lemo_hf.selection import num_kept_blocks
@@ -160,10 +168,7 @@ class PlannedStep:
         """Moments at which a step may be at its peak: the phase, and the bytes of each part."""
         model, trained, stream = self.model, self.trained, self._stream
         always = dict(self._always)
-        # What autocast makes of adapters stays as long as what layers save.
-        plain = sum("attention rows" in layer.saved for layer in self.layers)
-        if trained.copy and trained.autocast:
-            always["adapters"] += max(1, plain) * trained.adapters(model) * trained.through
+        always["adapters"] += self._casts()
         # With adapters, checkpointing makes the embeddings' output a leaf, which stays to the end
         # where the stream is not that very tensor.
         if self.checkpointing and not trained.full and model.scaled_embeddings:
@@ -202,18 +207,16 @@ class PlannedStep:
     def _backward(self, head: int) -> Iterator[tuple[str, dict[str, int]]]:
         """The moments of each layer's backward, from the last layer on."""
         model, trained = self.model, self.trained
-        if trained.full:
-            each = model.layer_parameters * trained.weight
-            names = (*model.named(MLP_INPUTS), "down_proj")
-            mlp = sum(model.linears[name].parameters for name in names) * trained.weight
-        else:
-            each = mlp = trained.adapters(model) * trained.adapter
+        each = model.layer_parameters * trained.weight
+        if not trained.full:
+            each = trained.adapters(model) * trained.adapter
+        mlp = gradient_bytes(model, trained, (*model.named(MLP_INPUTS), "down_proj"))
         for index in reversed(range(model.layers)):
             layer = self.layers[index]
             below = self._saved(index)
             above = head + (model.layers - 1 - index) * each
             for phase, parts in layer.backward.items():
-                own = (layer.mlp_gradients if trained.full else mlp) if phase == MLP else mlp
+                own = layer.mlp_gradients if phase == MLP else mlp
                 # LeMo's first layer hands no gradient on where nobody asks for it.
                 ends = index == 0 and self.lemo is not None and self._frozen
                 beside = {
@@ -225,6 +228,21 @@ class PlannedStep:
                     beside[SUMS] = -dict(self.offload.leaving[index]).get(SUMS, 0)
                 yield phase, _sum(below, parts, beside)
 
+    def _casts(self) -> int:
+        """Bytes of what autocast makes of adapters; it stays as long as what layers save."""
+        model, trained = self.model, self.trained
+        if not (trained.copy and trained.autocast):
+            return 0
+        mlp = trained.adapters(model, (*model.named(MLP_INPUTS), "down_proj"))
+        attention = trained.adapters(model) - mlp
+        counts = [
+            max(1, sum(part in layer.saved for layer in self.layers))
+            for part in ("attention rows", "MLP rows")
+        ]
+        if self.lemo is not None:  # rows of MLPs that run again are kept without their adapters
+            counts[1] = max(1, self.levels.count("none"))
+        return (counts[0] * attention + counts[1] * mlp) * trained.through
+
     def _saved(self, count: int) -> dict[str, int]:
         """What the first ``count`` layers keep on the device for their backward."""
         return _sum(*(self.offload.remaining(index) for index in range(count)))
@@ -235,7 +253,8 @@ class PlannedStep:
         if sets and self.lemo.agree_across_layers:
             sets = sets[:1]
         whole = int(self.lemo is not None and None in self.rules)  # that of dense layers
-        tables = 2 * self.tokens * self.model.rotary * self.trained.weight
+        wide = FP32 if self.model.norms_behind else self.trained.weight  # OLMo 2's stay in fp32
+        tables = 2 * self.tokens * self.model.rotary * wide
         return (2 + sum(sets) + whole) * INT64 * self.rows + tables
 
     def _loss(self, saved: dict[str, int], head: int) -> Iterator[tuple[str, dict[str, int]]]:

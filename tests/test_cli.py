@@ -170,7 +170,7 @@ def test_plan(lemo, tmp_path):
     assert code == 0, err
     result, lemo_config = json.loads(out), LeMoConfig(retention=0.3)
     for name, what in (("LeMo", lemo_config), ("without", None)):
-        expected = plan(config, what, 8192)
+        expected = plan(config, what, 8192, memory_gib=3, reserve_gib=1)
         assert result[name]["peak"] == expected.peak == sum(result[name]["parts"].values())
         assert result[name]["longest"] == longest(config, what, 3, reserve_gib=1)
         assert result[name]["fits"] == (result[name]["longest"] >= 8192)
@@ -178,5 +178,11 @@ def test_plan(lemo, tmp_path):
     code, out, _ = lemo(*options, "--gradient-checkpointing", "--lora-rank", 0)
     full = plan(config, lemo_config, 8192, lora_rank=None, gradient_checkpointing=True)
     assert code == 0 and f"{full.peak / 2**30:.2f}" in out and "optimizer states" in out
+    assert "selective" in out and "pinned" not in out
+    code, out, _ = lemo(*options, "--recompute", "full", "--offload-gib", 1, "--json")
+    leaves = dataclasses.replace(lemo_config, recompute="full", offload_gib=1)
+    expected = plan(config, leaves, 8192)
+    assert code == 0 and json.loads(out)["LeMo"]["peak"] == expected.peak
+    assert json.loads(out)["LeMo"]["pinned"] == expected.pinned > 0
     code, _, err = lemo(*options, "--config", tmp_path)
     assert code == 2 and "leave out --retention" in err

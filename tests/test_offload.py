@@ -58,6 +58,19 @@ def test_the_unit_before_is_fetched_ahead():
     assert [entry.fetched is not None for entry in stored] == [True, True, False, False]
 
 
+def test_nothing_is_fetched_twice(monkeypatch):
+    """What was handed out to a unit stays out while the rest of the unit is asked for."""
+    fetches, real = [], HostMemory._fetch
+    monkeypatch.setattr(
+        HostMemory, "_fetch", lambda self, entry: (fetches.append(entry), real(self, entry))
+    )
+    host = memory(slabs=20)
+    stored = [host.put(torch.randn(256), unit) for unit in (0, 0, 1, 1)]
+    for entry in reversed(stored):
+        host.get(entry)
+    assert len(fetches) == 4
+
+
 def test_small_tensors_slices_and_the_last_unit_stay():
     host = memory(slabs=4, last=3)
     assert torch.is_tensor(host.put(torch.randn(40, 40)[:, :20], 0))

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.config import LEVELS
 from lemo_hf.measure import saved_bytes
+from lemo_hf.offload import GIB
 from lemo_hf.plan import longest, plan
 from lemo_hf.plan_kept import Kept, kept_layer
 from lemo_hf.plan_layer import Trained, stock_layer
@@ -43,7 +45,10 @@ CASES = [(header, row) for header, rows in measured() for row in rows]
     ids=[f"{row['model']}-{row['tokens']}-{row['provider']}" for _, row in CASES],
 )
 def test_measured_peaks(header, row):
-    assert predicted(header, row) == pytest.approx(row["peak_gib"], rel=0.03)
+    # Offload was measured when a unit on its way back was still fetched a second time.
+    twice = row["config"] is not None and row["config"]["offload_gib"] is not None
+    allowed = 0.05 if twice else 0.03
+    assert predicted(header, row) == pytest.approx(row["peak_gib"], rel=allowed)
 
 
 def test_the_table_has_every_measured_configuration():
@@ -94,7 +99,13 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
+    def attention_backward(model, trained):
+        """The CPU's attention has no fp32 sum and repeats no heads."""
+        return 2 * (model.query + model.key_value) * trained.weight
+
     monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
+    for module in ("plan_layer", "plan_kept"):
+        monkeypatch.setattr(f"lemo_hf.{module}.attention_backward", attention_backward)
     for kernel in KERNELS:
         monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
 
@@ -121,9 +132,23 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
 
 
 def check_step(
-    lemo, family="llama", tokens=512, rows=1, checkpointing=False, autocast=False, **options
+    lemo,
+    family="llama",
+    tokens=512,
+    rows=1,
+    checkpointing=False,
+    autocast=False,
+    within=None,
+    existing=0,
+    **options,
 ):
-    """The plan against all allocations of one forward and backward pass."""
+    """The plan against all allocations of one forward and backward pass, but for ``existing``.
+
+    What is not planned: gradients of adapters inside a linear, scores, masks and counts of tokens.
+    """
+    # PEFT's own linears hold a few casts for a moment that are not planned.
+    casts = lemo is None or (options.get("adapter_dtype") == "float32" and not autocast)
+    within = within or (0.035 if casts else 0.015)
     model, config, targets = tiny(family, **options)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -151,8 +176,9 @@ def check_step(
     parts = expected.parts
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     assert parts["optimizer states"] == 2 * trained
-    existing = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
-    assert expected.peak - existing == pytest.approx(allocations.peak, rel=0.035)
+    before = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
+    assert expected.peak - before == pytest.approx(allocations.peak - existing, rel=within)
+    return expected
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -200,6 +226,71 @@ def test_what_is_trained(options, lemo, checkpointing, launched):
 )
 def test_what_is_left_out(lemo, checkpointing, launched):
     check_step(lemo, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", PLANNED)
+def test_levels_of_recomputation(family, level, launched):
+    check_step({"retention": 0.5, "recompute": level}, family)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "lemo",
+    [
+        {"dense_first_layers": 2},
+        {"dense_last_layers": 2},
+        {"mlp_retention": 0.25},
+        {"mlp_retention": 0.75, "dense_first_layers": 1},
+        {"retention": (0.25, 0.5, 1.0, 0.5, 0.25), "agree_across_layers": False},
+    ],
+    ids=str,
+)
+def test_levels_and_what_is_left_out(lemo, level, launched):
+    # Of layers that do not agree only the data know how many tokens are asked for.
+    within = 0.015 if lemo.get("agree_across_layers", True) else 0.03
+    check_step({"retention": 0.5, "recompute": level, **lemo}, layers=5, within=within)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
+def test_levels_and_what_is_trained(targets, level, launched):
+    check_step({"retention": 0.5, "recompute": level}, targets=targets)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [("mlp", "mlp", "none", "none"), ("full", "mlp", "selective", "none"), ("none", *3 * ["full"])],
+    ids="-".join,
+)
+def test_a_level_for_each_layer(levels, launched):
+    expected = check_step({"retention": 0.5, "recompute": levels}, layers=4)
+    assert expected.levels == levels
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("targets", [QKVO, None], ids=["lora", "full"])
+@pytest.mark.parametrize("rows", [64, 128])  # the plan takes the last tile for a whole one
+def test_tiles(rows, targets, level, launched, monkeypatch):
+    monkeypatch.setattr("lemo_hf.recompute.LEAST_ROWS", rows)
+    monkeypatch.setattr("lemo_hf.recompute.TILE_BYTES", 0)
+    check_step({"retention": 0.5, "recompute": level}, targets=targets)
+
+
+@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("slabs", [2, 5, 1000])
+def test_offload(level, slabs, launched, monkeypatch):
+    """Host memory is the CPU's own here, and takes whole slabs."""
+    slab = 30011
+    for module in ("offload", "plan_offload", "plan_step"):
+        monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
+    for module in ("offload", "plan_offload"):
+        monkeypatch.setattr(f"lemo_hf.{module}.SMALL", 10000)
+    lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}
+    lemo |= {"dense_first_layers": 3}
+    planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
+    assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
+    check_step(lemo, layers=6, existing=planned.pinned)
 
 
 def test_rows_and_lengths(launched):
@@ -273,6 +364,49 @@ def test_more_tokens_and_higher_retention_take_more(checkpointing):
     assert by_share == sorted(by_share) and by_share[0] < by_share[-1]
 
 
+def test_free_memory_chooses_the_level():
+    """By the formula of `lemo_hf.memory`; what is asked for stays."""
+
+    def levels(memory, **options):
+        config = LeMoConfig(dense_first_layers=4, **options)
+        settings = {"gradient_checkpointing": True, "memory_gib": memory}
+        return plan(LLAMA, config, 65536, **settings).levels
+
+    assert levels(None) == levels(100) == ("selective",) * 32
+    assert levels(60) == ("full",) * 32 != levels(60, offload_gib=60)
+    assert levels(30, offload_gib=100) == ("selective",) * 32
+    assert levels(60, recompute="selective") == ("selective",) * 32
+    mixed = ("none",) * 16 + ("full",) * 16
+    assert levels(60, recompute=mixed) == mixed
+    # All layers as many rows as the first, which is dense: rows, outputs and sums, 0.5 GiB each;
+    # 16 times the rows, two tiles, and one in reserve.
+    there = 12.6 + 0.06 + 0.03 + 0.06 + 0.5  # weights, adapters, workspaces, ids, stream
+    needed = there + 32 * 3 * 0.5 + 16 * 0.5 + 2 + 1
+    assert levels(needed - 0.5) != levels(needed + 0.5)
+
+
+def test_longest_rows_by_level():
+    """Full goes furthest, and is what free memory chooses there."""
+    found = {
+        level: longest(LLAMA, LeMoConfig(recompute=level), 60, gradient_checkpointing=True)
+        for level in (*LEVELS, None)
+    }
+    assert found["none"] < found["mlp"] < found["selective"] < found["full"] == found[None]
+    offloaded = LeMoConfig(recompute="full", offload_gib=1000)
+    assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
+
+
+def test_pinned_memory_is_bounded():
+    """By whole slabs; and the device has what does not fit."""
+    peaks = []
+    for gib in (None, 4, 1000):
+        found = plan(LLAMA, LeMoConfig(recompute="full", offload_gib=gib), 65536)
+        peaks.append(found.peak)
+        most = {None: 0, 4: 4, 1000: 31 * 0.25}[gib]  # all but the last layer's
+        assert found.pinned == most * GIB
+    assert peaks == sorted(set(peaks), reverse=True)
+
+
 def test_less_is_taken_than_by_the_stock_model():
     for checkpointing in (False, True):
         stock = plan(LLAMA, None, 16384, gradient_checkpointing=checkpointing).peak
@@ -285,10 +419,12 @@ def test_less_is_taken_than_by_the_stock_model():
 def test_the_longest_row_is_the_boundary(lemo, checkpointing):
     settings = {"gradient_checkpointing": checkpointing}
     tokens, size = longest(LLAMA, lemo, 40, **settings), 48 if lemo else 64
+    settings["memory_gib"] = 40
     assert tokens % size == 0 and tokens > 0
     assert plan(LLAMA, lemo, tokens, **settings).fits(40)
     assert not plan(LLAMA, lemo, tokens + size, **settings).fits(40)
-    assert longest(LLAMA, lemo, 45, reserve_gib=5, **settings) == tokens
+    settings |= {"memory_gib": 45, "reserve_gib": 5}
+    assert longest(LLAMA, lemo, **settings) == tokens
 
 
 def test_no_row_fits_beside_the_weights_and_windows_bound_them():

@@ -68,6 +68,13 @@ def test_dropout_drops_the_same_when_run_again(level):
     assert_same(run(model, recompute=level), run(model, recompute="none"))
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj"], ["down_proj", "o_proj"]])
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_adapters_on_some_linears(targets, level):
+    model = with_lora(make_model("llama", "sdpa"), target_modules=targets)
+    assert_same(run(model, recompute=level), run(model, recompute="none"))
+
+
 def test_levels_of_their_own(model):
     mixed = ("none", "mlp", "selective", "full")
     assert_same(run(model, recompute=mixed), run(model, recompute="none"))

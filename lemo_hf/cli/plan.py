@@ -25,6 +25,13 @@ def plan(
     config: Annotated[
         str | None, typer.Option(help="Instead: directory or Hub id of a lemo_config.json.")
     ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(help="none, mlp, selective or full. Default: as gradient checkpointing says."),
+    ] = None,
+    offload_gib: Annotated[
+        float | None, typer.Option(help="Pinned host memory for what layers store.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=0, help="Of LoRA; 0 trains all parameters.")] = 8,
     lora_target: Annotated[
@@ -43,7 +50,9 @@ def plan(
     if config is not None and retention is not None:
         raise ValueError("--config brings its own retention: leave out --retention.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
-    lemo = start if retention is None else dataclasses.replace(start, retention=retention)
+    changes = {"retention": retention, "recompute": recompute, "offload_gib": offload_gib}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    lemo = dataclasses.replace(start, **changes)
 
     from transformers import AutoConfig
 
@@ -62,20 +71,20 @@ def plan(
         "autocast": autocast and dtype is not DType.float32,
         "gradient_checkpointing": gradient_checkpointing,
     }
+    room = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
     plans = {
-        name: predict(model_config, what, tokens, **settings)
+        name: predict(model_config, what, tokens, **settings, **room)
         for name, what in (("LeMo", lemo), ("without", None))
     }
     result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
     for name, found in plans.items():
         result[name] = {"peak": found.peak, "phase": found.phase, "parts": found.parts}
+        result[name] |= {"recompute": list(found.levels), "pinned": found.pinned}
         if memory_gib is not None:
             what = lemo if name == "LeMo" else None
             result[name] |= {
                 "fits": found.fits(memory_gib - reserve_gib),
-                "longest": longest(
-                    model_config, what, memory_gib, reserve_gib=reserve_gib, **settings
-                ),
+                "longest": longest(model_config, what, **settings, **room),
             }
     if as_json:
         print(json.dumps(result))
@@ -87,6 +96,11 @@ def plan(
         lines.append([part, *(f"{size:.2f}" for size in sizes)])
     lines.append(["peak", *(f"{found.peak / GIB:.2f}" for found in plans.values())])
     lines.append(["reached in", *(found.phase for found in plans.values())])
+    levels = {name: "/".join(dict.fromkeys(found.levels)) or "-" for name, found in plans.items()}
+    lines.append(["recomputed", *levels.values()])
+    if any(found.pinned for found in plans.values()):
+        pinned = [f"{found.pinned / GIB:.2f}" for found in plans.values()]
+        lines.append(["pinned host memory", *pinned])
     if memory_gib is not None:
         fits = ["yes" if result[name]["fits"] else "no" for name in plans]
         lines.append([f"fits into {memory_gib:g} GiB", *fits])
