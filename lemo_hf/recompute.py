@@ -67,11 +67,11 @@ def checkpointed(
     if host is not None:
         model_checkpoint = checkpoint
         stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=unit), host.get)
-    function_of_contexts = partial(_contexts, level, host, unit)
+    contexts = partial(_contexts, level, host, unit)
     # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
     with stored:
         return (model_checkpoint or checkpoint)(
-            function, rows, use_reentrant=False, context_fn=function_of_contexts
+            function, rows, use_reentrant=False, context_fn=contexts
         )
 
 
