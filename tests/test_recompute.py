@@ -68,10 +68,18 @@ def test_dropout_drops_the_same_when_run_again(level):
     assert_same(run(model, recompute=level), run(model, recompute="none"))
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj"], ["down_proj", "o_proj"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["up_proj"]},
+        {"target_modules": ["down_proj", "o_proj"]},
+        {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [2, 3]},
+    ],
+)
 @pytest.mark.parametrize("level", LEVELS[1:])
-def test_adapters_on_some_linears(targets, level):
-    model = with_lora(make_model("llama", "sdpa"), target_modules=targets)
+def test_adapters_on_some_linears(options, level):
+    model = with_lora(make_model("llama", "sdpa"), **options)
     assert_same(run(model, recompute=level), run(model, recompute="none"))
 
 
