@@ -83,7 +83,7 @@ class HostMemory:
             return tensor
         stored = Stored(self, tensor, slabs, unit)
         if tensor.is_cuda:
-            self._copy_out(tensor, stored)
+            self._copy_out(tensor.detach(), stored)
         else:
             _copy(tensor, slabs, back=False)
         self._order = [ref for ref in self._order if ref() is not None]

@@ -94,6 +94,8 @@ class _Unit:
         self.again = False
 
     def put(self, tensor: Tensor):
+        # With its place in the graph it would hold the graph that holds this unit.
+        tensor = tensor.detach()
         return self.host.put(tensor, self.number) if self.host else tensor
 
     def get(self, stored) -> Tensor:

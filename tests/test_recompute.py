@@ -1,10 +1,13 @@
 """Levels of recomputation: what runs again, what does not, and that nothing changes by it."""
 
+import gc
+
 import pytest
 import torch
 from models import batch, make_model, with_lora
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, apply_lemo, offload, remove_lemo
 from lemo_hf import recompute as levels
 from lemo_hf.config import LEVELS
 
@@ -98,7 +101,7 @@ def test_what_runs_again(model, level, projections, attentions):
     calls = {"q": 0, "gate": 0, "attention": 0, "down": 0}
     layer.mlp.down_proj = torch.nn.Linear(48, 32, bias=False).requires_grad_(False)
 
-    class Attention(torch.utils._python_dispatch.TorchDispatchMode):
+    class Attention(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
             products = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul")
@@ -129,6 +132,43 @@ def test_gradient_checkpointing_picks_a_level(model):
     base.gradient_checkpointing_enable({"use_reentrant": False})
     picked = run(model)
     assert_same(picked, run(model, recompute="selective"))
+
+
+@pytest.mark.parametrize("offload_gib", [None, 1e-3])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pass_without_backward_leaves_nothing(model, level, offload_gib, fails, monkeypatch):
+    """Nor does one whose backward breaks off (out of memory, say)."""
+    monkeypatch.setattr(offload, "SLAB", 1024)
+    monkeypatch.setattr(offload, "SMALL", 64)
+    options = {"recompute": level, "offload_gib": offload_gib}
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    class Failing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "dot_product" in func._schema.name and "backward" in func._schema.name:
+                raise torch.OutOfMemoryError("no memory left")
+            return func(*args, **(kwargs or {}))
+
+    def pass_():
+        apply_lemo(model, LeMoConfig(block_size=16, policy="recent", **options))
+        try:
+            loss = model(**batch(2, 96)).loss
+            if fails:
+                with pytest.raises(torch.OutOfMemoryError), Failing():
+                    loss.backward()
+        finally:
+            remove_lemo(model)
+            model.zero_grad(set_to_none=True)
+
+    pass_()
+    before = tensors()
+    pass_()
+    pass_()
+    assert tensors() <= before
 
 
 @pytest.mark.parametrize("value", ["some", ("full",), ("full", "none", None, "mlp")])
