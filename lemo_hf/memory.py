@@ -22,6 +22,7 @@ def attention_fits(
     x: Tensor,
     rows: int,
     num_layers: int,
+    trained: int,
     host: HostMemory | None,
 ) -> bool:
     """Whether all layers may keep attention's output and the sum behind it until the backward.
@@ -35,6 +36,7 @@ def attention_fits(
         x: Its stream, ``[B, T, H]``.
         rows: That it keeps, in the whole batch.
         num_layers: Of the model.
+        trained: Bytes of the parameters that are trained.
         host: Takes all of it as far as its budget goes, or None.
     """
     if x.device.type != "cuda":
@@ -43,12 +45,20 @@ def attention_fits(
     head = getattr(attention, "head_dim", 0)
     width = attention.config.num_attention_heads * head or x.shape[2]
     budget = 0 if host is None else host.most_bytes
-    needed = bytes_needed(tuple(x.shape), x.element_size(), rows, width, num_layers, budget)
+    needed = bytes_needed(
+        tuple(x.shape), x.element_size(), rows, width, num_layers, trained, budget
+    )
     return needed <= free_bytes(x.device)
 
 
 def bytes_needed(
-    stream: tuple[int, int, int], size: int, rows: int, width: int, num_layers: int, host: int
+    stream: tuple[int, int, int],
+    size: int,
+    rows: int,
+    width: int,
+    num_layers: int,
+    trained: int,
+    host: int,
 ) -> int:
     """A bound from above of what a selective step takes beside its weights and its stream.
 
@@ -58,6 +68,8 @@ def bytes_needed(
         rows: That a layer keeps, in the whole batch.
         width: Of all query heads.
         num_layers: Of the model.
+        trained: Bytes of the parameters that are trained. Their gradients and Adam's two states
+            may be still to come in a first step.
         host: Bytes of host memory that may be taken.
 
     Returns:
@@ -68,7 +80,7 @@ def bytes_needed(
     if stored <= host:
         return 0
     working = WORKING_ROWS * prod(stream) * size + 2 * TILE_BYTES
-    return stored - host + working + RESERVE
+    return stored - host + working + RESERVE + 3 * trained
 
 
 def free_bytes(device: torch.device) -> int:

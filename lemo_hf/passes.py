@@ -99,6 +99,7 @@ class Passes:
         host: HostMemory | None,
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
+        self._parameters = model.parameters
         self._layers = len(model.get_submodule(family.layers))
         self.step: Step | None = None
         self.global_step = 0
@@ -223,8 +224,9 @@ class Passes:
         """Whether all layers may keep attention's output; decided once for a shape."""
         key = (*x.shape, self.host is None)
         if key not in self._fits:
+            trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
             self._fits[key] = attention_fits(
-                layer, self.family, x, kept.index.numel(), self._layers, self.host
+                layer, self.family, x, kept.index.numel(), self._layers, trained, self.host
             )
         return self._fits[key]
 

@@ -97,7 +97,13 @@ class PlannedStep:
             return True
         stream = (self.batch, self.tokens, self.model.hidden)
         needed = bytes_needed(
-            stream, self.trained.weight, rows, self.model.query, self.model.layers, self._host
+            stream,
+            self.trained.weight,
+            rows,
+            self.model.query,
+            self.model.layers,
+            self._always["optimizer states"] // 2,
+            self._host,
         )
         there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
         return needed <= self.room - there

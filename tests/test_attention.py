@@ -93,8 +93,9 @@ def test_outputs_are_kept_where_everything_fits(free, monkeypatch):
     working = memory.WORKING_ROWS * 4096 * 32 * size + 2 * memory.TILE_BYTES + memory.RESERVE
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * (stored + working)))
     ask = (layer, FAMILIES["llama"], x, rows, 32)
-    assert memory.attention_fits(*ask, None) == (free > 1)
-    assert memory.attention_fits(*ask, HostMemory(1.1 * stored / GIB + 0.1, 31))  # none stays
+    assert memory.attention_fits(*ask, 0, None) == (free > 1)
+    assert not memory.attention_fits(*ask, working, None)  # gradients and optimizer states to come
+    assert memory.attention_fits(*ask, 0, HostMemory(1.1 * stored / GIB + 0.1, 31))  # none stays
 
 
 def test_too_little_memory_means_that_attention_runs_again(monkeypatch):
