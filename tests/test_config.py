@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,9 @@ def test_layer_rules():
     shares = [None, (0.4, 0.5), (0.4, 0.5), (0.4, 1)]
     assert own.layer_rules(4) == [pair and tuple(map(KeepRule, pair)) for pair in shares]
     assert LeMoConfig(retention=0.4).layer_rules(2) == [(KeepRule(0.4), None)] * 2
+
+
+def test_the_shipped_predictors_config_is_one_of_today():
+    directory = Path(__file__).parent.parent / "examples" / "demo" / "predictor"
+    config = LeMoConfig.from_pretrained(directory)
+    assert config.predictor == str(directory) and config.policy == "predictor"
