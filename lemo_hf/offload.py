@@ -43,6 +43,9 @@ class Stored:
         self.copied: torch.cuda.Event | None = None  # out, then back
 
     def __del__(self):
+        if self.fetched is not None and self.copied is not None:
+            # Nobody asked for it: its memory must not be another's before it has arrived.
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
         self.host.release(self.slabs)
 
 

@@ -154,7 +154,6 @@ class Passes:
             global_step=self.global_step,
             score_always=sharded(self.last),
         )
-        self.step.owns_embeddings = ids is not None
         if labels is None:
             return (), kwargs
         if promised is None and _runs_own_forward(model):
@@ -222,13 +221,12 @@ class Passes:
 
     def attention_fits(self, layer: nn.Module, x: Tensor, kept: KeptSet) -> bool:
         """Whether all layers may keep attention's output; decided once for a shape."""
-        key = (*x.shape, self.host is None)
-        if key not in self._fits:
+        if x.shape not in self._fits:
             trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
-            self._fits[key] = attention_fits(
+            self._fits[x.shape] = attention_fits(
                 layer, self.family, x, kept.index.numel(), self._layers, trained, self.host
             )
-        return self._fits[key]
+        return self._fits[x.shape]
 
     def _after(self, model: nn.Module, args: tuple, output: Any):
         """End the pass (after an error too), count it, and hand our loss over."""

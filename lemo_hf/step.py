@@ -79,8 +79,6 @@ class Step:
             have to, and scoring gathers parameters that all of them hold parts of.
     """
 
-    # Nobody else holds the first layer's input, which may then be updated in place.
-    owns_embeddings = False
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
     owns_gradient = False
 
@@ -129,6 +127,11 @@ class Step:
     def rows(self) -> list[_RowCounts]:
         """Counts of each row. The host waits for them once, and never for what layers compute."""
         return self._counts.on_host
+
+    @property
+    def owns_embeddings(self) -> bool:
+        """Nobody else holds the first layer's input, which may then be updated in place."""
+        return self._input_ids is not None
 
     @property
     def real_tokens(self) -> int:

@@ -88,7 +88,14 @@ def test_adapters_on_some_linears(options, level):
 
 def test_levels_of_their_own(model):
     mixed = ("none", "mlp", "selective", "full")
-    assert_same(run(model, recompute=mixed), run(model, recompute="none"))
+    expected = run(model, recompute="none")
+    calls = []
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        for name, module in (("q", layer.self_attn.q_proj), ("gate", layer.mlp.gate_proj)):
+            module.register_forward_hook(lambda *_, what=(index, name): calls.append(what))
+    assert_same(run(model, recompute=mixed), expected)
+    times = [[calls.count((index, name)) for name in ("q", "gate")] for index in range(4)]
+    assert times == [[1, 1], [1, 2], [2, 2], [2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +133,21 @@ def test_what_runs_again(model, level, projections, attentions):
     assert calls["attention"] == 4 * attentions
 
 
-def test_gradient_checkpointing_picks_a_level(model):
+def test_gradient_checkpointing_picks_a_level(model, monkeypatch):
     """Where memory allows, and on a CPU it does, attention is not run again."""
     base = model.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    picked = run(model)
-    assert_same(picked, run(model, recompute="selective"))
+    real, picked = levels.checkpointed, []
+    monkeypatch.setattr(
+        "lemo_hf.layer.checkpointed",
+        lambda function, rows, level, *rest: (
+            picked.append(level) or real(function, rows, level, *rest)
+        ),
+    )
+    run(model)
+    assert picked == ["selective"] * 4
+    run(model, recompute="full")
+    assert picked[4:] == ["full"] * 4
 
 
 @pytest.mark.parametrize("offload_gib", [None, 1e-3])
