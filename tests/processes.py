@@ -9,10 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BEGIN = 'import sys\nsys.path.insert(0, "tests")\n'
 # A process that ends while another still talks to it may take that one down.
+# All is written by then, and gloo's threads may abort a process that takes its libraries down.
 END = """
+import os
 import torch.distributed
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 
