@@ -19,7 +19,7 @@ from dry_host import HOST_LIMIT
 from model_shapes import LORA
 from providers import PROVIDERS, lemo_config, provider_of
 from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
-from steps import Bench, Dry
+from steps import Bench, Dry, LeftBehind
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"
@@ -29,6 +29,7 @@ VERIFIED_AT = (16384, 32768)
 MOST_TRIALS = 10
 CAPS = ("24", "80", "whole")
 SHARE = 0.5  # of the matmul's speed, by which the time of a step is guessed
+AGAIN = 75  # exit status: run again with --resume (EX_TEMPFAIL)
 MAY_DIFFER = ("date", "commands", "commit", "matmul_tflops")
 DEFAULT = (
     "hf+checkpointing",
@@ -138,7 +139,7 @@ class Longest:
         slug = self.header["gpu"].lower().replace(" ", "-")
         self.path = args.output or RESULTS / slug / "bench_longest.json"
         self.kept: list[dict] = []
-        if args.append and self.path.exists():
+        if (args.append or args.resume) and self.path.exists():
             self.kept = earlier_rows(self.path, self.header, MAY_DIFFER)
         self.rows: list[dict] = []
         self.step = 64 if args.tiny else STEP
@@ -222,6 +223,9 @@ class Longest:
             for name in self.args.providers:
                 if self.late():
                     break
+                earlier = self.earlier(name, cap)
+                if earlier and earlier["status"] == "ok":
+                    continue
                 cap_gib = self.cap(cap)
                 start, try_at = time.monotonic(), partial(self.trial, cap, name)
                 self.cap("whole")
@@ -232,16 +236,31 @@ class Longest:
                 known = self.dry_peaks.get(name, {})
                 # At other lengths and caps a provider may have stored something else.
                 known = {tokens: known[tokens] for tokens in self.verified_at if tokens in known}
-                found = search_longest(
-                    Search(self.step, known), try_at, cap_gib, self.args.deadline
-                )
+                found = Search(self.step, known)
+                for key in ("fits", "too_long", "limit", "trials") if earlier else ():
+                    setattr(found, key, earlier[key])
+                if found.fits:
+                    found.peaks[found.fits] = earlier["peak_gib"]
+                left_behind = None
+                try:
+                    search_longest(found, try_at, cap_gib, self.args.deadline)
+                except LeftBehind as error:
+                    left_behind = error
                 row = self.row("longest", name, cap=cap, cap_gib=round(cap_gib, 2))
                 row["status"] = "ok" if found.done else "not finished"
                 row |= {"fits": found.fits, "too_long": found.too_long, "limit": found.limit}
                 row["peak_gib"] = found.peaks.get(found.fits)
                 row |= {"trials": found.trials, "seconds": round(time.monotonic() - start, 1)}
                 self.write(row)
+                if left_behind:
+                    raise left_behind
         self.cap("whole")
+
+    def earlier(self, provider: str, cap: str) -> dict | None:
+        """What a run to be resumed has found."""
+        key = "longest", provider, cap, None
+        rows = (row for row in self.kept if self.args.resume and key_of(row) == key)
+        return next(rows, None)
 
     def real(self) -> None:
         """Real steps; ``PROVIDER@TOKENS`` or ``PROVIDER@TOKENS@CAP``."""
@@ -288,6 +307,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--commit", default="unknown", help="of lemo-hf, for the record")
     add("--output", type=Path, help="default: benchmarks/results/GPU/bench_longest.json")
     add("--append", action="store_true", help="keep the output's rows that are not measured again")
+    add("--resume", action="store_true", help="as --append, and go on with unfinished searches")
     add("--tiny", action="store_true", help="a tiny model on the CPU: does the script run?")
     args = parser.parse_args(argv)
     for name in [*args.providers, *(text.split("@")[0] for text in args.real)]:
@@ -307,7 +327,11 @@ def main() -> None:
     torch.manual_seed(0)
     run = Longest(args, torch.device("cpu" if args.tiny else "cuda"))
     for part in args.parts:
-        getattr(run, part)()
+        try:
+            getattr(run, part)()
+        except LeftBehind as error:
+            print(f"{error}: run again with --resume", flush=True)
+            raise SystemExit(AGAIN) from None
 
 
 if __name__ == "__main__":
