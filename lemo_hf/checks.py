@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
@@ -26,7 +27,8 @@ def check_model(model: nn.Module) -> Family:
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             "output_router_logits=True is not supported: sparse layers route kept tokens only, "
-            "which the auxiliary loss does not expect. Set model.config.output_router_logits=False."
+            "which the auxiliary loss does not expect. Set model.config.output_router_logits=False "
+            "(with TRL: SFTConfig(router_aux_loss_coef=0.0))."
         )
     if getattr(config, "layerdrop", 0):
         raise ValueError(
@@ -35,6 +37,26 @@ def check_model(model: nn.Module) -> Family:
         )
     check_attention(config)
     return family
+
+
+# Names are PEFT's.
+_REFUSED_ADAPTERS = {
+    "ADALORA": "it calls the model's forward past the hooks that LeMo works by",
+    "XLORA": "it calls the model's forward past the hooks that LeMo works by",
+    "PREFIX_TUNING": "its prefix is a KV cache, with which a pass is dense",
+    "CARTRIDGE": "its prefix is a KV cache, with which a pass is dense",
+}
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a PEFT method whose training passes would be dense."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if name in _REFUSED_ADAPTERS:
+            raise ValueError(
+                f"PEFT's {name} is not supported: {_REFUSED_ADAPTERS[name]}. Use LoRA or one of "
+                "its variants, or train without LeMo."
+            )
 
 
 def check_attention(config: Any) -> None:
@@ -130,9 +152,22 @@ def check_block_size(config: LeMoConfig, longest: int) -> None:
         )
 
 
-def check_call(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError if a sparse pass cannot run as set, or return what is asked."""
+def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False) -> None:
+    """Raises ValueError if a sparse pass cannot run as set, or return what is asked.
+
+    Args:
+        model: The causal LM.
+        kwargs: Of the call.
+        promised: The Trainer has shown LeMo the labels of its loss.
+    """
     check_attention(model.config)
+    if kwargs.get("fused_lm_head") and not promised and torch.is_grad_enabled():
+        raise ValueError(
+            "fused_lm_head=True: a TRL trainer asks for the log-probability of each token, and a "
+            "sparse pass has those of kept tokens only. For SFT use "
+            "lemo_hf.integrations.trl.LeMoSFTTrainer. Trainers that compare with a reference model "
+            "(DPO, KTO, GRPO) are not supported: call remove_lemo(model) first."
+        )
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if kwargs.get(name) or (kwargs.get(name) is None and getattr(model.config, name, False)):
             raise ValueError(
@@ -172,6 +207,12 @@ def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
             "the layer again outside its pass. Set it to false and set "
             "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
         )
+    if getattr(args, "torch_compile", False):
+        raise ValueError(
+            "torch_compile=True is not supported: what a sparse pass keeps, and the hooks that "
+            "choose it, change with every batch. Set it to False; on a GPU LeMo runs its own fused "
+            "kernels."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "
@@ -181,7 +222,8 @@ def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
     for name, what in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
         size = getattr(parallelism, f"{name}_size", 1) or 1
         if size > 1:
+            instead = "" if name == "tp" else f" and LeMoConfig(sequence_parallel_size={size})"
             raise ValueError(
-                f"{name}_size={size}: {what} parallelism is not supported, since tokens are chosen "
-                f"over the whole sequence. Set {name}_size=1."
+                f"{name}_size={size}: {what} parallelism by accelerate is not supported, since "
+                f"tokens are chosen over the whole sequence. Set {name}_size=1{instead}."
             )

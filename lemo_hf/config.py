@@ -75,6 +75,9 @@ class LeMoConfig:
             ``"none"`` without it; with it ``"selective"`` where the memory allows, else ``"full"``.
         offload_gib: Pinned host memory for what ``"selective"`` and ``"full"`` store, in GiB;
             copies hide behind the computation. ``None``: nothing is offloaded.
+        sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a
+            shard of the stream, works on an equal share of the kept rows, and attends with some of
+            the heads. Training only; 1: each process has sequences of its own.
         seed: Of the random policy.
 
     Raises:
@@ -99,6 +102,7 @@ class LeMoConfig:
     segment_size: int | None = None
     recompute: str | tuple[str, ...] | None = None
     offload_gib: float | None = None
+    sequence_parallel_size: int = 1
     seed: int = 0
 
     def __post_init__(self):
@@ -131,6 +135,7 @@ class LeMoConfig:
             ("segment_size", 1),
             ("dense_first_layers", 0),
             ("dense_last_layers", 0),
+            ("sequence_parallel_size", 1),
         ):
             value = getattr(self, name)
             if value is None and name == "segment_size":

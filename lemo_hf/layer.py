@@ -20,12 +20,14 @@ from lemo_hf.families import Family
 from lemo_hf.fused import call_attention
 from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
 from lemo_hf.kernels.gather_norm import gather_norm
-from lemo_hf.kernels.rows import close_stream, open_stream
+from lemo_hf.kernels.rows import add_update, close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.recompute import checkpointed, value_free
 from lemo_hf.selection import KeptSet
+from lemo_hf.sequence_attention import heads_shared
+from lemo_hf.sequence_parallel import Share
 from lemo_hf.step import Step
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
 
@@ -135,7 +137,7 @@ def _sparse_forward(
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
-            return POLICIES[step.config.policy](
+            scores = POLICIES[step.config.policy](
                 ScoreInputs(
                     layer=layer,
                     family=plan.family,
@@ -147,6 +149,7 @@ def _sparse_forward(
                     predictor=plan.predictor_for(sublayer, x.device),
                 )
             )
+            return scores if step.shards is None else step.shards.agreed(scores)
 
     shares = plan.mlp_rule is None
     if plan.rule is None:
@@ -156,26 +159,28 @@ def _sparse_forward(
             plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
         )
 
+    share = step.share(kept)
+
     # Found here, since what is tried inside a unit would be stored for its backward.
     kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, _dtype_of(x))
 
     def attend(hidden: Tensor) -> Tensor:
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
-        positions = kept_positions(position_embeddings, kept)
+        positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, plan.family.attention)
         unread = plan.family.attention_output if attention.plain and value_free() else None
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
-        with using(kernels):
+        with using(kernels), heads_shared(module, share):
             return call_attention(module, positions, unread, **inputs)
 
-    level = plan.recompute or _level(layer, plan, x, kept)
+    level = plan.recompute or _level(layer, plan, x, kept if share is None else share.work)
     attention = attention_sublayer(layer, plan.family, attend)
     mlp = mlp_sublayer(layer, plan.family, again=level != "none")
     update = partial(_update, layer, plan, level)
-    x = update(x, kept, [attention, mlp] if shares else [attention])
+    x = update(x, kept, share, [attention, mlp] if shares else [attention])
     if not shares:
         mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
-        x = update(x, mlp_kept, [mlp])
+        x = update(x, mlp_kept, step.share(mlp_kept), [mlp])
     return close_stream(x) if plan.closes and not step.owns_gradient else x
 
 
@@ -197,13 +202,17 @@ def _update(
     level: str,
     x: Tensor,
     kept: KeptSet,
+    share: Share | None,
     sublayers: list[Sublayer],
 ) -> Tensor:
     """``sublayers`` on the kept rows of the stream, stored back into it."""
     # What is computed again begins with the rows, so that nothing but they is stored.
     again = level in ("selective", "full")
-    norm = None if again or sublayers[0].again else sublayers[0].fused_norm()
-    x, rows, hidden = gather_norm(x, kept.index, norm, kept.slot_mask)
+    late = again or share is not None or sublayers[0].again
+    norm = None if late else sublayers[0].fused_norm()
+    index = kept.index if share is None else share.index
+    x, rows, hidden = gather_norm(x, index, norm, kept.slot_mask)
+    rows = rows if share is None else share.spread(rows)
     if again and not sublayers[0].again:
         # The model's own checkpoint function, so that its offload holds.
         own = layer.__dict__.get("_gradient_checkpointing_func")
@@ -211,7 +220,10 @@ def _update(
         rows, update = checkpointed(run, rows, level, own, plan.passes.host, plan.index)
     else:
         rows, update = run_sublayers(sublayers, rows, hidden)
-    return scatter_add_(x, rows, update, kept.index, kept.slot_mask, sublayers[-1].scale)
+    scale = sublayers[-1].scale
+    if share is not None:
+        rows, update = share.collect(add_update(rows, update, scale).to(x.dtype)), None
+    return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
 
 
 def _level(layer: nn.Module, plan: LayerPlan, x: Tensor, kept: KeptSet) -> str:

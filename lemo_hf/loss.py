@@ -47,7 +47,8 @@ def segment_loss(
     """The model's causal-LM loss without its ``[B, T, V]`` logits.
 
     Args:
-        hidden: What the head reads, ``[B, T, H]``; before ``norm`` if there is one.
+        hidden: What the head reads, ``[B, T, H]``; before ``norm`` if there is one. Of the shard
+            where processes share the sequence.
         targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
         step: The forward pass.
         head: The output embeddings, called as a module.
@@ -58,13 +59,17 @@ def segment_loss(
         norm: Between ``hidden`` and the head, or None.
 
     Returns:
-        Nats per label, fp32 scalar.
+        Nats per label, fp32 scalar. Where processes share the sequence, the mean over them is the
+        loss: engines take the mean of their gradients, and Trainer of what it logs.
     """
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum()
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
     targets, weights = supervised_targets(targets, step)
+    if step.shards is not None:
+        targets = step.shards.part(targets)
+        num_items_in_batch = num_items_in_batch / step.shards.group.size
     total = segment_cross_entropy(
         hidden.flatten(0, 1),
         targets.flatten(),

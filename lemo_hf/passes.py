@@ -27,6 +27,12 @@ from lemo_hf.loss import segment_loss, shifted, supervised_targets
 from lemo_hf.memory import attention_fits
 from lemo_hf.offload import HostMemory
 from lemo_hf.selection import KeptSet
+from lemo_hf.sequence_checks import (
+    check_sequence_call,
+    check_sequence_loss,
+    check_sequence_model,
+)
+from lemo_hf.sequence_parallel import Shards, sequence_group
 from lemo_hf.step import Step
 
 logger = logging.getLogger(__name__)
@@ -88,6 +94,7 @@ class Passes:
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
         last: The last sparse layer.
         host: Where layers store what they would keep on the device, or None.
+        group: The processes that share each sequence, or None.
     """
 
     def __init__(
@@ -100,7 +107,10 @@ class Passes:
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
         self._parameters = model.parameters
-        self._layers = len(model.get_submodule(family.layers))
+        self._layers = list(model.get_submodule(family.layers))
+        if config.sequence_parallel_size > 1:
+            check_sequence_model(config, model, family)
+        self.group = sequence_group(config.sequence_parallel_size)
         self.step: Step | None = None
         self.global_step = 0
         self.counts: dict[str, Any] = {}
@@ -140,9 +150,16 @@ class Passes:
         main = kwargs.get("inputs_embeds") if ids is None else ids
         if main is None:
             return (), kwargs  # the model's own error is as good
-        check_call(model, kwargs)
+        check_call(model, kwargs, promised is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         labels = promised or Labels.in_call(kwargs)
+        own = promised is None and _runs_own_forward(model)
+        shards = None
+        if self.group is not None:
+            check_sequence_call(self.config, self._layers, self.family, kwargs, main)
+            check_sequence_loss(self.config, labels is not None, own)
+            kwargs["attention_mask"] = None
+            shards = Shards(self.group, main.shape[1], self.config.block_size)
         self.step = Step(
             self.config,
             tuple(main.shape[:2]),
@@ -153,10 +170,13 @@ class Passes:
             targets=None if labels is None else labels.targets(),
             global_step=self.global_step,
             score_always=sharded(self.last),
+            shards=shards,
         )
+        if shards is not None:
+            _take_shard(shards, kwargs, main)
         if labels is None:
             return (), kwargs
-        if promised is None and _runs_own_forward(model):
+        if own:
             self._own_loss(model, labels.targets(), kwargs)
         elif self.config.supervise == "kept":
             if promised is None:
@@ -224,7 +244,7 @@ class Passes:
         if x.shape not in self._fits:
             trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
             self._fits[x.shape] = attention_fits(
-                layer, self.family, x, kept.index.numel(), self._layers, trained, self.host
+                layer, self.family, x, kept.index.numel(), len(self._layers), trained, self.host
             )
         return self._fits[x.shape]
 
@@ -280,6 +300,15 @@ class _StandIn:
         del self._attributes["forward"]
         if self._before is not None:
             self._attributes["forward"] = self._before
+
+
+def _take_shard(shards: Shards, kwargs: dict[str, Any], main: Tensor) -> None:
+    """Leave this process's shard of the call; the positions stay those of the whole sequence."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = shards.part(kwargs[name])
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(main.shape[1], device=main.device)[None]
 
 
 def _position_ids(kwargs: dict[str, Any], tokens: int) -> Tensor | None:

@@ -5,12 +5,14 @@ and two hooks on the causal LM tell them about each batch and compute the loss. 
 training mode without a KV cache; in every other case the model is the stock one.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lemo_hf.attention import fastest_attention
-from lemo_hf.checks import check_intermediate, check_model, check_predictors
+from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
@@ -42,6 +44,7 @@ def apply_lemo(
         OSError: ``config.predictor`` does not exist or cannot be reached.
         ValueError: The model, one of its settings, the config or the predictors do not fit.
     """
+    check_adapters(model)
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
@@ -56,6 +59,11 @@ def remove_lemo(model: nn.Module) -> None:
     if hasattr(model, _LEMO):
         getattr(model, _LEMO).remove()
         delattr(model, _LEMO)
+
+
+def lemo_of(model: nn.Module) -> "LeMo | None":
+    """The `LeMo` on ``model``, if there is one."""
+    return getattr(transformers_model(model), _LEMO, None)
 
 
 def transformers_model(model: nn.Module) -> nn.Module:
@@ -168,6 +176,36 @@ class LeMo:
             "mlp_retention": mlp,
             "kept_tokens": real * (attention + mlp) / 2,
         }
+
+    def take_figures(self, seconds: float) -> dict[str, float]:
+        """What a training log says of the passes since the last call; counts start anew.
+
+        Args:
+            seconds: That they took.
+
+        Returns:
+            Retention, kept tokens per second and, with CUDA, peak memory in GiB, by names that
+            start with ``lemo/``; empty if there was no sparse pass.
+        """
+        report = self.report()
+        self.passes.reset_counts()
+        if not report:
+            return {}
+        figures = {
+            "lemo/attention_retention": report["attention_retention"],
+            "lemo/mlp_retention": report["mlp_retention"],
+            "lemo/kept_tokens_per_second": report["kept_tokens"] / seconds,
+        }
+        if torch.cuda.is_available():
+            figures["lemo/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return figures
+
+    def save_files(self, directory: str | os.PathLike) -> None:
+        """Write ``lemo_config.json``, and the predictor if there is one, into ``directory``."""
+        if self.predictor is None:
+            self.config.save_pretrained(directory)
+        else:
+            self.predictor.save_files(directory, self.config)
 
 
 def _span(rules: list[KeepRule]) -> str:

@@ -34,7 +34,7 @@ class ScoreInputs:
         family: Where its parts are.
         layer_index: Its place in the stack.
         sublayer: ``"attention"`` or ``"mlp"``.
-        x: Residual stream, ``[B, T, H]``.
+        x: Residual stream, ``[B, T, H]``; the shard of it where processes share the sequence.
         position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
         step: The batch's padding, documents and seeds.
         predictor: Of this layer and sublayer, or None.
@@ -96,9 +96,9 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     size = config.block_size
     means = [
         pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
-        for part, valid in _chunks(step)
+        for part, valid in _chunks(inputs)
     ]
-    means = torch.cat(means, 1)
+    means = _whole(inputs, torch.cat(means, 1))
     if inputs.sublayer == "mlp":
         return _mlp_activity(inputs, means, normed=True)
     middles = _middles(step, size)
@@ -152,9 +152,10 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     else:
         parts = [
             network.embed_rows(sublayer_input(inputs, inputs.x[:, part]), valid)
-            for part, valid in _chunks(step)
+            for part, valid in _chunks(inputs)
         ]
-        scores = network.score(Embedded.join(parts), documents)
+        embedded = Embedded(*(_whole(inputs, x) for x in Embedded.join(parts)))
+        scores = network.score(embedded, documents)
     return (scores - scores.amax(1, keepdim=True)).exp()
 
 
@@ -163,17 +164,26 @@ def _by_kernel(inputs: ScoreInputs, known: bool) -> bool:
     network = inputs.predictor
     if not (known and use_triton(inputs.x)) or torch.is_grad_enabled():
         return False
+    if inputs.step.shards is not None:  # they read a whole sequence
+        return False
     own = type(network) is BlockPredictor and all(map(untouched, network.modules()))
     return own and network.units <= MOST_UNITS and network.rank <= MOST_RANK
 
 
-def _chunks(step: Step) -> Iterator[tuple[slice, Tensor | None]]:
+def _chunks(inputs: ScoreInputs) -> Iterator[tuple[slice, Tensor | None]]:
     """Slices of whole blocks, about `CHUNK` tokens each, and their validity."""
+    step = inputs.step
     size = step.config.block_size
     chunk = max(1, CHUNK // size) * size
-    for start in range(0, step.tokens, chunk):
+    for start in range(0, inputs.x.shape[1], chunk):
         part = slice(start, start + chunk)
         yield part, None if step.valid is None else step.valid[:, part]
+
+
+def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
+    """``[B, N, ...]`` of the whole sequence, of which this process may have made a part."""
+    shards = inputs.step.shards
+    return blocks if shards is None else shards.gather_blocks(blocks)
 
 
 def _middles(step: Step, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from lemo_hf.selection import (
     kept_set,
     num_kept_blocks,
 )
+from lemo_hf.sequence_parallel import Shards, Share
 
 # Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
 # that is masked like padding) still count as labels on the whole sequence.
@@ -77,6 +78,7 @@ class Step:
         global_step: Optimizer steps done; varies the random policy.
         score_always: Score blocks even where there is nothing to choose, as other processes may
             have to, and scoring gathers parameters that all of them hold parts of.
+        shards: How processes share the sequence, if they do; all else here is of the whole of it.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
@@ -94,12 +96,14 @@ class Step:
         targets: Tensor | None = None,
         global_step: int = 0,
         score_always: bool = False,
+        shards: Shards | None = None,
     ):
         self.config = config
         self.batch, self.tokens = shape
         self.device = device
         self.global_step = global_step
         self.score_always = score_always
+        self.shards = shards
         self.num_blocks = -(-self.tokens // config.block_size)
         padded = attention_mask is not None and attention_mask.dim() == 2
         self.valid = attention_mask.bool() if padded else None
@@ -165,6 +169,10 @@ class Step:
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
         counts = [valid, real, required, in_required, label_blocks, labels]
         return real, required, _Counts(torch.stack([count.sum(1) for count in counts], 1))
+
+    def share(self, kept: KeptSet) -> Share | None:
+        """Who works on which rows of ``kept``; None where no other process does."""
+        return None if self.shards is None else self.shards.share(kept)
 
     def choose(
         self,
@@ -264,6 +272,8 @@ class Step:
     def most_labels(self) -> int | None:
         """No more tokens than this have a label that is asked for; None if only the device knows.
 
+        Where processes share the sequence, of the tokens that this one holds.
+
         That is so where layers choose sets of their own, and tokens kept most often are asked.
         """
         labels = sum(row.labels for row in self.rows)
@@ -271,5 +281,6 @@ class Step:
             return labels
         if set(self.agreed) != {"attention"}:
             return None
-        slots = self.agreed["attention"].index.shape[1]
+        kept = self.agreed["attention"]
+        slots = (self.share(kept) or kept).index.shape[1]
         return sum(min(row.labels, slots) for row in self.rows)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sized
 from typing import Any
 
-import torch
 from transformers import DataCollatorWithFlattening, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -15,6 +14,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
 from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.sequence_parallel import sequence_group
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class LeMoMixin:
                 getattr(self.accelerator, "parallelism_config", None),
                 getattr(self.accelerator.state, "fsdp_plugin", None),
             )
+            # All processes form groups together, so before they take turns.
+            sequence_group(lemo_config.sequence_parallel_size)
             try:
                 # What must be downloaded comes once; the other processes find it in the cache.
                 with self.args.main_process_first(desc="loading the LeMo predictor"):
@@ -80,10 +82,32 @@ class LeMoMixin:
             self.lemo.passes.global_step = self.state.global_step
         return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
 
+    def get_train_dataloader(self):
+        """As Trainer's; processes that share sequences get the same rows."""
+        group = None if self.lemo is None else self.lemo.passes.group
+        if group is None:
+            return super().get_train_dataloader()
+        # accelerate tells by the mesh whose rows are the same; for all else it has none. Its
+        # dispatcher of streamed rows knows no such groups, so each process reads for itself.
+        state, loading = self.accelerator.state, self.accelerator.dataloader_config
+        before = state.device_mesh, loading.dispatch_batches
+        state.device_mesh, loading.dispatch_batches = group.mesh, False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            state.device_mesh, loading.dispatch_batches = before
+
+    def get_total_train_batch_size(self, args):
+        """As Trainer's; a row that processes share counts once."""
+        return super().get_total_train_batch_size(args) // self._sequence_parallel_size()
+
+    def _sequence_parallel_size(self) -> int:
+        return 1 if self.lemo_config is None else self.lemo_config.sequence_parallel_size
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As Trainer's; labels of a loss outside the model are shown to LeMo as well."""
-        outside = self.compute_loss_func is not None or self.label_smoother is not None
-        if self.lemo is not None and model.training and outside and "labels" in inputs:
+        outside = self._loss_is_outside() and "labels" in inputs
+        if self.lemo is not None and model.training and outside:
             labels = self.lemo.passes.promise(inputs["labels"], num_items_in_batch)
             inputs = {**inputs, "labels": labels.tensor}
             num_items_in_batch = labels.num_items
@@ -91,52 +115,36 @@ class LeMoMixin:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
+    def _loss_is_outside(self) -> bool:
+        """Whether the loss is made of what the model returns, with labels it is not given."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with retention, kept tokens per second and peak memory in training logs."""
         if self.lemo is not None and "loss" in logs:
-            logs.update(self._lemo_logs())
+            started, self._report_started = self._report_started, time.perf_counter()
+            logs.update(self.lemo.take_figures(self._report_started - started))
         super().log(logs, *args, **kwargs)
-
-    def _lemo_logs(self) -> dict[str, float]:
-        report = self.lemo.report()
-        self.lemo.passes.reset_counts()
-        now = time.perf_counter()
-        seconds, self._report_started = now - self._report_started, now
-        if not report:
-            return {}
-        logs = {
-            "lemo/attention_retention": report["attention_retention"],
-            "lemo/mlp_retention": report["mlp_retention"],
-            "lemo/kept_tokens_per_second": report["kept_tokens"] / seconds,
-        }
-        if torch.cuda.is_available():
-            logs["lemo/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return logs
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As Trainer's, with ``lemo_config.json`` and the predictor beside the model."""
         if self.lemo is not None and self.args.should_save:
-            self._save_lemo(output_dir or self.args.output_dir)
+            self.lemo.save_files(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call=_internal_call)
-
-    def _save_lemo(self, directory: str | os.PathLike) -> None:
-        if self.lemo.predictor is None:
-            self.lemo_config.save_pretrained(directory)
-        else:
-            self.lemo.predictor.save_files(directory, self.lemo_config)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer copies only the files it knows from a checkpoint to what it pushes.
         if self.lemo is not None and self.is_world_process_zero():
-            self._save_lemo(self.args.output_dir)
+            self.lemo.save_files(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_train_dataset(self) -> None:
         """Refuse a block size that no sequence reaches; lengths of streamed data are not known."""
         dataset = self.train_dataset
-        if not isinstance(dataset, Sized) or isinstance(
-            self.data_collator, DataCollatorWithFlattening
-        ):
+        collator = self.data_collator
+        flattens = isinstance(collator, DataCollatorWithFlattening)
+        flattens |= getattr(collator, "padding_free", False)  # TRL's
+        if not isinstance(dataset, Sized) or flattens:
             return
         longest = 0
         for i in range(len(dataset)):
@@ -157,7 +165,8 @@ class LeMoMixin:
             f"{name}={value!r} (was {getattr(saved, name)!r})"
             for name, value in vars(self.lemo_config).items()
             if getattr(saved, name) != value
-            and name not in ("predictor", "predictor_revision")  # its weights are compared
+            # A predictor's weights are compared; how sequences are shared changes no result.
+            and name not in ("predictor", "predictor_revision", "sequence_parallel_size")
         ]
         if changed:
             logger.warning(

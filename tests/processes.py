@@ -6,7 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed
+
 ROOT = Path(__file__).parent.parent
+ON_GPUS = "LEMO_TESTS_ON_GPUS"  # in the environment of processes that are to use GPUs and NCCL
 BEGIN = 'import sys\nsys.path.insert(0, "tests")\n'
 # A process that ends while another still talks to it may take that one down.
 # All is written by then, and gloo's threads may abort a process that takes its libraries down.
@@ -21,7 +25,19 @@ os._exit(0)
 """
 
 
-def start(script, folder, processes):
+def device():
+    """Of this process: its GPU, if it was started with `ON_GPUS`, else the CPU."""
+    return torch.device("cuda" if ON_GPUS in os.environ else "cpu")
+
+
+def meet():
+    """Lets the processes of a script find each other, where no Trainer does."""
+    if ON_GPUS in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if ON_GPUS in os.environ else "gloo")
+
+
+def start(script, folder, processes, timeout=180):
     """Runs ``script`` with ``folder`` as its argument; the ended process, and seconds it took."""
     path = folder / f"script{processes}.py"
     path.write_text(BEGIN + script + END)
@@ -35,14 +51,14 @@ def start(script, folder, processes):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=timeout,
         check=False,
     )
     return ended, time.time() - began
 
 
-def launch(script, folder, processes=(1, 2)):
+def launch(script, folder, processes=(1, 2), timeout=180):
     """Runs ``script`` to its end by each of these numbers of processes."""
     for number in processes:
-        ended, _ = start(script, folder, number)
+        ended, _ = start(script, folder, number, timeout)
         assert ended.returncode == 0, ended.stderr[-8000:]

@@ -1,0 +1,70 @@
+"""`LeMoPlugin`: LeMo in an Axolotl config.
+
+plugins:
+  - lemo_hf.integrations.axolotl.LeMoPlugin
+lemo:
+  retention: 0.5
+  dense_first_layers: 4
+"""
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, field_validator
+
+from lemo_hf.config import LeMoConfig
+from lemo_hf.integrations.callback import LeMoCallback
+
+# Keys of an Axolotl config that go against a sparse pass, and what to do instead.
+REFUSED = {
+    "rl": "preference losses compare with a reference model: train it without the plugin",
+    "orpo_alpha": "its loss reads the logits of every token: leave it unset",
+    "activation_offloading": "set `lemo: {offload_gib: ...}` instead",
+    "layer_offloading": "it moves layers behind LeMo's back: leave it unset",
+}
+
+
+class LeMoArgs(BaseModel):
+    """The part of an Axolotl config that is LeMo's.
+
+    Attributes:
+        lemo: Fields of `LeMoConfig`.
+    """
+
+    lemo: dict[str, Any] | None = None
+
+    @field_validator("lemo")
+    @classmethod
+    def _fields_of_a_lemo_config(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
+        LeMoConfig.from_dict(values or {})
+        return values
+
+
+class LeMoPlugin(BasePlugin):
+    """Makes the training passes of Axolotl's supervised trainer sparse."""
+
+    def get_input_args(self) -> str:
+        """Where Axolotl finds `LeMoArgs`."""
+        return f"{LeMoArgs.__module__}.{LeMoArgs.__name__}"
+
+    def add_callbacks_pre_trainer(self, cfg, model) -> list[LeMoCallback]:
+        """LeMo comes as a callback of the trainer that is about to be made.
+
+        Raises:
+            ValueError: A key of the config goes against a sparse pass.
+        """
+        check_axolotl(cfg)
+        return [LeMoCallback(LeMoConfig.from_dict(dict(cfg.lemo or {})))]
+
+
+def check_axolotl(cfg) -> None:
+    """Raises ValueError for keys of an Axolotl config that LeMo does not go with."""
+    for key, way_out in REFUSED.items():
+        if cfg.get(key):
+            raise ValueError(f"{key}: {cfg[key]} is not supported with LeMoPlugin: {way_out}.")
+    if cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
+        raise ValueError(
+            f"sample_packing: true with attn_implementation: {cfg.get('attn_implementation')} "
+            "hands the model one attention mask for all documents of a row, in which LeMo cannot "
+            "tell them apart: use flash_attention_2, or sample_packing: false."
+        )

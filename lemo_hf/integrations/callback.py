@@ -1,0 +1,115 @@
+"""`LeMoCallback`: LeMo for launchers whose Trainer is theirs, and which take callbacks only.
+
+A Trainer calls ``on_init_end`` before it prepares the model (gradient checkpointing, Liger,
+`torch.compile`, DDP, FSDP), and ``on_train_begin`` after that. LeMo is put on at the first of them
+that comes with a model. At the end of training it is taken off again, unless FSDP2 has made classes
+of its own from those of the layers; then it stays on, and evaluation is dense all the same.
+"""
+
+import os
+import time
+
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from lemo_hf.checks import check_trainer
+from lemo_hf.config import LeMoConfig
+from lemo_hf.kernels.launch import sharded
+from lemo_hf.patch import LeMo, apply_lemo, lemo_of, remove_lemo, transformers_model
+
+
+class LeMoCallback(TrainerCallback):
+    """Makes the training passes of the Trainer it is given to sparse.
+
+    The ``lemo/`` figures are in the Trainer's log history and in what callbacks after this one
+    report. ``lemo_config.json`` and the predictor lie in every checkpoint and in ``output_dir``.
+
+    Where you make the Trainer yourself, `LeMoTrainer` does more: a loss outside the model
+    (``compute_loss_func``) is shown which tokens are kept, and a run resumes with its own
+    predictor. Here such a loss covers all tokens.
+
+    Args:
+        lemo_config: What each layer leaves out in training.
+
+    Raises:
+        ValueError: The model or the way it is run does not fit.
+    """
+
+    def __init__(self, lemo_config: LeMoConfig):
+        if not isinstance(lemo_config, LeMoConfig):
+            raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
+        self.lemo_config = lemo_config
+        self.lemo: LeMo | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        """The Trainer is made, its model not yet prepared."""
+        if model is not None:  # else it comes from ``model_init``
+            self._apply(args, model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """The model is prepared; it is a new one if it came from ``model_init``."""
+        if self.lemo is None or lemo_of(model) is not self.lemo:
+            self._apply(args, model)
+        if state.is_world_process_zero:
+            print(self.lemo.describe())
+        self.lemo.passes.reset_counts()
+        self._started = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """The random policy draws anew."""
+        self.lemo.passes.global_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Adds the figures to a training log."""
+        if "loss" not in logs or self.lemo is None:
+            return
+        started, self._started = self._started, time.perf_counter()
+        figures = self.lemo.take_figures(self._started - started)
+        logs.update(figures)
+        state.log_history[-1].update(figures)  # a copy of logs
+
+    def on_save(self, args, state, control, **kwargs):
+        """LeMo's files go with the checkpoint."""
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and os.path.isdir(checkpoint):
+            self.lemo.save_files(checkpoint)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        """The model is the stock one again."""
+        if args.should_save:
+            self.lemo.save_files(args.output_dir)
+        if not sharded(model):
+            remove_lemo(model)
+            self.lemo = None
+
+    def _apply(self, args: TrainingArguments, model: nn.Module) -> None:
+        _check(args, self.lemo_config)
+        with args.main_process_first(desc="loading the LeMo predictor"):
+            self.lemo = apply_lemo(model, self.lemo_config)
+        transformers_model(model).add_model_tags(["lemo-hf"])
+
+
+def _check(args: TrainingArguments, config: LeMoConfig) -> None:
+    """Raises ValueError where a callback sees too little of the training loop."""
+    state = AcceleratorState()
+    check_trainer(
+        args, getattr(state, "parallelism_config", None), getattr(state, "fsdp_plugin", None)
+    )
+    if any(base.__module__.startswith("trl.") for base in type(args).__mro__):
+        raise ValueError(
+            f"{type(args).__name__} belongs to a TRL trainer, whose loss LeMoCallback cannot reach."
+            " For SFT use lemo_hf.integrations.trl.LeMoSFTTrainer; other TRL trainers are not "
+            "supported."
+        )
+    if config.sequence_parallel_size > 1:
+        raise ValueError(
+            f"sequence_parallel_size={config.sequence_parallel_size}: processes that share a "
+            "sequence must be given the same rows, which a callback cannot do. Use LeMoTrainer."
+        )
+    if args.label_smoothing_factor and config.supervise == "kept":
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} is computed outside the model, "
+            "where LeMoCallback cannot leave eliminated tokens out. Set it to 0, use LeMoTrainer, "
+            "or set LeMoConfig(supervise='all')."
+        )

@@ -1,0 +1,45 @@
+"""`LeMoSFTTrainer`: TRL's SFTTrainer whose training passes are sparse."""
+
+from typing import Any
+
+from trl import SFTTrainer
+
+from lemo_hf.trainer import LeMoMixin
+
+
+class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
+    """`trl.SFTTrainer` with one more argument, ``lemo_config``.
+
+    Args:
+        lemo_config: What each layer leaves out in training; None is `SFTTrainer`.
+
+    All other arguments are SFTTrainer's: data formats and chat templates, packing, padding-free
+    batches, losses on completions or assistant turns, ``peft_config``. The loss stays SFTTrainer's
+    own, computed from its log-probabilities, and so do the entropy and token accuracy it logs: they
+    are those of the tokens that ``LeMoConfig(supervise=...)`` asks for.
+
+    Raises:
+        ValueError: The model or the way it is run does not fit; before training starts.
+    """
+
+    def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any):
+        if args is not None and kwargs.get("lemo_config") is not None:
+            _check(args)
+        super().__init__(model, args, *more, **kwargs)
+
+    def _loss_is_outside(self) -> bool:
+        return True
+
+
+def _check(args: Any) -> None:
+    """Raises ValueError for TRL's ways to store less, which see whole layers of a dense pass."""
+    if getattr(args, "activation_offloading", False):
+        raise ValueError(
+            "activation_offloading=True is not supported: sparse layers decide themselves what "
+            "they store. Set it to False and use LeMoConfig(offload_gib=...)."
+        )
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs={'selective': True} is not supported: leave it out and "
+            "use LeMoConfig(recompute='selective'), which keeps attention's output as well."
+        )
