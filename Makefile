@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Tiny models: two processes of one thread each are faster than one of two.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test lint bench sanitize
+.PHONY: demo test lint docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
@@ -19,6 +19,9 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) benchmarks/table.py --check
 
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # Needs a CUDA GPU; writes benchmarks/results/ and the README's tables.
 bench:
 	for what in step kernels ablation; do PYTHONPATH=. $(PYTHON) benchmarks/bench_$$what.py \
@@ -28,7 +31,7 @@ bench:
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch
-	$(RUN) -m pip install -q -c constraints.txt -e ".[peft,eval,plot,test]"
+	$(RUN) -m pip install -q -c constraints.txt -e ".[peft,eval,plot,test,docs]"
 	touch $@
 
 # The oldest transformers that is supported, put before the newest on the path.

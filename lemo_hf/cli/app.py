@@ -1,12 +1,18 @@
 """The command `lemo` and its commands."""
 
+import os
 import sys
 
 import typer
 
 from lemo_hf.cli.calibrate import calibrate
+from lemo_hf.cli.env import env
 from lemo_hf.cli.evaluate import app as evaluations
+from lemo_hf.cli.inspect import inspect
+from lemo_hf.cli.merge import merge
 from lemo_hf.cli.plan import plan
+from lemo_hf.cli.report import report
+from lemo_hf.cli.train import SETTINGS, train
 from lemo_hf.cli.train_predictor import train_predictor
 
 app = typer.Typer(
@@ -15,15 +21,31 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plan, calibrate, train_predictor):
+app.command(context_settings=SETTINGS)(train)
+for command in (plan, calibrate, train_predictor, inspect, report, merge, env):
     app.command()(command)
 app.add_typer(evaluations, name="eval")
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user is one line and exit code 2."""
+    """Run the command line: exit code 2 and one line for a mistake of the user, else 1.
+
+    LEMO_TRACEBACK=1 shows where a mistake was found.
+    """
     try:
         app(prog_name="lemo")
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("LEMO_TRACEBACK") == "1":
+            raise
         typer.secho(f"lemo: {error}", fg=typer.colors.RED, err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        typer.secho(
+            f"lemo: out of memory: {str(error).splitlines()[0]} Shorter rows, less retention, "
+            "gradient checkpointing or lemo.offload_gib take less; `lemo plan` says how much.",
+            fg=typer.colors.RED,
+            err=True,
+        )
+        sys.exit(1)

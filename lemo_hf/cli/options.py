@@ -77,17 +77,17 @@ class ModelOptions:
         """
         import torch
         from accelerate import PartialState
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         trust = {"trust_remote_code": self.trust_remote_code}
-        config = AutoConfig.from_pretrained(self.model, **trust)
-        if self.rope_type is not None:
-            _stretch_positions(config, self.rope_type, length)
-        if self.rope_parameters is not None:
-            wanted = _json_object(self.rope_parameters)
-            config.rope_parameters = {**(config.rope_parameters or {}), **wanted}
-        if self.max_position_embeddings is not None:
-            config.max_position_embeddings = self.max_position_embeddings
+        config = prepared_config(
+            self.model,
+            rope_type=self.rope_type,
+            rope_parameters=self.rope_parameters and _json_object(self.rope_parameters),
+            max_position_embeddings=self.max_position_embeddings,
+            length=length,
+            **trust,
+        )
         device = self.device
         if device is None:
             several = PartialState().num_processes > 1
@@ -142,6 +142,44 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(wanted, dict):
         raise ValueError(f"--rope-parameters must be a JSON object, got {text}")
     return wanted
+
+
+def prepared_config(
+    name: str,
+    *,
+    rope_type: str | None,
+    rope_parameters: dict[str, Any] | None,
+    max_position_embeddings: int | None,
+    length: int | None,
+    **from_pretrained: Any,
+) -> Any:
+    """A model's config with its positions as they were asked for.
+
+    Args:
+        name: Hub id or directory.
+        rope_type: Stretch positions to ``length`` tokens: linear, yarn or dynamic.
+        rope_parameters: Put over the model's own.
+        max_position_embeddings: Put over the model's own.
+        length: Tokens.
+        **from_pretrained: For `AutoConfig.from_pretrained`.
+
+    Raises:
+        OSError: There is no such model, or it cannot be reached.
+        ValueError: Positions cannot be stretched.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **from_pretrained)
+    except OSError as error:
+        raise OSError(f"model {name!r}: {error}") from error
+    if rope_type is not None:
+        _stretch_positions(config, rope_type, length)
+    if rope_parameters is not None:
+        config.rope_parameters = {**(config.rope_parameters or {}), **rope_parameters}
+    if max_position_embeddings is not None:
+        config.max_position_embeddings = max_position_embeddings
+    return config
 
 
 def _stretch_positions(config: Any, rope_type: str, length: int) -> None:

@@ -1,0 +1,18 @@
+"""`lemo report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; default: report.html in the directory.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page of a training run."""
+    from lemo_hf.report import write_report
+
+    print(f"Wrote {write_report(run_dir, output)}")

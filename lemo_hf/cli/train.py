@@ -1,0 +1,193 @@
+"""`lemo train`."""
+
+import json
+import os
+import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lemo_hf.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from lemo_hf.cli.train_config import Run
+
+# Settings of any section are left for `read_settings`, which knows their names.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option(help="YAML file, or a packaged preset such as llama3-8b-64k.yaml."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model.name: Hub id or directory.")] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="data.dataset: Hub id, directory, or file; repeatable for files."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="data.tokens: a row's length.")] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="lemo.retention: share each layer keeps, in (0, 1].")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="training.output_dir.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all parameters: leave out the section lora.")
+    ] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Train without LeMo: leave out the section lemo.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html into the output, see lemo report.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings, print them as YAML, and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model by a YAML file; any setting also as --section.key value, which wins.
+
+    Sections: model, data, lora (peft's LoraConfig) or full: true, lemo (LeMoConfig), training
+    (transformers' TrainingArguments). Works under accelerate launch -m lemo_hf.cli train.
+    """
+    from lemo_hf.cli.train_settings import dump, read_settings
+
+    options = [name for parameter in context.command.params for name in parameter.opts]
+    settings = read_settings(config, context.args, options)
+    datasets = dataset[0] if dataset and len(dataset) == 1 else dataset
+    for section, key, value, flag in (
+        ("model", "name", model, "--model"),
+        ("data", "dataset", datasets, "--dataset"),
+        ("data", "tokens", tokens, "--tokens"),
+        ("lemo", "retention", retention, "--retention"),
+        ("training", "output_dir", output and str(output), "--output"),
+    ):
+        if value is not None:
+            settings.set(section, key, value, flag)
+    if full:
+        settings.values.pop("lora", None)
+    elif config is None and "lora" not in settings.values:
+        raise ValueError(
+            "say what is trained: --lora.r 8 and other fields of LoraConfig, or --full."
+        )
+    if dense:
+        settings.values["lemo"] = False
+    run = settings.build()
+    asked = dump(run, settings)
+    if dry_run:
+        print(asked, end="")
+        return
+    # Trainer and LeMo print on stdout, which is the result's alone with --json.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        trainer, metrics = _fine_tune(run, asked, resume, report, progress=not as_json)
+    if not trainer.is_world_process_zero():
+        return
+    wrote = [run.training.output_dir]
+    if report:  # the callback's page, and what was evaluated since
+        from lemo_hf.report import write_report
+
+        wrote.append(write_report(run.training.output_dir))
+    if as_json:
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found = {"output": wrote[0], "steps": trainer.state.global_step, "losses": losses}
+        print(json.dumps({**found, "metrics": metrics}))
+        return
+    for name, value in metrics.items():
+        print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for path in wrote:
+        print(f"Wrote {path}")
+
+
+def _fine_tune(
+    run: "Run", asked: str, resume: bool, report: bool, progress: bool
+) -> tuple[Any, dict[str, float]]:
+    """Train, evaluate and save; the Trainer and its metrics."""
+    from lemo_hf.cli.train_model import load_for_training
+    from lemo_hf.cli.train_rows import collator, eval_rows, train_rows
+    from lemo_hf.cli.train_settings import FILE_NAME
+    from lemo_hf.files import whole_file
+    from lemo_hf.trainer import LeMoTrainer
+
+    args, main = run.training, run.training.process_index == 0
+    resumed = _checkpoint(args, resume)
+    lm, tokenizer = load_for_training(run)
+    rows = train_rows(run.data, tokenizer, main and progress)
+    heldout = eval_rows(run.data, tokenizer, main and progress)
+    if not progress:
+        args.disable_tqdm = True
+    trainer = LeMoTrainer(
+        model=lm,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=heldout,
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        lemo_config=run.lemo,
+        callbacks=_callbacks(report),
+    )
+    if main:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with whole_file(Path(args.output_dir, FILE_NAME)) as path:
+            Path(path).write_text(asked, encoding="utf-8")
+        _print_plan(run, trainer, len(rows), heldout)
+    metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    if heldout is not None:
+        evaluated = trainer.evaluate()
+        trainer.save_metrics("eval", evaluated)
+        metrics = {**metrics, **evaluated}
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer, metrics
+
+
+def _callbacks(report: bool) -> list[Any]:
+    if not report:
+        return []
+    from lemo_hf.report_callback import ReportCallback
+
+    return [ReportCallback()]
+
+
+def _checkpoint(args: Any, resume: bool) -> str | None:
+    """The checkpoint to go on from."""
+    if not resume:
+        return args.resume_from_checkpoint
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
+    if not found:
+        raise ValueError(f"--resume: {args.output_dir} has no checkpoint: leave the flag out.")
+    return found
+
+
+def _print_plan(run: "Run", trainer: Any, rows: int, heldout: list | None) -> None:
+    """What is about to be trained, on what."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lemo_hf.report_callback import parameter_counts
+
+    args = run.training
+    trained, total = parameter_counts(trainer.model)
+    what = "all parameters" if run.lora is None else f"LoRA r={run.lora.r}"
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("model", f"{run.model.name}, {total:,} parameters, {trainer.model.dtype}"),
+        ("trained", f"{what}: {trained:,} parameters ({trained / total:.2%})"),
+        ("data", f"{rows:,} rows of {run.data.tokens:,} tokens, {step} a step"),
+        ("evaluation", "none" if heldout is None else f"{len(heldout):,} rows, dense"),
+        ("LeMo", "off: every token in every layer" if run.lemo is None else "on, see below"),
+        ("output", args.output_dir),
+    ):
+        table.add_row(f"[bold]{name}[/]", value)
+    Console().print(table)

@@ -1,0 +1,151 @@
+"""Settings of `lemo train`: a YAML file or a packaged preset, and flags that win over it."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lemo_hf.cli.train_config import SECTIONS, Run, Settings, nearest
+
+PRESETS = Path(__file__).parent.parent / "presets"
+FILE_NAME = "lemo_train.yaml"  # of what a run was asked for, in its output directory
+
+
+def read_settings(
+    config: str | None, flags: Iterable[str] = (), options: Sequence[str] = ()
+) -> Settings:
+    """Read a file, then the flags ``--section.key value`` over it.
+
+    Args:
+        config: A file, or the name of a packaged preset; None is nothing.
+        flags: As they stand on the command line.
+        options: Names of other flags, of which one may have been meant.
+
+    Raises:
+        OSError: There is neither such a file nor such a preset.
+        ValueError: It is no YAML, or a key is unknown.
+    """
+    settings = Settings()
+    if config is not None:
+        path = find_config(config)
+        for section, values in _sections(_read_yaml(path), str(path)).items():
+            settings.values[section] = values
+            settings.sources[section] = str(path)
+    for section, key, value, source in _parse_flags(flags, options):
+        settings.set(section, key, value, source)
+    return settings
+
+
+def find_config(name: str) -> Path:
+    """A local file, or else the packaged preset of that name (with or without ``.yaml``).
+
+    Raises:
+        OSError: There is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    stem = name.removesuffix(".yaml")
+    if stem in presets:
+        return presets[stem]
+    raise FileNotFoundError(
+        f"--config {name}: there is neither such a file nor such a preset"
+        f"{nearest(stem, presets)} Presets: {', '.join(presets)}."
+    )
+
+
+def dump(run: Run, settings: Settings) -> str:
+    """The run as YAML that `read_settings` reads again; secrets are left out.
+
+    Model, data and LeMo's sections are whole; LoRA's and Trainer's hold what was asked for.
+    """
+    values: dict[str, Any] = {
+        "model": dataclasses.asdict(run.model),
+        "data": dataclasses.asdict(run.data),
+    }
+    if run.lora is None:
+        values["full"] = True
+    else:
+        values["lora"] = settings.values["lora"]
+    values["lemo"] = False
+    if run.lemo is not None:
+        lemo = {k: v for k, v in run.lemo.to_dict().items() if k != "lemo_version"}
+        values["lemo"] = {k: list(v) if isinstance(v, tuple) else v for k, v in lemo.items()}
+    values["training"] = {
+        k: v for k, v in settings.values["training"].items() if not k.endswith("_token")
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _sections(values: Any, path: str) -> dict[str, Any]:
+    """Sections of a file; ``full: true`` stands for the missing ``lora``."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold the sections {', '.join(SECTIONS)}, got {values!r}.")
+    full = values.pop("full", False)
+    for section, content in values.items():
+        if section not in SECTIONS:
+            near = nearest(section, (*SECTIONS, "full"))
+            raise ValueError(f"{path}: there is no section {section!r}{near}")
+        if not (isinstance(content, dict) or (section == "lemo" and content is False)):
+            raise ValueError(f"{path}: {section} must be a mapping of keys, got {content!r}.")
+    if full is not ("lora" not in values):
+        raise ValueError(
+            f"{path}: full={full!r}: give either a section lora, or full: true to train all "
+            "parameters."
+        )
+    return values
+
+
+def _parse_flags(
+    flags: Iterable[str], options: Sequence[str]
+) -> Iterator[tuple[str, str, Any, str]]:
+    """Section, key, value and the flag itself; a flag without a value is true."""
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        name, is_, text = word.partition("=")
+        section, dot, key = name.removeprefix("--").partition(".")
+        if not (name.startswith("--") and dot and key):
+            raise ValueError(
+                f"{word}: there is no such option{nearest(name, options)} Settings are given as "
+                "--section.key value."
+            )
+        if section not in SECTIONS:
+            raise ValueError(f"{name}: there is no section {section!r}{nearest(section, SECTIONS)}")
+        if not is_:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        yield section, key.replace("-", "_"), _parse_yaml(text, name), name
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that reads 1e-4 as a number, and a key given twice as an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"{key_node.value!r} is given twice, again in line {line}")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    return _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{source} is no valid YAML: {error}") from error

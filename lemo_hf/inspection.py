@@ -1,0 +1,166 @@
+"""What the paper's figures show, measured on one's own model and text.
+
+Informativeness is that of dense passes. What is kept is that of a sparse pass as training makes
+them, each layer reading the stream that the layers below left.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lemo_hf.config import LeMoConfig
+from lemo_hf.measure import sparse_evaluation
+from lemo_hf.modes import evaluating
+from lemo_hf.observe import observe
+from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
+from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.recall import recall
+
+# Of the layer's largest score: blocks below it count as uninformative, as in the paper's figure.
+SMALL = 0.3
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One text seen by one model.
+
+    Attributes:
+        tokens: Length of the text.
+        block_size: Tokens a block.
+        config: LeMo's settings, as a dictionary.
+        informativeness: ``[L][N]``, a layer's score of each block of the dense pass; see
+            ``normalize_scores`` of `LeMoConfig`.
+        kept: ``"attention"`` and ``"mlp"``: ``[L][N]`` bool, what the sparse pass kept.
+        retention: Likewise ``[L]``: share of the blocks.
+        recall: ``[L]``: share of the blocks the oracle would keep that the config's policy ranks as
+            high, both looking at the dense pass; None for dense layers.
+        sparsity: By length in tokens, ``[L]``: share of the blocks whose score is below `SMALL`
+            times the layer's largest.
+    """
+
+    tokens: int
+    block_size: int
+    config: dict[str, Any]
+    informativeness: list[list[float]]
+    kept: dict[str, list[list[bool]]]
+    retention: dict[str, list[float]]
+    recall: list[float | None]
+    sparsity: dict[int, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, as JSON knows them."""
+        return dataclasses.asdict(self)
+
+
+def inspect_text(
+    model: nn.Module,
+    input_ids: Sequence[int],
+    config: LeMoConfig,
+    lengths: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Inspection:
+    """Look at what ``model`` needs of a text, and what ``config`` keeps of it.
+
+    Args:
+        model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
+        input_ids: Of the text.
+        config: What LeMo leaves out.
+        lengths: Beginnings of the text, in tokens, for ``sparsity``; None halves the text down to
+            eight blocks.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: The text has fewer than two blocks, a length does not fit, or model and config
+            do not go together.
+    """
+    size = config.block_size
+    if len(input_ids) < 2 * size:
+        raise ValueError(
+            f"the text has {len(input_ids)} tokens, fewer than two blocks of {size}: give more "
+            "text, or a smaller block_size."
+        )
+    if lengths is None:
+        lengths = [
+            len(input_ids) >> i for i in reversed(range(20)) if len(input_ids) >> i >= 8 * size
+        ]
+    for length in lengths:
+        if not 2 * size <= length <= len(input_ids):
+            raise ValueError(
+                f"a length must lie between two blocks ({2 * size}) and the text's "
+                f"{len(input_ids)} tokens, got {length}."
+            )
+    lengths = sorted({*lengths, len(input_ids)})
+    inner = transformers_model(model)
+    ids = torch.as_tensor(input_ids, device=inner.get_input_embeddings().weight.device).long()[None]
+    with tqdm(total=len(lengths) + 1, desc="passes", disable=not progress) as bar:
+        lemo, kept = _sparse_pass(model, ids, config)
+        bar.update()
+        shares = {name: [sum(row) / len(row) for row in rows] for name, rows in kept.items()}
+        sparsity = {}
+        for length in lengths:
+            scores, recalls = _dense_pass(inner, ids[:, :length], lemo, shares["attention"])
+            small = scores < SMALL * scores.amax(1, keepdim=True)
+            sparsity[length] = small.float().mean(1).tolist()
+            bar.update()
+    return Inspection(
+        tokens=len(input_ids),
+        block_size=size,
+        config=config.to_dict(),
+        informativeness=scores.tolist(),
+        kept=kept,
+        retention=shares,
+        recall=recalls,
+        sparsity=sparsity,
+    )
+
+
+def _sparse_pass(
+    model: nn.Module, ids: Tensor, config: LeMoConfig
+) -> tuple[LeMo, dict[str, list[list[bool]]]]:
+    """What a training pass over ``ids`` keeps; layers that are dense keep everything."""
+    # Nothing is stored for a backward here, so there is nothing to compute again or to offload.
+    lemo = apply_lemo(model, dataclasses.replace(config, recompute="none", offload_gib=None))
+    try:
+        with sparse_evaluation(model):
+            model(input_ids=ids, labels=ids, use_cache=False)
+        sets = lemo.passes.kept_blocks
+    finally:
+        remove_lemo(model)
+    everything = torch.ones(-(-ids.shape[1] // config.block_size), dtype=torch.bool)
+    return lemo, {
+        name: [
+            sets[i, name][0].tolist() if (i, name) in sets else everything.tolist()
+            for i in range(len(lemo.rules))
+        ]
+        for name in ("attention", "mlp")
+    }
+
+
+def _dense_pass(
+    model: nn.Module, ids: Tensor, lemo: LeMo, shares: Sequence[float]
+) -> tuple[Tensor, list[float | None]]:
+    """Each layer's scores ``[L, N]``, and the recall of the config's policy."""
+    scores: list[Tensor] = []
+    recalls: list[float | None] = []
+    config = lemo.config
+    networks = None if lemo.predictor is None else lemo.predictor.attention
+
+    def see(inputs: ScoreInputs) -> None:
+        layer = inputs.layer_index
+        target = POLICIES["oracle"](inputs)
+        scores.append(target[0].float().cpu())
+        network = None if networks is None else networks[layer]
+        if lemo.rules[layer] is None or (config.policy == "predictor" and network is None):
+            recalls.append(None)
+            return
+        ranking = POLICIES[config.policy](dataclasses.replace(inputs, predictor=network))
+        recalls.append(recall(ranking, target, shares[layer]).item())
+
+    with evaluating(model):
+        observe(model, config, ids, see)
+    return torch.stack(scores), recalls

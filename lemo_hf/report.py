@@ -1,0 +1,197 @@
+"""The page of a run: one HTML file that needs nothing but itself."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lemo_hf.files import whole_file
+from lemo_hf.report_data import RECORD_NAME, RunFiles, read_run
+from lemo_hf.report_figures import heat_map, line_chart
+
+__all__ = ["RECORD_NAME", "render", "write_report"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(directory: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        directory: Output directory of a Trainer. `ReportCallback` leaves there what the page shows
+            of layers, memory and speed; without it the page says what it lacks.
+        path: Of the page; None is ``report.html`` in the directory.
+
+    Raises:
+        OSError: There is no such directory.
+        ValueError: It holds no run, or a file of it is damaged.
+    """
+    target = Path(directory, "report.html") if path is None else Path(path)
+    page = render(read_run(directory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as part:
+        Path(part).write_text(page, encoding="utf-8")
+    return target
+
+
+def render(run: RunFiles) -> str:
+    """The page's HTML; every text in it is escaped."""
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["number"] = _number
+    rows = run.record.get("rows", [])
+    return templates.get_template("report.html.j2").render(
+        run=run,
+        tiles=_tiles(run, rows),
+        loss=_loss(run.history),
+        retention=_retention(rows),
+        memory=_memory(run.history, rows),
+        speed=_speed(run.history, rows),
+        recall=_recall(run.recall),
+        evaluations=_evaluations(run),
+        environment=run.record.get("environment", {}),
+    )
+
+
+def _tiles(run: RunFiles, rows: list[dict]) -> dict[str, Any]:
+    """The few numbers that one looks for first."""
+    history, model = run.history, run.record.get("model", {})
+    tiles: dict[str, Any] = {"model": model.get("name")}
+    if model:
+        tiles["trained parameters"] = f"{model['trained']:,} of {model['parameters']:,}"
+    tiles["steps"] = max((line["step"] for line in history if "step" in line), default=None)
+    tiles["last loss"] = _last(history, "loss")
+    tiles["evaluation loss"] = _last(history, "eval_loss")
+    if tiles["evaluation loss"] is not None:
+        tiles["perplexity"] = math.exp(min(tiles["evaluation loss"], 700))
+    tiles["mean retention"] = _last(history, "lemo/attention_retention")
+    tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
+    tiles["tokens a second"] = tokens / seconds if tokens and seconds else None
+    tiles["peak GPU memory, GiB"] = _last(history, "lemo/peak_memory_gib")
+    return {name: value for name, value in tiles.items() if value is not None}
+
+
+def _loss(history: list[dict]) -> Any:
+    series = {"training": _series(history, "loss"), "evaluation": _series(history, "eval_loss")}
+    return line_chart(_present(series), "step", "loss (nats a token)")
+
+
+def _retention(rows: list[dict]) -> dict[str, Any]:
+    """Heat maps by sublayer; one where the MLPs kept what the attentions kept."""
+    known = [row for row in rows if "attention" in row]
+    if not known:
+        return {}
+    steps = [row["step"] for row in known]
+    shared = all(row["attention"] == row["mlp"] for row in known)
+    names = {"attention": "attention and MLP" if shared else "attention", "mlp": "MLP"}
+    if shared:
+        del names["mlp"]
+    return {
+        title: heat_map(
+            list(zip(*(row[name] for row in known), strict=True)), steps, "step", "layer"
+        )
+        for name, title in names.items()
+    }
+
+
+def _memory(history: list[dict], rows: list[dict]) -> Any:
+    gpu = _series(rows, "gpu_peak_gib") or _series(history, "lemo/peak_memory_gib")
+    series = {
+        "GPU, peak so far": gpu,
+        "GPU, between steps": _series(rows, "gpu_memory_gib"),
+        "host, process": _series(rows, "host_memory_gib"),
+    }
+    return line_chart(_present(series), "step", "memory (GiB)", from_zero=True)
+
+
+def _speed(history: list[dict], rows: list[dict]) -> Any:
+    timed = [row for row in rows if row["tokens"] and row["seconds"] > 0]
+    if not timed:
+        kept = {"kept by the mean sublayer": _series(history, "lemo/kept_tokens_per_second")}
+        return line_chart(_present(kept), "step", "tokens a second", from_zero=True)
+    series: dict[str, list] = {"read by process 0": [], "kept by the mean sublayer": []}
+    for row in timed:
+        speed = row["tokens"] / row["seconds"]
+        shares = [*row["attention"], *row["mlp"]]
+        for name, value in zip(series, (speed, speed * sum(shares) / len(shares)), strict=True):
+            series[name].append((row["step"], value))
+    return line_chart(series, "step", "tokens a second", from_zero=True)
+
+
+def _recall(table: list[dict]) -> dict[str, Any]:
+    """A figure for each head and retention, with a line for each documents."""
+    figures: dict[str, Any] = {}
+    learned = [row for row in table if row["policy"] == "predictor"]
+    for head, retention in dict.fromkeys((row["head"], row["retention"]) for row in learned):
+        rows = [row for row in learned if (row["head"], row["retention"]) == (head, retention)]
+        series = {
+            row["documents"]: [(i, x) for i, x in enumerate(row["layers"]) if x is not None]
+            for row in rows
+        }
+        title = f"{head}, retention {retention:g}"
+        figures[title] = line_chart(_present(series), "layer", "recall", from_zero=True)
+    return figures
+
+
+def _evaluations(run: RunFiles) -> list[dict[str, Any]]:
+    """Tables: what was evaluated, and its numbers."""
+    found = []
+    for path, values in run.evaluations.items():
+        table = {
+            "title": path,
+            "facts": {k: v for k, v in values.items() if k != "kind" and _is_plain(v)},
+            "columns": [],
+            "rows": [],
+        }
+        if values["kind"] == "perplexity":
+            table["columns"] = ["first", "last", "perplexity"]
+            table["rows"] = [[b[c] for c in table["columns"]] for b in values["by_position"]]
+        elif values["kind"] == "retrieval":
+            table["columns"] = ["length", "depth", "accuracy", "samples"]
+            table["rows"] = [[cell[c] for c in table["columns"]] for cell in values["cells"]]
+        elif values["kind"] == "longbench" and not table["facts"]:
+            buckets = list(
+                dict.fromkeys(b for v in values.values() if isinstance(v, dict) for b in v)
+            )
+            table["columns"] = ["task", *buckets]
+            table["rows"] = [
+                [task, *(scores.get(b) for b in buckets)]
+                for task, scores in values.items()
+                if isinstance(scores, dict)
+            ]
+        found.append(table)
+    return found
+
+
+def _series(lines: list[dict], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+
+
+def _present(series: dict[str, list]) -> dict[str, list]:
+    return {name: points for name, points in series.items() if points}
+
+
+def _last(lines: list[dict], key: str) -> Any:
+    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _number(value: Any) -> Any:
+    """Numbers with four digits; other values as they are."""
+    if isinstance(value, float) and not (value.is_integer() and abs(value) < 1e15):
+        return f"{value:,.4g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{int(value):,}"
+    if isinstance(value, list):
+        return ", ".join(str(_number(item)) for item in value) or "none"
+    return "-" if value is None else value

@@ -1,0 +1,154 @@
+"""`ReportCallback`: what a run's page needs and Trainer does not keep."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lemo_hf.files import read_json, whole_file, write_json
+from lemo_hf.patch import LeMo, lemo_of, transformers_model
+from lemo_hf.report import RECORD_NAME, write_report
+from lemo_hf.report_environment import environment
+
+GIB = 2**30
+
+
+class ReportCallback(TrainerCallback):
+    """Keeps retention by layer, memory and speed at each log; writes ``report.html`` at the end.
+
+    Beside the page it writes ``lemo_report.json`` (at each log, as a whole) and Trainer's own
+    ``trainer_state.json`` into the output directory. A resumed run goes on with both. Retention is
+    counted on the device and read when Trainer logs, so that no step waits for it. Files are
+    process 0's, and so is what they say.
+    """
+
+    def __init__(self):
+        self._record: dict[str, Any] = {}
+        self._lemo: LeMo | None = None
+        self._hook: Any = None
+        self._layers = 0
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        """Note what is trained, and listen to the last sparse layer."""
+        inner = transformers_model(model)
+        self._lemo = lemo_of(model)
+        self._layers = 0 if self._lemo is None else len(self._lemo.rules)
+        if self._lemo is not None:
+            self._hook = self._lemo.passes.last.register_forward_hook(self._count)
+        self._reset()
+        if state.is_world_process_zero:
+            rows = _rows_until(Path(args.output_dir, RECORD_NAME), state.global_step)
+            self._record = {
+                "model": _model_facts(model, inner),
+                "lemo": None if self._lemo is None else self._lemo.config.to_dict(),
+                "sparse": None if self._lemo is None else self._lemo.describe(),
+                "training": _changed(args),
+                "environment": environment(),
+                "rows": rows,
+            }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keep a row for each training log."""
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        row: dict[str, Any] = {
+            "step": state.global_step,
+            "seconds": time.perf_counter() - self._started,
+            "tokens": self._tokens,
+            "host_memory_gib": psutil.Process().memory_info().rss / GIB,
+        }
+        if torch.cuda.is_available():
+            row["gpu_memory_gib"] = torch.cuda.memory_allocated() / GIB
+            row["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        if self._kept:
+            row |= {name: self._shares(kept) for name, kept in self._kept.items()}
+        self._record["rows"].append(row)
+        self._reset()
+        os.makedirs(args.output_dir, exist_ok=True)
+        with whole_file(Path(args.output_dir, RECORD_NAME)) as path:
+            write_json(path, self._record)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Leave the time of an evaluation out of the training speed."""
+        runtimes = [value for name, value in (metrics or {}).items() if name.endswith("_runtime")]
+        self._started += sum(runtimes)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Write the page."""
+        if self._hook is not None:
+            self._hook.remove()
+        if state.is_world_process_zero:
+            os.makedirs(args.output_dir, exist_ok=True)
+            with whole_file(Path(args.output_dir, RECORD_NAME)) as path:
+                write_json(path, self._record)
+            state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+            write_report(args.output_dir)
+
+    def _reset(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._blocks: Tensor | int = 0
+        self._tokens = 0
+        self._started = time.perf_counter()
+
+    def _count(self, *_: Any) -> None:
+        """Add the kept blocks of the pass under way, in which all layers have chosen."""
+        step = self._lemo.passes.step
+        if step is None:  # the layer is computed again in the backward
+            return
+        for name in ("attention", "mlp"):
+            sets = [step.kept_blocks[i, name].sum() for i in self._lemo.sparse_layers]
+            self._kept[name] = self._kept.get(name, 0) + torch.stack(sets)
+        self._blocks = self._blocks + step.real.sum()
+        self._tokens += step.real_tokens
+
+    def _shares(self, kept: Tensor) -> list[float]:
+        """Share of the blocks that each layer kept; 1 for dense ones."""
+        shares = [1.0] * self._layers
+        for i, share in zip(self._lemo.sparse_layers, (kept / self._blocks).tolist(), strict=True):
+            shares[i] = share
+        return shares
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """What a run that goes on had written before."""
+    if not step or not path.is_file():
+        return []
+    return [row for row in read_json(path).get("rows", []) if row["step"] <= step]
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Elements of the parameters that are trained, and of all; those that ZeRO-3 shards, too."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
+def _model_facts(model: nn.Module, inner: nn.Module) -> dict[str, Any]:
+    trained, total = parameter_counts(model)
+    return {
+        "name": inner.config._name_or_path or type(inner).__name__,
+        "type": inner.config.model_type,
+        "layers": inner.config.num_hidden_layers,
+        "parameters": total,
+        "trained": trained,
+        "dtype": str(inner.dtype).removeprefix("torch."),
+    }
+
+
+def _changed(args: Any) -> dict[str, Any]:
+    """Training arguments that are not at their defaults; no secrets."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(args)
+        if f.init
+    }
+    return {
+        name: value if isinstance(value, str | int | float | bool | None) else str(value)
+        for name, value in args.to_dict().items()
+        if name in defaults and value != defaults[name] and not name.endswith("_token")
+    }
