@@ -17,7 +17,7 @@ test: $(VENV)/ready $(VENV)/oldest/ready lint
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) benchmarks/table.py --check
+	PYTHONPATH=. $(RUN) benchmarks/table.py --check
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

@@ -15,7 +15,8 @@ from lemo_hf.patch import LeMo
 
 HOST_GIB = 100.0  # pinned memory that LeMo's offload may take
 SOME_GIB = 8.0  # a budget that does not take everything at 64K
-LEMO = {"retention": 0.5, "dense_first_layers": 4}
+# A policy that reads the stream: the default would cost less.
+LEMO = {"retention": 0.5, "dense_first_layers": 4, "policy": "pooled"}
 
 
 @dataclass(frozen=True)

@@ -166,3 +166,26 @@ def real_row(row: dict) -> list[str]:
     if row["status"] != "ok":
         return [*head, status_of(row), ""]
     return [*head, f"{row['ms_median'] / 1e3:,.1f}", f"{row['peak_gib']:.1f}"]
+
+
+def scaling_table(header: dict, rows: list[dict]) -> str:
+    """Markdown: steps by Trainer and LeMoTrainer on one and more GPUs."""
+    names = {"hf": "Trainer", "lemo": "LeMoTrainer"}
+    lines = [["engine", "tokens a row", "GPUs", "by", "ms", "tokens/s", "efficiency", "peak GiB"]]
+    lines.append(["---"] * len(lines[0]))
+    order = sorted(rows, key=lambda r: (r["engine"], r["tokens"], r["provider"], r["gpus"]))
+    for row in order:
+        line = [row["engine"].upper(), f"{row['tokens']:,}", str(row["gpus"])]
+        line.append(names[row["provider"]])
+        if row["status"] == "ok":
+            line += [f"{row['ms_median']:,.0f}", f"{row['tokens_per_s']:,.0f}"]
+            line += [f"{row['efficiency']:.1%}", f"{row['peak_gib']:.1f}"]
+        else:
+            line += [row["status"], "", "", ""]
+        lines.append(line)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\n{header['model']} shapes, {header['gpu']}, torch {header['torch']}, "
+        f"transformers {header['transformers']}, accelerate {header['accelerate']}, commit "
+        f"`{header['commit']}`, {header['date']}, `benchmarks/bench_scaling.py`."
+    )

@@ -1,7 +1,7 @@
-"""The README's tables, from the JSON of the benchmarks and of the demo.
+"""The tables of README.md and docs/QUALITY.md, from the JSON of the benchmarks and of the demo.
 
-Without an option the tables are printed; ``--write`` puts them into README.md between the markers
-of their name, ``--check`` fails if README.md differs from them.
+Without an option the tables are printed; ``--write`` puts them into the pages between the markers
+of their name, ``--check`` fails if a page differs from them.
 """
 
 import argparse
@@ -10,38 +10,24 @@ from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
-from step_table import longest_tables, step_tables
+from step_table import longest_tables, scaling_table, step_tables
+
+from benchmarks.quality.tables import all_tables, summary_table
 
 HERE = Path(__file__).parent
+QUALITY = HERE.parent / "docs" / "QUALITY.md"
 README = HERE.parent / "README.md"
 DEMO = HERE.parent / "docs" / "demo" / "report.json"
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 def quality_table(header: dict, rows: list[dict]) -> str:
-    """Markdown: a configuration a row, beside dense."""
-    dense = next(row for row in rows if row["options"] is None)
-    lines = [["trained", "retention", "perplexity", "against dense", "s"], ["---"] * 5]
-    for row in rows:
-        options = row["options"]
-        name = "dense LoRA"
-        if options is not None:
-            name = f"`LeMoConfig({', '.join(f'{k}={v!r}' for k, v in options.items())})`"
-        change = row["perplexity"] / dense["perplexity"] - 1
-        lines.append(
-            [
-                name,
-                f"{row['retention']:.2f}",
-                f"{row['perplexity']:.2f}",
-                "" if options is None else f"{change:+.1%}",
-                f"{row['seconds']:.1f}",
-            ]
-        )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Markdown: the headline settings beside dense and other ways to save."""
+    table = summary_table(rows, ("headline", "equal_time", "controls"))
     return (
-        f"{table}\n\nBefore fine-tuning {header['before']:.1f}. {header['gpu']}, torch "
-        f"{header['torch']}, transformers {header['transformers']}, commit `{header['commit']}`, "
-        f"{header['date']}, `benchmarks/bench_quality.py`, seed {header['seed']}."
+        f"{table}\n\n{header['gpu']}, torch {header['torch']}, transformers "
+        f"{header['transformers']}, commit `{header['commit']}`, {header['date']}; means over "
+        "seeds, in brackets the range of the change; step time and memory alone on a GPU."
     )
 
 
@@ -87,7 +73,7 @@ def demo_table(report: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, longest, kernels, ablations, quality, predictors = [], [], [], [], [], []
+    steps, longest, kernels, ablations, quality, predictors, scaling = ([] for _ in range(7))
     for file in sorted(HERE.glob("results/*/*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
@@ -100,6 +86,8 @@ def blocks() -> dict[str, str]:
             ablations.append(ablation_table(content["header"], content["rows"]))
         elif file.name == "bench_quality.json":
             quality.append(quality_table(content["header"], content["rows"]))
+        elif file.name == "bench_scaling.json":
+            scaling.append(scaling_table(content["header"], content["rows"]))
         elif file.name == "bench_predictor.json":
             predictors.append(predictor_table(content["header"], content["rows"]))
     return {
@@ -109,9 +97,19 @@ def blocks() -> dict[str, str]:
         "bench_ablation": "\n\n".join(ablations),
         "bench_quality": "\n\n".join(quality),
         "bench_predictor": "\n\n".join(predictors),
+        "bench_scaling": "\n\n".join(scaling),
         "plan": plan_table(),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
     }
+
+
+def quality_blocks() -> dict[str, str]:
+    """Every generated block of docs/QUALITY.md by the name of its markers."""
+    found = {}
+    for file in sorted(HERE.glob("results/*/bench_quality*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found[file.stem] = all_tables(content["header"], content["rows"])
+    return found
 
 
 def insert(text: str, name: str, block: str) -> str:
@@ -120,7 +118,7 @@ def insert(text: str, name: str, block: str) -> str:
     if not block and start not in text:  # not measured yet
         return text
     if text.count(start) != 1 or text.count(end) != 1:
-        raise SystemExit(f"README.md must hold {start} and {end} once each.")
+        raise SystemExit(f"the page must hold {start} and {end} once each.")
     before, _, rest = text.partition(start)
     body = f"\n\n{block}\n\n" if block else "\n"
     return f"{before}{start}{body}{end}{rest.partition(end)[2]}"
@@ -129,18 +127,19 @@ def insert(text: str, name: str, block: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--write", action="store_true", help="put the tables into README.md")
-    how.add_argument("--check", action="store_true", help="fail if README.md has others")
+    how.add_argument("--write", action="store_true", help="put the tables into the pages")
+    how.add_argument("--check", action="store_true", help="fail if a page has others")
     args = parser.parse_args()
-    text = new = README.read_text(encoding="utf-8")
-    for name, block in blocks().items():
-        new = insert(new, name, block)
-        if not (args.write or args.check):
-            print(block, end="\n\n")
-    if args.write:
-        README.write_text(new, encoding="utf-8")
-    elif args.check and text != new:
-        raise SystemExit("README.md is not up to date: python benchmarks/table.py --write")
+    for page, found in ((README, blocks()), (QUALITY, quality_blocks())):
+        text = new = page.read_text(encoding="utf-8")
+        for name, block in found.items():
+            new = insert(new, name, block)
+            if not (args.write or args.check):
+                print(block, end="\n\n")
+        if args.write:
+            page.write_text(new, encoding="utf-8")
+        elif args.check and text != new:
+            raise SystemExit(f"{page.name} is not up to date: python benchmarks/table.py --write")
 
 
 if __name__ == "__main__":

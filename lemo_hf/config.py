@@ -48,11 +48,12 @@ class LeMoConfig:
             layer's attention keeps.
         mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
-        policy: What ranks the blocks. ``"pooled"``: attention scores of mean-pooled queries and
-            keys, no training needed. ``"oracle"``: the paper's score from the layer's real queries
-            and keys; exact and slow. ``"random"``, ``"recent"``: baselines. ``"predictor"``: the
-            learned ones of ``predictor``, or those given to `apply_lemo`. ``None``: as
-            ``predictor`` says, ``"pooled"`` without one.
+        policy: What ranks the blocks. ``"recent"``: the last ones first (the best quality measured,
+            ``docs/QUALITY.md``). ``"pooled"``: attention scores of mean-pooled queries and keys, no
+            training needed. ``"oracle"``: the paper's score from the layer's real queries and keys;
+            exact and slow. ``"random"``: a baseline. ``"predictor"``: the learned ones of
+            ``predictor``, or those given to `apply_lemo`. ``None``: ``"predictor"`` if one is
+            given, ``"pooled"`` if a threshold is, else ``"recent"``.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
             those that are registered for the model's name.
         predictor_revision: Branch, tag or commit of that repository.
@@ -197,8 +198,10 @@ class LeMoConfig:
                 "predictor='organisation/name'."
             )
         if self.policy is None:
-            policy = "pooled" if self.predictor is None else "predictor"
-            object.__setattr__(self, "policy", policy)
+            # A threshold compares scores, and those of recent blocks are but their places.
+            by_score = self.threshold is not None or self.mlp_threshold is not None
+            policy = "pooled" if by_score else "recent"
+            object.__setattr__(self, "policy", "predictor" if self.predictor else policy)
         elif self.predictor is not None and self.policy != "predictor":
             raise ValueError(
                 f"predictor={self.predictor!r} and policy={self.policy!r} cannot both choose the "

@@ -417,6 +417,8 @@ def test_tables_and_pictures_come_from_the_json(results, tmp_path, capsys):
     dense = next(row for row in rows if row["name"] == "dense")
     books, end = dense["perplexity"]["books"], dense["late_perplexity"]["books"]
     assert f"| dense | 1 | 3 | 1.00 / 1.00 | {books:.2f} ({end:.2f}) |  |" in text
+    summary = tables.summary_table(rows, ("headline", "equal_time", "controls"))
+    assert summary.count("| dense |") == 1 and "| pooled 0.5, as long as dense |" in summary
     image = tmp_path / "frontier.png"
     frontier.main([str(results), str(image)])
     assert image.stat().st_size > 10_000

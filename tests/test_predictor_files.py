@@ -111,7 +111,8 @@ def test_the_config_beside_a_predictor_is_ready_to_train(tmp_path):
 
 
 def test_the_config_field():
-    assert LeMoConfig().policy == "pooled" and LeMoConfig(predictor="a/b").policy == "predictor"
+    assert LeMoConfig().policy == "recent" and LeMoConfig(predictor="a/b").policy == "predictor"
+    assert LeMoConfig(threshold=1.0).policy == LeMoConfig(mlp_threshold=1.0).policy == "pooled"
     assert LeMoConfig(predictor=Path("a") / "b").predictor == "a/b"
     with pytest.raises(ValueError, match="predictor='a/b' and policy='oracle' cannot both"):
         LeMoConfig(predictor="a/b", policy="oracle")

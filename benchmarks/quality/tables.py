@@ -68,6 +68,32 @@ def group_table(rows: list[dict], group: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def summary_table(rows: list[dict], groups: Sequence[str]) -> str:
+    """Markdown: quality, time and memory of the settings of ``groups`` in few columns; what is
+    found is the mean over lengths."""
+    settings = {}
+    for group in groups:
+        for setting in settings_of(rows, group):
+            late = ", as long as dense" if group == "equal_time" else ""
+            settings.setdefault(setting.name + late, setting)
+    first = next(iter(settings.values())).rows[0]
+    texts, lengths = list(first["perplexity"]), list(first["retrieval"]["accuracy"])
+    head = ["trained", "seeds", "steps", *(f"perplexity, {text}" for text in texts)]
+    head += ["found", "ms a step", "peak GiB"]
+    lines = [head, ["---"] * len(head)]
+    for name, setting in settings.items():
+        line = [name, str(len(setting.rows)), str(setting.rows[0]["steps"])]
+        for text in texts:
+            mean, change = f"{setting.mean('perplexity', text):.2f}", changes(setting, text)
+            line.append(f"{mean}, {change}" if change else mean)
+        found = [setting.mean("retrieval", "accuracy", length) for length in lengths]
+        line.append(f"{sum(found) / len(found):.0%}")
+        line.append("" if setting.step_ms is None else f"{setting.step_ms:.0f}")
+        line.append("" if setting.peak_gib is None else f"{setting.peak_gib:.1f}")
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def timing_table(rows: list[dict]) -> str:
     """Markdown: cost of each setting alone on a GPU; empty if none was measured."""
     timed = [row for row in rows if row["status"] == "ok" and not row["evaluate"]]
