@@ -1,18 +1,23 @@
-# make demo and make test need nothing but Python 3.10+; each makes what it lacks.
+# make demo and make test need nothing but Python 3.11+; each makes what it lacks.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Tiny models: two processes of one thread each are faster than one of two.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
+# What does not depend on transformers, or is slow and hardly does.
+NOT_AGAIN := kernels test_benchmarks_* test_docs.py test_examples.py test_inspect.py test_longbench* \
+	test_package.py test_plan.py test_processes.py test_real_text.py test_report.py \
+	test_sequence_parallel.py
+
 .PHONY: demo test lint docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
 
-test: $(VENV)/ready $(VENV)/oldest/ready lint
+test: $(VENV)/ready $(VENV)/oldest/ready lint docs
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) --ignore tests/kernels
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(foreach name,$(NOT_AGAIN),--ignore-glob='tests/$(name)')
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
