@@ -3,6 +3,8 @@
 One process on one GPU is what two are compared with, by the same kernels.
 """
 
+from functools import cache
+
 import pytest
 import test_ddp
 import test_fsdp_trainer
@@ -29,44 +31,54 @@ import os
 os.environ["{ON_GPUS}"] = "1"
 from pathlib import Path
 import torch.distributed as dist
+from processes import meet
 from test_nccl import ENGINES, PASSES
 from test_sequence_parallel import FSDP, by_rows, one_pass
 from training_cases import outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])
-number = int(os.environ["WORLD_SIZE"])
-for engine, cases in ENGINES.items():
-    if engine != "fsdp":
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
-    for name, case in cases.items():
-        path, case = folder / f"{{number}}-{{engine}}-{{name}}", {{"use_cpu": False, **case}}
-        if engine == "sequence":
-            result = outcome(by_rows(path, number, **case))
-        elif engine == "fsdp" and number > 1:
-            result = train(path, **FSDP, **case)
-        else:
-            result = train(path, **case)
-        write(folder, path.name, result, process)
+number, engine = int(os.environ["WORLD_SIZE"]), folder.name
+if engine != "fsdp":
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+for name, case in ENGINES.get(engine, {{}}).items():
+    path, case = folder / f"{{number}}-{{name}}", {{"use_cpu": False, **case}}
+    if engine == "sequence":
+        result = outcome(by_rows(path, number, **case))
+    elif engine == "fsdp" and number > 1:
+        result = train(path, **FSDP, **case)
+    else:
+        result = train(path, **case)
+    write(folder, path.name, result, process)
+if engine == "passes":
+    meet()
+    for name in PASSES:
+        write(folder, f"{{number}}-{{name}}", one_pass(name, number), process)
 assert dist.get_backend() == "nccl" and dist.get_world_size() == number
-for name in PASSES:
-    write(folder, f"{{number}}-pass-{{name}}", one_pass(name, number), process)
 """
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What one and two processes made of all cases."""
-    folder = tmp_path_factory.mktemp("nccl")
-    launch(SCRIPT, folder, timeout=500)
-    return folder
+def outcomes(tmp_path_factory):
+    """The folder of what one and two processes made of an engine's cases; made when asked for."""
 
+    @cache
+    def of(engine):
+        folder = tmp_path_factory.mktemp("nccl") / engine
+        folder.mkdir()
+        launch(SCRIPT, folder, timeout=300)
+        return folder
 
-@pytest.mark.parametrize(
-    "name", [f"{engine}-{name}" for engine, cases in ENGINES.items() for name in cases]
-)
-def test_two_gpus_train_as_one(folder, name):
-    assert_same(read(folder, f"2-{name}"), read(folder, f"1-{name}"), TOLERANCE)
+    return of
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_shared_sequence_is_that_of_one_gpu(folder, name):
-    assert_same(read(folder, f"2-pass-{name}"), read(folder, f"1-pass-{name}"), TOLERANCE)
+def test_a_shared_sequence_is_that_of_one_gpu(outcomes, name):
+    folder = outcomes("passes")
+    assert_same(read(folder, f"2-{name}"), read(folder, f"1-{name}"), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"), [(engine, name) for engine, cases in ENGINES.items() for name in cases]
+)
+def test_two_gpus_train_as_one(outcomes, engine, name):
+    folder = outcomes(engine)
+    assert_same(read(folder, f"2-{name}"), read(folder, f"1-{name}"), TOLERANCE)
