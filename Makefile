@@ -22,6 +22,7 @@ test: $(VENV)/ready $(VENV)/oldest/ready lint docs
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy lemo_hf
 	PYTHONPATH=. $(RUN) benchmarks/table.py --check
 
 docs: $(VENV)/ready
@@ -37,6 +38,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch
 	$(RUN) -m pip install -q -c constraints.txt -e ".[peft,eval,plot,test,docs]"
+	$(RUN) -m pip install -q --no-deps axolotl==0.19.0 addict==2.4.0  # its pins are older than our floors
 	touch $@
 
 # The oldest transformers that is supported, put before the newest on the path.
