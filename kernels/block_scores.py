@@ -11,6 +11,8 @@ only `CHUNKS` partial sums a block. Operations: those of QK^T, half of an attent
 Source: LeMo, arXiv:2501.09767, "Information-driven Token Elimination".
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -241,14 +243,15 @@ def _launch(
             num_stages=max(1, min(3, _shared_memory(query) // stage)),
         )
     scores = sums.sum(0)
-    return scores / seen.sum(0).clamp_min(1) if normalize else scores
+    return scores if seen is None else scores / seen.sum(0).clamp_min(1)
 
 
 def _shared_memory(x: Tensor) -> int:
     """Bytes a program may use for tiles on the way to it."""
     if not x.is_cuda:
         return 0
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(x.device)  # its stubs lack this one
+    return properties.shared_memory_per_block_optin
 
 
 def block_scores(
@@ -292,9 +295,9 @@ def block_scores(
             softcap=softcap,
             normalize=normalize,
         )
-    ids = None
-    if valid is not None or documents is not None:
-        ids = torch.zeros_like(valid, dtype=torch.int32) if documents is None else documents.int()
-        ids = ids if valid is None else ids.masked_fill(~valid, -1)
-        ids = ids.contiguous()
+    ids = None if documents is None else documents.int()
+    if valid is not None:
+        ids = torch.zeros_like(valid, dtype=torch.int32) if ids is None else ids
+        ids = ids.masked_fill(~valid, -1)
+    ids = None if ids is None else ids.contiguous()
     return _launch(query, key, block_size, scaling, ids, window, softcap, normalize)

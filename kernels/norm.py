@@ -234,7 +234,9 @@ def launch_backward(
     grad_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradient of the rows to ``out``; return those of weight and bias."""
-    batch, kept, width = (grad_hidden if grad_rows is None else grad_rows).shape
+    grad = grad_hidden if grad_rows is None else grad_rows
+    assert grad is not None  # one of the two is given
+    batch, kept, width = grad.shape
     num_rows = batch * kept
     programs = min(num_rows, PARTIALS) if grad_weight or grad_bias else num_rows
     partials = [
@@ -266,4 +268,7 @@ def launch_backward(
                 STAGES=STAGES if grad_weight or grad_bias else 1,
                 **row_block(width),
             )
-    return tuple(p if p is None else p.sum(0).to(norm.weight.dtype) for p in partials)
+    weight, bias = (
+        None if p is None or norm is None else p.sum(0).to(norm.weight.dtype) for p in partials
+    )
+    return weight, bias

@@ -14,6 +14,7 @@ Source: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction".
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -369,7 +370,8 @@ def _stages(x: Tensor, stage: int) -> int:
     """How many stages of so many bytes may be on their way, besides what comes after them."""
     if not x.is_cuda:
         return 1
-    memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(x.device)  # its stubs lack this one
+    memory = properties.shared_memory_per_block_optin
     return max(1, min(STAGES, (memory - 2**15) // stage))
 
 
@@ -398,7 +400,7 @@ def _launch(
     block_r = max(16, triton.next_power_of_2(rank))
     columns = 32 if full else COLUMNS
     tile, span, parts, per = _tiling(block_size, 64 if full else TILE)
-    new = {"dtype": torch.float32, "device": x.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     keys = torch.empty(batch, tokens, rank, **new)
     sums = torch.empty(batch, blocks, parts, rank, **new) if attention else None
     counts = torch.empty(batch, blocks, parts, **new)
@@ -443,7 +445,7 @@ def _launch(
             ),
         )
         if parts > 1:
-            sums, counts = sums.sum(2) if attention else None, counts.sum(2)
+            sums, counts = None if sums is None else sums.sum(2), counts.sum(2)
         tile, span, parts, per = _tiling(block_size, KEYS)
         _score_kernel[(triton.cdiv(tokens, span), batch)](
             keys,

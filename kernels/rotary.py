@@ -38,11 +38,11 @@ class KeptRotary:
 def rotary_reference(x: Tensor, cos: KeptRotary, sin: KeptRotary) -> Tensor:
     """``x [B, heads, K, D]`` with its first R dimensions rotated; rounds once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.gathered[:, None].to(wide) for part in (cos, sin))
-    width = cos.shape[-1]
+    cosine, sine = (part.gathered[:, None].to(wide) for part in (cos, sin))
+    width = cosine.shape[-1]
     turned = x[..., :width].to(wide)
     first, second = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    turned = turned * cosine + torch.cat((-second, first), -1) * sine
     return torch.cat((turned.to(x.dtype), x[..., width:]), -1)
 
 
@@ -169,7 +169,7 @@ def _launch(
                 HALF=triton.next_power_of_2(half),
                 REST=triton.next_power_of_2(rest) if rest else 0,
             )
-    return tuple(out.transpose(1, 2) for out in outs)
+    return outs[0].transpose(1, 2), outs[1].transpose(1, 2)
 
 
 class _Rotary(Function):

@@ -312,8 +312,9 @@ def read_rows(x: Tensor, index: Tensor | None, norm: Norm | None) -> tuple[Tenso
         rows = x if index is None else x.index_select(0, index)
         return rows, (rows.detach() if norm is None else norm_reference(rows, norm))
     index = None if index is None else index[None]
-    rows, normed = launch_forward(x[None], index, norm, write_rows=index is not None)
-    return (x if rows is None else rows[0]), normed[0]
+    found, normed = launch_forward(x[None], index, norm, write_rows=index is not None)
+    assert normed is not None  # there is a norm
+    return (x if found is None else found[0]), normed[0]
 
 
 def write_gradient(
@@ -328,13 +329,13 @@ def write_gradient(
     if norm is not None and use_triton(rows):
         index = None if index is None else index[None]
         grad = grad.to(norm_dtype(rows, norm)).contiguous()[None]
-        found = launch_backward(None, grad, rows[None], norm, out[None], index, None, *trained)
-        return [x for x in found if x is not None]
-    found = []
+        made = launch_backward(None, grad, rows[None], norm, out[None], index, None, *trained)
+        return [x for x in made if x is not None]
+    found: list[Tensor] = []
     if norm is not None:
         with torch.enable_grad():
             rows = rows.detach().requires_grad_()
-            wanted = [rows, *(p for p, asked in zip(norm[1:3], trained, strict=True) if asked)]
+            wanted = [rows, *trained_parameters(norm)]
             grad, *found = torch.autograd.grad(norm_reference(rows, norm), wanted, grad)
     if index is None:
         out.copy_(grad)

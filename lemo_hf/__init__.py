@@ -4,8 +4,15 @@
 any other training loop.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lemo_hf.config import LeMoConfig
 from lemo_hf.version import __version__
+
+if TYPE_CHECKING:
+    from lemo_hf.patch import apply_lemo, remove_lemo
+    from lemo_hf.predictors.predictor_set import LeMoPredictor
+    from lemo_hf.trainer import LeMoTrainer
 
 __all__ = [
     "LeMoConfig",
@@ -24,7 +31,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import transformers only when something that needs it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

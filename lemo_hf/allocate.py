@@ -91,29 +91,28 @@ def allocate_retention(
     counts = {max(least, num_kept_blocks(share, blocks)) for share in grid} - {even}
     points = {i: {max(least, even): measured.loss_rise} for i in sparse}
 
-    def with_counts(kept: dict[int, int]) -> LeMoConfig:
-        shares = tuple(
+    def shares_of(kept: dict[int, int]) -> tuple[float, ...]:
+        return tuple(
             1.0 if rule is None else kept[i] / blocks if i in kept else float(budget)
             for i, rule in enumerate(rules)
         )
-        return dataclasses.replace(own, retention=shares)
 
     total = len(sparse) * len(counts)
     with tqdm(total=total, desc="layers x retentions", disable=not progress) as bar:
         for i in sparse:
             for count in sorted(counts):
-                points[i][count] = measure(with_counts({i: count})).loss_rise
+                alone = dataclasses.replace(own, retention=shares_of({i: count}))
+                points[i][count] = measure(alone).loss_rise
                 bar.update()
-    allocated = with_counts(
-        share_blocks(points, math.floor(round(budget * blocks * len(sparse), 6)))
-    )
+    shared = shares_of(share_blocks(points, math.floor(round(budget * blocks * len(sparse), 6))))
+    allocated = dataclasses.replace(own, retention=shared)
     candidates = {"uniform": uniform, "uniform, a set each": own, "allocated": allocated}
     rises = {name: measure(candidate).loss_rise for name, candidate in candidates.items()}
     return Allocation(
-        config=candidates[min(rises, key=rises.get)],
+        config=candidates[min(rises, key=lambda name: rises[name])],
         dense_loss=measure.dense_loss,
         loss_rises=rises,
-        retentions=allocated.retention,
+        retentions=shared,
         curves={
             i: {count / blocks: rise for count, rise in sorted(curve.items())}
             for i, curve in points.items()
@@ -138,8 +137,8 @@ def allocate_memory(
     Raises:
         ValueError: Not even the least retention fits; see also `allocate_retention`.
     """
-    longest = max(rows, key=lambda row: len(row["input_ids"]), default=None)
-    measure = LossRise(model, rows, predictors)  # says what is wrong with the rows
+    measure = LossRise(model, rows, predictors)  # says what is wrong with the rows, if none
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
     budget = retention_for_memory(model, longest, config, gib, predictors=predictors)
     least = max(2 / measure.num_blocks(config), min(GRID))
     grid = GRID if budget >= least else (budget,)

@@ -7,6 +7,7 @@ query and 8 key heads of 128, forward and backward). Other implementations (``fl
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ _CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 _ANY = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
-def fastest_attention(module: nn.Module, device: torch.device, dtype: torch.dtype):
+def fastest_attention(
+    module: nn.Module, device: torch.device, dtype: torch.dtype
+) -> tuple[SDPBackend, ...] | None:
     """Backends in the order to try them, or None where PyTorch's own order stays.
 
     Args:
@@ -25,7 +28,7 @@ def fastest_attention(module: nn.Module, device: torch.device, dtype: torch.dtyp
         device: Where it runs.
         dtype: Of its queries.
     """
-    config = module.config
+    config: Any = module.config  # transformers', whose fields differ by family
     if device.type != "cuda" or config._attn_implementation != "sdpa" or dtype.itemsize != 2:
         return None
     heads = config.num_attention_heads
@@ -42,7 +45,9 @@ def using(backends: tuple[SDPBackend, ...] | None) -> AbstractContextManager:
 
 
 @cache
-def _tried(heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype):
+def _tried(
+    heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[SDPBackend, ...] | None:
     """Candidates that run, the fastest first, and what can stand in for them."""
     times = {}
     for backend in _CANDIDATES:
@@ -50,11 +55,13 @@ def _tried(heads: int, keys: int, size: int, device: torch.device, dtype: torch.
             times[backend] = _milliseconds(backend, heads, keys, size, device, dtype)
         except RuntimeError:  # not built, or not for such heads
             continue
-    return (*sorted(times, key=times.get), *_ANY) if times else None
+    return (*sorted(times, key=lambda backend: times[backend]), *_ANY) if times else None
 
 
 @torch.enable_grad()
-def _milliseconds(backend, heads, keys, size, device, dtype) -> float:
+def _milliseconds(
+    backend: SDPBackend, heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """The faster of two runs, forward and backward, after one that is not timed."""
     shapes = [(1, TOKENS, count, size) for count in (heads, keys, keys)]
     tensors = [torch.randn(s, device=device, dtype=dtype).transpose(1, 2) for s in shapes]

@@ -76,6 +76,11 @@ def calibrate_thresholds(
     Source: LeMo, arXiv:2501.09767, Algorithm 1.
     """
     check_share("retention", retention)
+    if config.policy == "recent":
+        raise ValueError(
+            "policy='recent' scores a block by its place, which no threshold can learn from: set "
+            "policy='pooled' or 'oracle', or a predictor."
+        )
     base = dataclasses.replace(config, retention=None, threshold=0.0, agree_across_layers=False)
     calibration = _Calibration(LossRise(model, rows, predictors), base, retention)
     thresholds, measured = calibration.rescaled(torch.ones(len(calibration.sparse)))
@@ -172,8 +177,8 @@ class _Calibration:
             below = self.measure(self.config((thresholds - step).clamp_min(0)))
             kept = self.mean_retention(above) - self.mean_retention(below)
             slopes.append((above.loss_rise - below.loss_rise, kept))
-        loss, kept = torch.tensor(slopes).unbind(1)
-        along = loss - kept * (loss @ kept) / (kept @ kept).clamp_min(1e-12)
+        loss, share = torch.tensor(slopes).unbind(1)
+        along = loss - share * (loss @ share) / (share @ share).clamp_min(1e-12)
         return -along / along.abs().max().clamp_min(1e-12)
 
 

@@ -1,13 +1,16 @@
 """What LeMo refuses, said before training starts: the value, and the way out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_model(model: nn.Module) -> Family:
@@ -20,7 +23,7 @@ def check_model(model: nn.Module) -> Family:
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"LeMo needs a transformers causal LM, got {type(model).__name__}.")
     family = family_of(config.model_type)
-    if model.get_output_embeddings() is None:
+    if cast("PreTrainedModel", model).get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
         )
@@ -99,7 +102,9 @@ def check_predictors(
         choosing = [i for i, pair in enumerate(rules) if pair and _leaves_out(pair[place])]
         if config.agree_across_layers:
             choosing = choosing[:1]
-        if choosing and head is None:
+        if not choosing:
+            continue
+        if head is None:
             field = "mlp_retention" if config.mlp_threshold is None else "mlp_threshold"
             raise ValueError(
                 f"{field}={getattr(config, field)} lets MLPs choose for themselves, but the "

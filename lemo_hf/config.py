@@ -106,7 +106,7 @@ class LeMoConfig:
     sequence_parallel_size: int = 1
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._settle_policy()
         for name in _KEEPS_ALL:
             value = getattr(self, name)
@@ -146,13 +146,10 @@ class LeMoConfig:
         for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, choices in (
-            ("agree_across_layers", (True, False)),
-            ("normalize_scores", (True, False)),
-        ):
+        for name in ("agree_across_layers", "normalize_scores"):
             value = getattr(self, name)
             if type(value) is not bool:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+                raise ValueError(f"{name} must be one of (True, False), got {value!r}")
         self._check_memory()
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
@@ -288,7 +285,7 @@ class LeMoConfig:
             write_json(path, values)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs) -> "LeMoConfig":
+    def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoConfig":
         """Read ``lemo_config.json`` from a directory or a Hub repository.
 
         Where predictors lie beside it, the config is the one recommended for them, and its

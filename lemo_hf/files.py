@@ -16,7 +16,9 @@ _WRITTEN_BY = {
 }
 
 
-def find_files(path_or_repo: str | os.PathLike, names: Sequence[str], **hub_kwargs) -> list[str]:
+def find_files(
+    path_or_repo: str | os.PathLike, names: Sequence[str], **hub_kwargs: Any
+) -> list[str]:
     """Paths of ``names`` in a directory, or in one commit of a Hub repository.
 
     Args:
@@ -51,7 +53,7 @@ class EntryNotFound(ValueError):
     """A repository is there, a file of it is not."""
 
 
-def download(repo: str, name: str, otherwise: str, **hub_kwargs) -> str:
+def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
     """Path of one file of a repository in the Hub's cache, downloaded if it is not there.
 
     Args:

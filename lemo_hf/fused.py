@@ -7,7 +7,7 @@ on its call (`untouched`).
 
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -40,7 +40,8 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
     if not known:
         return None
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(kind, module.weight, getattr(module, "bias", None), eps)
+    weight = cast(Tensor, module.weight)
+    return Norm(kind, weight, getattr(module, "bias", None), cast(float, eps))
 
 
 def final_norm(model: nn.Module, family: Family) -> Norm | None:
@@ -58,12 +59,13 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
     mlp = getattr(layer, family.mlp[0])
     activation = _ACTIVATIONS.get(type(getattr(mlp, family.activation, None)))
     projections = [getattr(mlp, name, None) for name in family.gate]
-    if activation is None or not projections or None in projections:
+    found = [projection for projection in projections if projection is not None]
+    if activation is None or not found or len(found) < len(projections):
         return None
     if not (untouched(mlp) and _of_transformers(mlp)):
         return None
 
-    linears = [linear_of(projection) for projection in projections]
+    linears = [linear_of(projection) for projection in found]
 
     def run(hidden: Tensor) -> Tensor:
         parts = [linear(hidden) for linear in linears]
@@ -92,15 +94,15 @@ def call_attention(
         **kwargs: Of its forward, ``position_embeddings`` excepted.
     """
     forward = type(attention).forward
-    code = getattr(forward, "__code__", None)
+    code: Any = getattr(forward, "__code__", None)
     known = "forward" not in vars(attention) and code is not None
     names = forward.__globals__ if known else {}
     if positions is not None:
         if known and _ROTARY in code.co_names:
             names = {**names, _ROTARY: rotary}
+            kwargs["position_embeddings"] = positions
         else:
-            positions = tuple(part.gathered for part in positions)
-        kwargs["position_embeddings"] = positions
+            kwargs["position_embeddings"] = tuple(part.gathered for part in positions)
     if not known:
         return attention(**kwargs)[0]
     own = FunctionType(

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.measure import sparse_evaluation
 from lemo_hf.modes import evaluating
 from lemo_hf.observe import observe
-from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
-from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
+from lemo_hf.policies import POLICIES, ScoreInputs, rank
 from lemo_hf.recall import recall
 
 # Of the layer's largest score: blocks below it count as uninformative, as in the paper's figure.
@@ -96,7 +97,7 @@ def inspect_text(
             )
     lengths = sorted({*lengths, len(input_ids)})
     inner = transformers_model(model)
-    ids = torch.as_tensor(input_ids, device=inner.get_input_embeddings().weight.device).long()[None]
+    ids = torch.as_tensor(input_ids, device=input_device(model)).long()[None]
     with tqdm(total=len(lengths) + 1, desc="passes", disable=not progress) as bar:
         lemo, kept = _sparse_pass(model, ids, config)
         bar.update()
@@ -142,13 +143,13 @@ def _sparse_pass(
 
 
 def _dense_pass(
-    model: nn.Module, ids: Tensor, lemo: LeMo, shares: Sequence[float]
+    model: PreTrainedModel, ids: Tensor, lemo: LeMo, shares: Sequence[float]
 ) -> tuple[Tensor, list[float | None]]:
     """Each layer's scores ``[L, N]``, and the recall of the config's policy."""
     scores: list[Tensor] = []
     recalls: list[float | None] = []
     config = lemo.config
-    networks = None if lemo.predictor is None else lemo.predictor.attention
+    networks = None if lemo.predictor is None else lemo.predictor.heads["attention"]
 
     def see(inputs: ScoreInputs) -> None:
         layer = inputs.layer_index
@@ -158,7 +159,7 @@ def _dense_pass(
         if lemo.rules[layer] is None or (config.policy == "predictor" and network is None):
             recalls.append(None)
             return
-        ranking = POLICIES[config.policy](dataclasses.replace(inputs, predictor=network))
+        ranking = rank(dataclasses.replace(inputs, predictor=network))
         recalls.append(recall(ranking, target, shares[layer]).item())
 
     with evaluating(model):

@@ -19,7 +19,8 @@ def kept_positions(
     key = "rotary", id(position_embeddings[0])  # held by what is cached, so no other has it
     if kept.cache is not None and key in kept.cache:
         return kept.cache[key]
-    positions = tuple(KeptRotary(table, kept.index) for table in position_embeddings)
+    cos, sin = position_embeddings
+    positions = KeptRotary(cos, kept.index), KeptRotary(sin, kept.index)
     if kept.cache is not None:
         kept.cache[key] = positions
     return positions

@@ -9,7 +9,7 @@ attribute outside the module tree.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from lemo_hf.kernels.gather_norm import gather_norm
 from lemo_hf.kernels.rows import add_update, close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
-from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.policies import ScoreInputs, rank
+from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.recompute import checkpointed, value_free
 from lemo_hf.selection import KeptSet
 from lemo_hf.sequence_attention import heads_shared
@@ -56,17 +57,24 @@ class LayerPlan:
     mlp_rule: KeepRule | None
     closes: bool
     recompute: str | None
-    predictor: Callable[[Tensor], Tensor] | None
-    mlp_predictor: Callable[[Tensor], Tensor] | None
+    predictor: BlockPredictor | None
+    mlp_predictor: BlockPredictor | None
     passes: Passes
 
-    def predictor_for(self, sublayer: str, device: torch.device) -> Callable | None:
-        """The predictor of ``sublayer``, a module moved to where the stream is."""
+    def predictor_for(self, sublayer: str, device: torch.device) -> BlockPredictor | None:
+        """The predictor of ``sublayer``, moved to where the stream is."""
         predictor = self.predictor if sublayer == "attention" else self.mlp_predictor
-        return predictor.to(device) if isinstance(predictor, nn.Module) else predictor
+        return None if predictor is None else predictor.to(device)
 
 
-class SparseLayer:
+# A mixin has no base of its own; type checkers are told whose methods it stands before.
+if TYPE_CHECKING:
+    _Mixed = nn.Module
+else:
+    _Mixed = object
+
+
+class SparseLayer(_Mixed):
     """Mixed in before a decoder layer's class; see the module's docstring."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -109,7 +117,8 @@ def _sparse_class(base: type) -> type:
 def make_sparse(layer: nn.Module, plan: LayerPlan) -> None:
     """Turn ``layer`` into its sparse subclass, in place."""
     layer.__dict__[_PLAN] = plan
-    layer.__class__ = _sparse_class(type(layer))
+    # mypy takes the hash of a module for that of its class.
+    layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]
 
 
 def make_stock(layer: nn.Module) -> None:
@@ -137,7 +146,7 @@ def _sparse_forward(
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
-            scores = POLICIES[step.config.policy](
+            scores = rank(
                 ScoreInputs(
                     layer=layer,
                     family=plan.family,
@@ -176,9 +185,11 @@ def _sparse_forward(
     level = plan.recompute or _level(layer, plan, x, kept if share is None else share.work)
     attention = attention_sublayer(layer, plan.family, attend)
     mlp = mlp_sublayer(layer, plan.family, again=level != "none")
+    if level == "mlp" and not mlp.again:
+        level = "selective"  # an MLP that cannot run again alone does so with the layer
     update = partial(_update, layer, plan, level)
     x = update(x, kept, share, [attention, mlp] if shares else [attention])
-    if not shares:
+    if plan.mlp_rule is not None:
         mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
         x = update(x, mlp_kept, step.share(mlp_kept), [mlp])
     return close_stream(x) if plan.closes and not step.owns_gradient else x

@@ -22,6 +22,7 @@ def load_predictor(config: LeMoConfig, model_config: Any) -> LeMoPredictor:
         ValueError: None is registered for the model, or the files are no whole predictor.
     """
     source = config.predictor
+    assert source is not None
     if source == "auto":
         name = getattr(model_config, "_name_or_path", None)
         source = find_predictor(name)

@@ -10,7 +10,7 @@ Source: LoRA, arXiv:2106.09685.
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,19 @@ class _Linear(Function):
     """``x [N, in]`` by a frozen weight and perhaps an adapter."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, first, second, scaling, values):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
+        scaling: float,
+        values: bool,
+    ) -> Tensor:
         ctx.scaling, ctx.weight = scaling, weight
         inner = a = b = None
-        if first is not None:
+        if first is not None and second is not None:
             a, b = first.to(x.dtype), second.to(x.dtype)
             inner = x @ a.mT
             ctx.dtype = first.dtype
@@ -41,13 +50,13 @@ class _Linear(Function):
         if not values:
             return x.new_empty(()).expand(len(x), len(weight))
         out = x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
-        if first is not None:
+        if inner is not None and b is not None:
             out.addmm_(inner, b.mT, alpha=scaling)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
         grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
         if a is None:
@@ -91,10 +100,10 @@ def has_adapter(module: nn.Module) -> bool:
     return _parts(module)[1] is not None
 
 
-def _parts(module: nn.Module) -> tuple[nn.Linear | None, _Adapter | None]:
+def _parts(module: Any) -> tuple[nn.Linear | None, _Adapter | None]:
     """The frozen linear that a call multiplies by and one plain adapter; None for no such."""
     if _is_frozen(module):
-        return module, None
+        return cast(nn.Linear, module), None
     layers = sys.modules.get("peft.tuners.lora.layer")
     if layers is None or type(module) is not layers.Linear or not untouched(module):
         return None, None

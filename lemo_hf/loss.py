@@ -1,6 +1,7 @@
 """The language-model loss of a sparse step: on tokens that may be asked, by segments."""
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from lemo_hf.families import Family
@@ -40,7 +41,7 @@ def segment_loss(
     step: Step,
     head: nn.Module,
     family: Family,
-    model_config,
+    model_config: Any,
     num_items_in_batch: Tensor | int | None,
     norm: Norm | None = None,
 ) -> Tensor:
@@ -62,14 +63,17 @@ def segment_loss(
         Nats per label, fp32 scalar. Where processes share the sequence, the mean over them is the
         loss: engines take the mean of their gradients, and Trainer of what it logs.
     """
+    count: Tensor | float
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORE_INDEX).sum()
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
+        count = (targets != IGNORE_INDEX).sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        count = num_items_in_batch.to(hidden.device)
+    else:
+        count = num_items_in_batch
     targets, weights = supervised_targets(targets, step)
     if step.shards is not None:
         targets = step.shards.part(targets)
-        num_items_in_batch = num_items_in_batch / step.shards.group.size
+        count = count / step.shards.group.size
     total = segment_cross_entropy(
         hidden.flatten(0, 1),
         targets.flatten(),
@@ -82,4 +86,4 @@ def segment_loss(
         norm=norm,
         most_labels=step.most_labels,
     )
-    return total / num_items_in_batch
+    return total / count

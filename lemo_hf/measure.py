@@ -15,7 +15,7 @@ from lemo_hf.families import family_of
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import shifted
 from lemo_hf.modes import evaluating, modes_kept
-from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
+from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
 
 Row = Mapping[str, Any]
 SEGMENT = 1024  # tokens whose logits exist at a time
@@ -60,7 +60,7 @@ class LossRise:
         check_model(transformers_model(model))
         self.model = model
         self.predictors = predictors
-        self.rows = [_as_batch(row, _device(model)) for row in rows]
+        self.rows = [_as_batch(row, input_device(model)) for row in rows]
         if not self.rows:
             raise ValueError("calibration needs at least one row of tokens, got none.")
         with evaluating(model), torch.no_grad():
@@ -80,7 +80,9 @@ class LossRise:
         """
         # A checkpointed layer would be run through the model's checkpoint function for nothing.
         config = dataclasses.replace(config, recompute="none", offload_gib=None)
-        rise, kept, blocks = 0.0, 0, 0
+        rise: Tensor | float = 0.0
+        kept: Tensor | int = 0
+        blocks = 0
         with sparse_evaluation(self.model), _lemo_on(self.model, config, self.predictors) as lemo:
             self.predictors = self.predictors or lemo.predictor
             for row, dense, labels in zip(self.rows, self._dense, self._labels, strict=True):
@@ -92,17 +94,22 @@ class LossRise:
                 sets = lemo.passes.kept_blocks
                 kept = kept + torch.stack([sets[i, "attention"].sum() for i in lemo.sparse_layers])
             retentions = [1.0] * len(lemo.rules)
-            for i, share in zip(lemo.sparse_layers, (kept / blocks).tolist(), strict=True):
+            shares = torch.as_tensor(kept / blocks).tolist()
+            for i, share in zip(lemo.sparse_layers, shares, strict=True):
                 retentions[i] = share
         return Measurement(float(rise), tuple(retentions))
 
     def _sparse_losses(self, lemo: LeMo, row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each token's loss ``[1, T]``, and which tokens the config asks for."""
         asked = _targets(row) != IGNORE_INDEX
-        supervised = []
-        handle = lemo.passes.last.register_forward_hook(
-            lambda *_: supervised.append(lemo.passes.step.supervised())
-        )
+        supervised: list[Tensor] = []
+
+        def after_last(*_: Any) -> None:
+            step = lemo.passes.step
+            assert step is not None  # a sparse pass is under way
+            supervised.append(step.supervised())
+
+        handle = lemo.passes.last.register_forward_hook(after_last)
         try:
             lemo.passes.promise(row["labels"], None)
             loss = self._token_losses(row)
@@ -114,9 +121,9 @@ class LossRise:
         """Nats of each token's target, ``[1, T]`` fp32; the head runs on a segment at a time."""
         inner = transformers_model(self.model)
         head, family = inner.get_output_embeddings(), family_of(inner.config.model_type)
-        losses = []
+        losses: list[Tensor] = []
 
-        def before_head(_, args):
+        def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             handle.remove()
             pairs = zip(args[0].split(SEGMENT, 1), _targets(row).split(SEGMENT, 1), strict=True)
             for hidden, targets in pairs:
@@ -159,7 +166,7 @@ def training_bytes(model: nn.Module, row: Row, config: LeMoConfig, predictors: A
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the model is trainable: its training takes no memory.")
-    device = _device(model)
+    device = input_device(model)
     batch = _as_batch(row, device)
     with (
         modes_kept(model),
@@ -221,7 +228,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward()
-    nodes, seen = [loss.grad_fn], set()
+    nodes: list[Any] = [loss.grad_fn]
+    seen = set()
     while nodes:  # LeMo's loss holds a gradient on its graph node, where the hooks do not look
         node = nodes.pop()
         if node is not None and node not in seen:
@@ -249,7 +257,3 @@ def _targets(row: dict[str, Tensor]) -> Tensor:
 
 def _num_blocks(row: dict[str, Tensor], config: LeMoConfig) -> int:
     return -(-row["input_ids"].shape[1] // config.block_size)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return transformers_model(model).get_input_embeddings().weight.device

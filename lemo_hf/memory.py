@@ -45,8 +45,9 @@ def attention_fits(
     head = getattr(attention, "head_dim", 0)
     width = attention.config.num_attention_heads * head or x.shape[2]
     budget = 0 if host is None else host.most_bytes
+    batch, tokens, hidden = x.shape
     needed = bytes_needed(
-        tuple(x.shape), x.element_size(), rows, width, num_layers, trained, budget
+        (batch, tokens, hidden), x.element_size(), rows, width, num_layers, trained, budget
     )
     return needed <= free_bytes(x.device)
 

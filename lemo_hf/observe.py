@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_model
 from lemo_hf.config import LeMoConfig
@@ -15,7 +17,7 @@ from lemo_hf.step import Step
 
 @torch.no_grad()
 def observe(
-    model: nn.Module,
+    model: PreTrainedModel,
     config: LeMoConfig,
     input_ids: Tensor,
     see: Callable[[ScoreInputs], None],
@@ -37,20 +39,29 @@ def observe(
         sublayers: ``"attention"``, ``"mlp"``, or both.
     """
     family = check_model(model)
+    layers = cast(nn.ModuleList, model.get_submodule(family.layers))
     step = Step(
         config,
-        tuple(input_ids.shape),
+        (input_ids.shape[0], input_ids.shape[1]),
         input_ids.device,
         input_ids=input_ids,
         attention_mask=attention_mask,
     )
     looking: list[str] = []
     with ExitStack() as hooks:
-        for index, layer in enumerate(model.get_submodule(family.layers)):
-            positions: dict = {}
+        for index, layer in enumerate(layers):
+            positions: dict[str, Any] = {}
             for sublayer in ("attention", "mlp"):
 
-                def before(_, args, kwargs, layer=layer, index=index, at=sublayer, pos=positions):
+                def before(
+                    _: nn.Module,
+                    args: tuple[Any, ...],
+                    kwargs: dict[str, Any],
+                    layer: nn.Module = layer,
+                    index: int = index,
+                    at: str = sublayer,
+                    pos: dict[str, Any] = positions,
+                ) -> None:
                     x = args[0] if args else kwargs["hidden_states"]
                     if at == "attention":
                         pos["embeddings"] = kwargs.get("position_embeddings")
@@ -70,5 +81,5 @@ def observe(
 def _mlp_start(layer: nn.Module, family: Family) -> nn.Module:
     """The module that reads the stream first on the way into the MLP."""
     post_norm = family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)
-    norm_first = family.mlp_norm is not None and not post_norm
-    return getattr(layer, family.mlp_norm if norm_first else family.mlp[0])
+    first = family.mlp[0] if family.mlp_norm is None or post_norm else family.mlp_norm
+    return getattr(layer, first)

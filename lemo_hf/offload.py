@@ -42,7 +42,7 @@ class Stored:
         self.handed_out = False
         self.copied: torch.cuda.Event | None = None  # out, then back
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.fetched is not None and self.copied is not None:
             # Nobody asked for it: its memory must not be another's before it has arrived.
             torch.cuda.current_stream(self.device).wait_event(self.copied)
@@ -64,7 +64,8 @@ class HostMemory:
         self._free: list[_Slab] = []
         self._order: list[weakref.ref[Stored]] = []
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self._out = self._back = None
+        self._out: torch.cuda.Stream | None = None
+        self._back: torch.cuda.Stream | None = None
 
     @property
     def pinned_bytes(self) -> int:
@@ -107,7 +108,9 @@ class HostMemory:
                 self._fetch(entry)
         if stored.copied is not None:
             torch.cuda.current_stream(stored.device).wait_event(stored.copied)
-        tensor, stored.fetched, stored.handed_out = stored.fetched, None, True
+        tensor = stored.fetched
+        assert tensor is not None  # by `_fetch`
+        stored.fetched, stored.handed_out = None, True
         return tensor
 
     def release(self, slabs: list[_Slab]) -> None:
@@ -123,15 +126,15 @@ class HostMemory:
         return [self._free.pop() for _ in range(count)]
 
     def _copy_out(self, tensor: Tensor, stored: Stored) -> None:
-        self._open(tensor.device)
+        out, _ = self._streams(tensor.device)
         self._let_go()
-        self._out.wait_stream(torch.cuda.current_stream(tensor.device))
+        out.wait_stream(torch.cuda.current_stream(tensor.device))
         for slab in stored.slabs:
             if slab.read is not None:
-                self._out.wait_event(slab.read)
-        with torch.cuda.stream(self._out):
+                out.wait_event(slab.read)
+        with torch.cuda.stream(out):
             _copy(tensor, stored.slabs, back=False)
-            stored.copied = self._out.record_event()
+            stored.copied = out.record_event()
         self._leaving.append((tensor, stored.copied))
 
     def _let_go(self, all_of_them: bool = False) -> None:
@@ -149,25 +152,30 @@ class HostMemory:
         tensor = torch.empty_strided(shape, stride, dtype=stored.dtype, device=stored.device)
         if tensor.is_cuda:
             # The memory may have been somebody else's until now.
-            self._back.wait_stream(torch.cuda.current_stream(stored.device))
-            self._back.wait_event(stored.copied)
-            with torch.cuda.stream(self._back):
+            _, back = self._streams(stored.device)
+            back.wait_stream(torch.cuda.current_stream(stored.device))
+            assert stored.copied is not None  # by `_copy_out`
+            back.wait_event(stored.copied)
+            with torch.cuda.stream(back):
                 _copy(tensor, stored.slabs, back=True)
-                stored.copied = self._back.record_event()
+                stored.copied = back.record_event()
             for slab in stored.slabs:
                 slab.read = stored.copied
         else:
             _copy(tensor, stored.slabs, back=True)
         stored.fetched = tensor
 
-    def _open(self, device: torch.device) -> None:
-        if self._out is None:
+    def _streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """Those of copies out and back, made when first asked for."""
+        if self._out is None or self._back is None:
             self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        return self._out, self._back
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements lie side by side, in whatever order of dimensions."""
-    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.shape[i]))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda i: (-strides[i], -tensor.shape[i]))
     return tensor.permute(order).is_contiguous()
 
 

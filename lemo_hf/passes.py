@@ -11,10 +11,11 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_call, check_sharded_head
 from lemo_hf.config import LeMoConfig
@@ -53,7 +54,9 @@ class Labels:
     num_items: Tensor | None
 
     @classmethod
-    def copy_of(cls, tensor: Tensor, num_items: Tensor | int | None, name: str = "labels"):
+    def copy_of(
+        cls, tensor: Tensor, num_items: Tensor | int | None, name: str = "labels"
+    ) -> "Labels":
         """Labels that the pass may change; the caller's stay as they are."""
         if num_items is not None:
             num_items = torch.as_tensor(num_items, device=tensor.device).float().clone()
@@ -99,7 +102,7 @@ class Passes:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         config: LeMoConfig,
         family: Family,
         last: nn.Module,
@@ -107,7 +110,7 @@ class Passes:
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
         self._parameters = model.parameters
-        self._layers = list(model.get_submodule(family.layers))
+        self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         if config.sequence_parallel_size > 1:
             check_sequence_model(config, model, family)
         self.group = sequence_group(config.sequence_parallel_size)
@@ -140,7 +143,9 @@ class Passes:
         self._promised = Labels.copy_of(tensor, num_items)
         return self._promised
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def _before(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
         promised, self._promised = self._promised, None
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
@@ -177,7 +182,7 @@ class Passes:
         if labels is None:
             return (), kwargs
         if own:
-            self._own_loss(model, labels.targets(), kwargs)
+            self._own_loss(model, self.step, labels.targets(), kwargs)
         elif self.config.supervise == "kept":
             if promised is None:
                 kwargs[labels.name] = labels.tensor
@@ -188,9 +193,11 @@ class Passes:
             self._for_this_pass.append(strike)
         return (), kwargs
 
-    def _own_loss(self, model: nn.Module, targets: Tensor, kwargs: dict[str, Any]) -> None:
+    def _own_loss(
+        self, model: PreTrainedModel, step: Step, targets: Tensor, kwargs: dict[str, Any]
+    ) -> None:
         """Compute the loss from what the head is about to read; it then sees one row a sequence."""
-        head, step = model.get_output_embeddings(), self.step
+        head = model.get_output_embeddings()
         num_items = kwargs.get("num_items_in_batch")
         for name in ("labels", "shift_labels"):
             kwargs.pop(name, None)
@@ -199,13 +206,13 @@ class Passes:
             config, family = model.config, self.family
             return segment_loss(hidden, targets, step, head, family, config, num_items, norm)
 
-        def at_head(_, args):
+        def at_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             self._for_this_pass.pop().remove()
             if self._loss is None:
                 self._loss = loss_of(args[0])
             return (args[0][:, :1].detach(),)
 
-        def catch_head():
+        def catch_head() -> None:
             self._for_this_pass.append(head.register_forward_pre_hook(at_head))
 
         if sharded(head):
@@ -234,7 +241,7 @@ class Passes:
         check_sharded_head(head)
         stand_in = _StandIn(head, loss_of)
 
-        def after_head(_, args, output):
+        def after_head(_: nn.Module, args: Any, output: Tensor) -> None:
             self._loss = output
 
         self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
@@ -248,7 +255,7 @@ class Passes:
             )
         return self._fits[x.shape]
 
-    def _after(self, model: nn.Module, args: tuple, output: Any):
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""
         while self._for_this_pass:
             self._for_this_pass.pop().remove()
@@ -279,7 +286,7 @@ def _runs_own_forward(model: nn.Module) -> bool:
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
         return False
     owner = next(base for base in type(model).__mro__ if "forward" in vars(base))
-    return owner.forward.__module__ == owner.__module__
+    return vars(owner)["forward"].__module__ == owner.__module__
 
 
 class _StandIn:

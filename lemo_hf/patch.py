@@ -6,10 +6,12 @@ training mode without a KV cache; in every other case the model is the stock one
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
@@ -18,6 +20,7 @@ from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
+from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 
 _LEMO = "_lemo"
@@ -26,7 +29,7 @@ _LEMO = "_lemo"
 def apply_lemo(
     model: nn.Module,
     config: LeMoConfig,
-    predictors: LeMoPredictor | Sequence[Callable[[Tensor], Tensor]] | None = None,
+    predictors: LeMoPredictor | Sequence[BlockPredictor | None] | None = None,
 ) -> "LeMo":
     """Make the training passes of ``model`` sparse.
 
@@ -34,8 +37,8 @@ def apply_lemo(
         model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
         config: What to leave out.
         predictors: For ``policy="predictor"``; None loads ``config.predictor``. A `LeMoPredictor`,
-            or one callable a decoder layer: block embeddings ``[B, N, H]`` (mean rows of the
-            stream the layer is about to read) to scores ``[B, N]``.
+            or one `BlockPredictor` a decoder layer (None for a layer that is to stay dense), for
+            attention and MLP alike.
 
     Returns:
         The `LeMo` now on the model. `remove_lemo` takes it off.
@@ -66,9 +69,15 @@ def lemo_of(model: nn.Module) -> "LeMo | None":
     return getattr(transformers_model(model), _LEMO, None)
 
 
-def transformers_model(model: nn.Module) -> nn.Module:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or ``model`` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if base is None else base())
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where ``model`` reads token ids."""
+    return cast(Tensor, transformers_model(model).get_input_embeddings().weight).device
 
 
 class LeMo:
@@ -83,22 +92,26 @@ class LeMo:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         config: LeMoConfig,
-        predictors: LeMoPredictor | Sequence[Callable[[Tensor], Tensor]] | None,
+        predictors: LeMoPredictor | Sequence[BlockPredictor | None] | None,
     ):
         family = check_model(model)
-        layers = model.get_submodule(family.layers)
+        layers = cast(nn.ModuleList, model.get_submodule(family.layers))
         rules = config.layer_rules(len(layers))
         check_intermediate(config, family, model.config.model_type)
         if predictors is None and config.predictor is not None:
             predictors = load_predictor(config, model.config)
-        self.predictor = predictors if isinstance(predictors, LeMoPredictor) else None
-        heads = {"attention": predictors, "mlp": predictors}
-        if self.predictor is not None:
+        self.predictor: LeMoPredictor | None = None
+        attention: Sequence[BlockPredictor | None] | None = None
+        mlp: Sequence[BlockPredictor | None] | None = None
+        if isinstance(predictors, LeMoPredictor):
             predictors.check(model.config, config)
-            heads = {"attention": predictors.attention, "mlp": predictors.mlp}
-        check_predictors(config, heads, rules)
+            self.predictor = predictors
+            attention, mlp = predictors.heads["attention"], predictors.heads.get("mlp")
+        elif predictors is not None:
+            attention = mlp = predictors
+        check_predictors(config, {"attention": attention, "mlp": mlp}, rules)
         self.config, self.rules = config, rules
         self._layers = list(layers)
         host = None
@@ -115,8 +128,8 @@ class LeMo:
                 mlp_rule=mlp_rule,
                 closes=i + 1 == len(layers),
                 recompute=level,
-                predictor=heads["attention"] and heads["attention"][i],
-                mlp_predictor=heads["mlp"] and heads["mlp"][i],
+                predictor=None if attention is None else attention[i],
+                mlp_predictor=None if mlp is None else mlp[i],
                 passes=self.passes,
             )
             make_sparse(layers[i], plan)
@@ -135,10 +148,11 @@ class LeMo:
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""
         config, sparse = self.config, self.sparse_layers
-        attention = [self.rules[i][0] for i in sparse]
-        mlp = [self.rules[i][1] for i in sparse]
+        pairs = [pair for pair in self.rules if pair is not None]
+        attention = [rule for rule, _ in pairs]
+        mlp = [rule for _, rule in pairs if rule is not None]
         learned = "" if self.predictor is None else f" ({self.predictor.describe()})"
-        mlp_text = "MLP on the same rows" if mlp[0] is None else f"MLP {_span(mlp)}"
+        mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
         return (
             f"LeMo: {len(sparse)} of {len(self.rules)} layers ({sparse[0]} to {sparse[-1]}) "
             f"are sparse, attention {_span(attention)}, {mlp_text}, "

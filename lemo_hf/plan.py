@@ -97,9 +97,9 @@ def plan(
     for name, value in (("tokens", tokens), ("batch_size", batch_size), ("lora_rank", lora_rank)):
         if not (name == "lora_rank" and value is None) and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-        if value not in BYTES:
-            raise ValueError(f"{name} must be one of {', '.join(BYTES)}, got {value!r}.")
+    for name, kind in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+        if kind not in BYTES:
+            raise ValueError(f"{name} must be one of {', '.join(BYTES)}, got {kind!r}.")
     if autocast and dtype == "float32":
         raise ValueError(
             "autocast of float32 weights is not predicted: load them in bfloat16, or set "
@@ -128,7 +128,7 @@ def plan(
         if sum(parts.values()) > sum(highest.get(phase, {}).values()):
             highest[phase] = {name: size for name, size in parts.items() if size}
     phases = {phase: sum(parts.values()) for phase, parts in highest.items()}
-    peak = max(phases, key=phases.get)
+    peak = max(phases, key=lambda phase: phases[phase])
     levels = () if lemo_config is None else tuple(step.levels)
     return Plan(highest[peak], peak, phases, levels, step.offload.pinned)
 

@@ -89,7 +89,7 @@ class Trained:
         """Elements of the adapters of one layer, or of those of its linears ``names``."""
         wanted = self.targets if names is None else self.targets.intersection(names)
         linears = [model.linears[name] for name in wanted]
-        return sum(self.rank * (linear.width + linear.out) for linear in linears)
+        return sum((self.rank or 0) * (linear.width + linear.out) for linear in linears)
 
 
 @dataclass(frozen=True)

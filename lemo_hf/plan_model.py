@@ -120,7 +120,8 @@ class ModelShapes:
         """Parameters of one layer."""
         norms = {"head": 2 * self.head, "all": self.query + self.key_value}
         linears = sum(linear.parameters for linear in self.linears.values())
-        return 2 * self.hidden + norms.get(self.query_norm, 0) + linears
+        norm = 0 if self.query_norm is None else norms[self.query_norm]
+        return 2 * self.hidden + norm + linears
 
     @property
     def parameters(self) -> int:

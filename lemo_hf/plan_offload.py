@@ -27,7 +27,8 @@ class Offload:
         """Part and bytes of what leaves, by layer."""
         if self.stock:
             return [list(layer.may_leave[:1]) for layer in self.layers]
-        left, leaving = self.slabs, []
+        left = self.slabs
+        leaving: list[list[tuple[str, int]]] = []
         for layer in self.layers[:-1]:
             leaving.append([])
             for part, size in layer.may_leave:

@@ -68,9 +68,9 @@ class PlannedStep:
 
     def kept(self, rule: KeepRule | None) -> int:
         """Rows of the batch that a rule keeps; the first and the last block are among them."""
-        if rule is None:
+        if rule is None or self.lemo is None:
             return self.rows
-        if rule.threshold is not None:
+        if rule.threshold is not None or rule.retention is None:
             raise ValueError(
                 f"threshold={rule.threshold} keeps what the data say: plan with the retention that "
                 "the logs show (lemo/attention_retention)."
@@ -84,6 +84,7 @@ class PlannedStep:
     @cached_property
     def levels(self) -> list[str]:
         """What each layer of LeMo's computes again."""
+        assert self.lemo is not None  # asked for LeMo's steps alone
         levels = self.lemo.recompute_levels(self.model.layers)
         if not self.checkpointing or None not in levels:
             return [level or "none" for level in levels]
@@ -129,7 +130,7 @@ class PlannedStep:
         for index, (rule, level) in enumerate(zip(self.rules, self.levels, strict=True)):
             apart = rule is not None and rule[1] is not None
             attention = self.kept(rule and rule[0])
-            mlp = self.kept(rule[1]) if apart else attention
+            mlp = self.kept(rule[1]) if rule is not None and apart else attention
             layers.append(make(Kept(attention, mlp, apart, level, self._frozen and index == 0)))
         return layers
 
@@ -256,7 +257,7 @@ class PlannedStep:
     def _indices(self) -> int:
         """Bytes of ids and positions, of cos and sin, and of the kept sets."""
         sets = [1 if rule[1] is None else 2 for rule in self.rules if rule is not None]
-        if sets and self.lemo.agree_across_layers:
+        if sets and self.lemo is not None and self.lemo.agree_across_layers:
             sets = sets[:1]
         whole = int(self.lemo is not None and None in self.rules)  # that of dense layers
         wide = FP32 if self.model.norms_behind else self.trained.weight  # OLMo 2's stay in fp32

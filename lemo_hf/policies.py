@@ -7,6 +7,7 @@ better.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,17 +95,17 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     """The same score from one query and one key a block: of the block's mean row, at its middle."""
     config, step = inputs.step.config, inputs.step
     size = config.block_size
-    means = [
+    parts = [
         pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
         for part, valid in _chunks(inputs)
     ]
-    means = _whole(inputs, torch.cat(means, 1))
+    means = _whole(inputs, torch.cat(parts, 1))
     if inputs.sublayer == "mlp":
         return _mlp_activity(inputs, means, normed=True)
     middles = _middles(step, size)
     positions = inputs.position_embeddings
     if positions is not None:
-        positions = tuple(part[:, middles] for part in positions)
+        positions = (positions[0][:, middles], positions[1][:, middles])
     captured = _query_key(inputs, means, positions)
     return block_scores(
         captured.query,
@@ -134,11 +135,12 @@ def recent(inputs: ScoreInputs) -> Tensor:
 def predictor(inputs: ScoreInputs) -> Tensor:
     """Whatever the layer's predictor says, in shares of the row's best block."""
     step, network = inputs.step, inputs.predictor
+    assert network is not None  # see `check_predictors`
     size = step.config.block_size
     documents = None if step.documents is None else step.documents[:, _middles(step, size)]
     module = _input_norm(inputs)
     norm = norm_of(module, inputs.family.norm)
-    if _by_kernel(inputs, known=module is None or norm is not None):
+    if _by_kernel(inputs, network, known=module is None or norm is not None):
         scores = predict_blocks(
             inputs.x,
             norm,
@@ -159,9 +161,8 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     return (scores - scores.amax(1, keepdim=True)).exp()
 
 
-def _by_kernel(inputs: ScoreInputs, known: bool) -> bool:
+def _by_kernel(inputs: ScoreInputs, network: BlockPredictor, known: bool) -> bool:
     """Whether the kernels may stand in for the network's calls; ``known``: they know its norm."""
-    network = inputs.predictor
     if not (known and use_triton(inputs.x)) or torch.is_grad_enabled():
         return False
     if inputs.step.shards is not None:  # they read a whole sequence
@@ -201,6 +202,13 @@ POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
 }
 
 
+def rank(inputs: ScoreInputs) -> Tensor:
+    """Block scores ``[B, N]`` by the policy of the config."""
+    policy = inputs.step.config.policy
+    assert policy is not None  # settled when the config was made
+    return POLICIES[policy](inputs)
+
+
 @dataclass(frozen=True)
 class _Captured:
     query: Tensor
@@ -214,7 +222,15 @@ _CAPTURE = "lemo_capture"
 _captured: list[_Captured] = []
 
 
-def _capture(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """An attention implementation that keeps what it was given and attends to nothing."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
@@ -225,7 +241,9 @@ def _capture(module, query, key, value, attention_mask, scaling=None, **kwargs):
 AttentionInterface.register(_CAPTURE, _capture)
 
 
-def _query_key(inputs: ScoreInputs, hidden: Tensor, positions) -> _Captured:
+def _query_key(
+    inputs: ScoreInputs, hidden: Tensor, positions: tuple[Tensor, Tensor] | None
+) -> _Captured:
     """Queries and keys of ``hidden`` exactly as the layer's own attention module makes them."""
     attention = getattr(inputs.layer, inputs.family.attention)
     config = attention.config
@@ -241,7 +259,8 @@ def _query_key(inputs: ScoreInputs, hidden: Tensor, positions) -> _Captured:
 
 def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
     """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``."""
-    seen = []
+    seen: list[Tensor] = []
+    assert inputs.family.intermediate is not None  # see `check_intermediate`
     down = inputs.layer.get_submodule(inputs.family.intermediate)
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:

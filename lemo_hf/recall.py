@@ -1,10 +1,12 @@
 """Recall: which share of the blocks that the oracle keeps another ranking keeps too."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.modes import evaluating
@@ -93,7 +95,7 @@ def recall_table(
             counts[name_] = len(rows)
             for row in rows:
                 ids = torch.as_tensor(row, device=device).long()[None]
-                observe(model, config, ids, see, sublayers=heads)
+                observe(cast(PreTrainedModel, model), config, ids, see, sublayers=heads)
                 bar.update()
     return _rows(sums, counts, len(getattr(predictor, heads[0])))
 

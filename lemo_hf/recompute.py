@@ -14,8 +14,8 @@ takes its own backward a tile at a time, so that no more than a tile of its acti
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lemo_hf.kernels.rows import add_update
-from lemo_hf.offload import HostMemory
+from lemo_hf.offload import HostMemory, Stored
 
 # Of an MLP's activations and their gradients that exist at a time, where it is computed again.
 TILE_BYTES = 2**30
@@ -63,7 +63,7 @@ def checkpointed(
             offload as well.
         unit: Place in the order of units, for ``host``.
     """
-    stored = nullcontext()
+    stored: AbstractContextManager[Any] = nullcontext()
     if host is not None:
         model_checkpoint = checkpoint
         stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=unit), host.get)
@@ -93,12 +93,12 @@ class _Unit:
         self.sums: list = []
         self.again = False
 
-    def put(self, tensor: Tensor):
+    def put(self, tensor: Tensor) -> Tensor | Stored:
         # With its place in the graph it would hold the graph that holds this unit.
         tensor = tensor.detach()
         return self.host.put(tensor, self.number) if self.host else tensor
 
-    def get(self, stored) -> Tensor:
+    def get(self, stored: Any) -> Tensor:
         return self.host.get(stored) if self.host else stored
 
 
@@ -108,7 +108,7 @@ class _Running:
     def __init__(self, unit: _Unit, again: bool):
         self.unit, self.again = unit, again
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before = getattr(_thread, "unit", None)
         _thread.unit = self.unit
         self.unit.again = self.again
@@ -117,7 +117,7 @@ class _Running:
             self.mode = (_ReuseAttention if self.again else _KeepAttention)(self.unit)
             self.mode.__enter__()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         _thread.unit = self.before
         if self.mode is not None:
             self.mode.__exit__(*error)
@@ -135,7 +135,13 @@ class _KeepAttention(TorchDispatchMode):
         super().__init__()
         self.unit = unit
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._schema.name in _ATTENTION:
             kept = [self.unit.put(x) if torch.is_tensor(x) else x for x in out]
@@ -150,7 +156,13 @@ class _ReuseAttention(TorchDispatchMode):
         super().__init__()
         self.unit, self.kept = unit, iter(unit.attentions)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func._schema.name not in _ATTENTION:
             return func(*args, **(kwargs or {}))
         return tuple(self.unit.get(x) for x in next(self.kept))
@@ -160,10 +172,19 @@ class _Rerun(Function):
     """See `rerun_rows`."""
 
     @staticmethod
-    def forward(ctx, run, tile, behind, rows, update, scale, *parameters):
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        tile: int,
+        behind: bool,
+        rows: Tensor,
+        update: Tensor | None,
+        scale: float,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         unit = getattr(_thread, "unit", None)
         again = unit is not None and unit.again
-        if again and unit.sums:
+        if unit is not None and unit.again and unit.sums:
             total = unit.get(unit.sums[0])
         else:
             total = add_update(rows, update, scale)
@@ -181,7 +202,8 @@ class _Rerun(Function):
             out = total.new_empty(()).expand_as(total)
         else:
             flat = total.view(1, -1, total.shape[-1])
-            tiles = [run(part)[0 if behind else 1] for part in flat.split(tile, 1)]
+            made = (run(part)[0 if behind else 1] for part in flat.split(tile, 1))
+            tiles = [x for x in made if x is not None]  # all of them
             out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
             out = out.view_as(total)
         ctx.behind = behind
@@ -189,11 +211,16 @@ class _Rerun(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, grad_out):
+    def backward(
+        ctx: Any, grad_total: Tensor, grad_out: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (total,) = ctx.saved_tensors
         grad_rows = torch.empty_like(total)
         flat, out = (x.view(1, -1, total.shape[-1]) for x in (total, grad_rows))
-        grads = [grad_total] if ctx.behind else [grad_total, grad_out]
+        grads = [grad_total]
+        if not ctx.behind:
+            assert grad_out is not None  # autograd makes zeros of those that are missing
+            grads.append(grad_out)
         grads = [x.reshape(1, -1, total.shape[-1]) for x in grads]
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
         kind, dtype, enabled = ctx.autocast
@@ -210,7 +237,8 @@ class _Rerun(Function):
                 out[:, part] = found[0]
                 for i, grad in enumerate(found[1:]):
                     if grad is not None:
-                        sums[i] = grad if sums[i] is None else sums[i].float().add_(grad)
+                        before = sums[i]
+                        sums[i] = grad if before is None else before.float().add_(grad)
                 del outputs, found
         grad_update = None
         if ctx.update_dtype is not None:
@@ -266,7 +294,7 @@ def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def _restored(state: tuple[Tensor, Tensor | None], device: torch.device):
+def _restored(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Random numbers as they were then, so that dropout drops the same."""
     with torch.random.fork_rng([device] if state[1] is not None else []):
         torch.set_rng_state(state[0])

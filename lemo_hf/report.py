@@ -144,7 +144,7 @@ def _evaluations(run: RunFiles) -> list[dict[str, Any]]:
     """Tables: what was evaluated, and its numbers."""
     found = []
     for path, values in run.evaluations.items():
-        table = {
+        table: dict[str, Any] = {
             "title": path,
             "facts": {k: v for k, v in values.items() if k != "kind" and _is_plain(v)},
             "columns": [],

@@ -3,13 +3,20 @@
 import dataclasses
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lemo_hf.files import read_json, whole_file, write_json
 from lemo_hf.patch import LeMo, lemo_of, transformers_model
@@ -28,22 +35,31 @@ class ReportCallback(TrainerCallback):
     process 0's, and so is what they say.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._record: dict[str, Any] = {}
         self._lemo: LeMo | None = None
         self._hook: Any = None
         self._layers = 0
 
-    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Note what is trained, and listen to the last sparse layer."""
+        assert model is not None  # Trainer has one by now
         inner = transformers_model(model)
         self._lemo = lemo_of(model)
         self._layers = 0 if self._lemo is None else len(self._lemo.rules)
         if self._lemo is not None:
-            self._hook = self._lemo.passes.last.register_forward_hook(self._count)
+            count = partial(self._count, self._lemo)
+            self._hook = self._lemo.passes.last.register_forward_hook(count)
         self._reset()
         if state.is_world_process_zero:
-            rows = _rows_until(Path(args.output_dir, RECORD_NAME), state.global_step)
+            rows = _rows_until(Path(_directory(args), RECORD_NAME), state.global_step)
             self._record = {
                 "model": _model_facts(model, inner),
                 "lemo": None if self._lemo is None else self._lemo.config.to_dict(),
@@ -53,7 +69,14 @@ class ReportCallback(TrainerCallback):
                 "rows": rows,
             }
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Keep a row for each training log."""
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
@@ -66,29 +89,40 @@ class ReportCallback(TrainerCallback):
         if torch.cuda.is_available():
             row["gpu_memory_gib"] = torch.cuda.memory_allocated() / GIB
             row["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        if self._kept:
-            row |= {name: self._shares(kept) for name, kept in self._kept.items()}
+        if self._lemo is not None and self._kept:
+            row |= {name: self._shares(kept, self._lemo) for name, kept in self._kept.items()}
         self._record["rows"].append(row)
         self._reset()
-        os.makedirs(args.output_dir, exist_ok=True)
-        with whole_file(Path(args.output_dir, RECORD_NAME)) as path:
+        directory = _directory(args)
+        os.makedirs(directory, exist_ok=True)
+        with whole_file(Path(directory, RECORD_NAME)) as path:
             write_json(path, self._record)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Leave the time of an evaluation out of the training speed."""
         runtimes = [value for name, value in (metrics or {}).items() if name.endswith("_runtime")]
         self._started += sum(runtimes)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the page."""
         if self._hook is not None:
             self._hook.remove()
         if state.is_world_process_zero:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with whole_file(Path(args.output_dir, RECORD_NAME)) as path:
+            directory = _directory(args)
+            os.makedirs(directory, exist_ok=True)
+            with whole_file(Path(directory, RECORD_NAME)) as path:
                 write_json(path, self._record)
-            state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-            write_report(args.output_dir)
+            state.save_to_json(os.path.join(directory, "trainer_state.json"))
+            write_report(directory)
 
     def _reset(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -96,23 +130,28 @@ class ReportCallback(TrainerCallback):
         self._tokens = 0
         self._started = time.perf_counter()
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, lemo: LeMo, *_: Any) -> None:
         """Add the kept blocks of the pass under way, in which all layers have chosen."""
-        step = self._lemo.passes.step
+        step = lemo.passes.step
         if step is None:  # the layer is computed again in the backward
             return
         for name in ("attention", "mlp"):
-            sets = [step.kept_blocks[i, name].sum() for i in self._lemo.sparse_layers]
+            sets = [step.kept_blocks[i, name].sum() for i in lemo.sparse_layers]
             self._kept[name] = self._kept.get(name, 0) + torch.stack(sets)
         self._blocks = self._blocks + step.real.sum()
         self._tokens += step.real_tokens
 
-    def _shares(self, kept: Tensor) -> list[float]:
+    def _shares(self, kept: Tensor, lemo: LeMo) -> list[float]:
         """Share of the blocks that each layer kept; 1 for dense ones."""
         shares = [1.0] * self._layers
-        for i, share in zip(self._lemo.sparse_layers, (kept / self._blocks).tolist(), strict=True):
+        for i, share in zip(lemo.sparse_layers, (kept / self._blocks).tolist(), strict=True):
             shares[i] = share
         return shares
+
+
+def _directory(args: TrainingArguments) -> str:
+    assert args.output_dir is not None  # TrainingArguments settles it when made
+    return args.output_dir
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -128,7 +167,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
 
 
-def _model_facts(model: nn.Module, inner: nn.Module) -> dict[str, Any]:
+def _model_facts(model: nn.Module, inner: PreTrainedModel) -> dict[str, Any]:
     trained, total = parameter_counts(model)
     return {
         "name": inner.config._name_or_path or type(inner).__name__,

@@ -22,7 +22,7 @@ VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
     *("TRITON_INTERPRET", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUBLAS_WORKSPACE_CONFIG"),
 )
-HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -51,7 +51,7 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def _packages() -> dict[str, str | None]:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -71,7 +71,7 @@ def _attention() -> list[str]:
         return []
     from transformers import LlamaConfig
 
-    module = nn.Module()
+    module: Any = nn.Module()  # as much of an attention module as is asked for
     module.config = LlamaConfig(hidden_size=4096, **HEADS)
     module.config._attn_implementation = "sdpa"
     backends = fastest_attention(module, torch.device("cuda", 0), torch.bfloat16) or ()

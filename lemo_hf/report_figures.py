@@ -5,7 +5,7 @@ light and dark pages. Nothing refers to anything outside the page.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -103,7 +103,14 @@ def heat_map(
     return _svg(parts, f"heat map: {y_label} by {x_label}")
 
 
-def _axes(x_ticks, y_ticks, x_of, y_of, x_label: str, y_label: str) -> Markup:
+def _axes(
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_of: Callable[[float], float],
+    y_of: Callable[[float], float],
+    x_label: str,
+    y_label: str,
+) -> Markup:
     parts = []
     for tick in y_ticks:
         y = y_of(tick)
@@ -149,7 +156,7 @@ def _legend(names: Sequence[str]) -> Markup:
     return Markup('<div class="legend">{}</div>').format(Markup("").join(items))
 
 
-def _scale(low: float, high: float, start: float, end: float):
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1
     return lambda value: start + (value - low) / span * (end - start)
 
@@ -162,8 +169,8 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if raw <= power * m * 1.0001)
     if whole:
         step = max(1, round(step))
-        first = math.ceil(low / step) * step
-        return [first + i * step for i in range(int((high - first) // step) + 1)]
+        least = math.ceil(low / step) * step
+        return [least + i * step for i in range(int((high - least) // step) + 1)]
     first = math.floor(low / step) * step
     return [first + i * step for i in range(math.ceil((high - first) / step - 1e-9) + 1)]
 

@@ -92,5 +92,6 @@ def kept_set(kept: Tensor, blocks: Tensor, num_slots: int, exact: bool, shared: 
     counts = kept.sum(1)
     slots = torch.arange(num_slots, device=kept.device)
     slot_mask = None if exact else slots < counts[:, None]
-    cache = {} if shared else None
-    return KeptSet(index.contiguous(), slot_mask, counts.sum(), blocks, cache=cache)
+    return KeptSet(
+        index.contiguous(), slot_mask, counts.sum(), blocks, cache={} if shared else None
+    )

@@ -23,7 +23,7 @@ _NAME = "lemo_sequence_parallel"
 
 
 @contextmanager
-def heads_shared(attention: nn.Module, share: Share | None) -> Iterator[None]:
+def heads_shared(attention: Any, share: Share | None) -> Iterator[None]:
     """Within it, ``attention`` works on the rows of ``share``; None: it is left alone."""
     if share is None:
         yield
@@ -50,7 +50,7 @@ class _SomeHeads:
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

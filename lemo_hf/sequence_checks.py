@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.families import Family
@@ -10,7 +11,7 @@ from lemo_hf.families import Family
 ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
-def check_sequence_model(config: LeMoConfig, model: nn.Module, family: Family) -> None:
+def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Family) -> None:
     """Raises ValueError for models and policies whose sequences cannot be shared."""
     size = config.sequence_parallel_size
     prefix = f"sequence_parallel_size={size}"

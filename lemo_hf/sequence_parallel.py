@@ -17,6 +17,7 @@ sequences; its other one (``cp_size``) patches SDPA for a fixed split and needs 
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -180,13 +181,15 @@ def _overlap(own: range, start: int, end: int) -> int:
 
 class _Exchange(Function):
     @staticmethod
-    def forward(ctx, x, send, receive, group):
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: "SequenceGroup"
+    ) -> Tensor:
         ctx.sizes, ctx.group = (send, receive), group
         return _all_to_all(x, send, receive, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         send, receive = ctx.sizes
         return _all_to_all(grad, receive, send, ctx.group), None, None, None
 

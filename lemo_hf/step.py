@@ -105,8 +105,9 @@ class Step:
         self.score_always = score_always
         self.shards = shards
         self.num_blocks = -(-self.tokens // config.block_size)
-        padded = attention_mask is not None and attention_mask.dim() == 2
-        self.valid = attention_mask.bool() if padded else None
+        self.valid: Tensor | None = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            self.valid = attention_mask.bool()
         self.documents = None
         if position_ids is not None and attention_mask is None:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
@@ -116,7 +117,7 @@ class Step:
         self._tokens = self._counts.on_device[:, :1]
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.kept_tokens = {"attention": 0, "mlp": 0}
+        self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
@@ -204,6 +205,7 @@ class Step:
 
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
         if rule.threshold is None:
+            assert rule.retention is not None  # one of the two is set
             blocks, slots, exact = self._best(rule.retention, score)
             tokens = self._tokens_of(blocks)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lemo_hf.families import Family
 from lemo_hf.fused import gated_activations, norm_of
 from lemo_hf.kernels.gather_norm import add_norm
+from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
 from lemo_hf.lora import linear_of
@@ -72,8 +73,7 @@ class Sublayer:
         update = self.run(hidden)
         if self.output_norm is not None:
             norm = norm_of(self.output_norm, self.kind)
-            fused = norm is not None
-            update = add_norm(update, None, norm)[1] if fused else self.output_norm(update)
+            update = self.output_norm(update) if norm is None else add_norm(update, None, norm)[1]
         if self.dropout is not None:
             update = self.dropout(update)
         if self.post_norm is not None:
@@ -85,8 +85,9 @@ class Sublayer:
 
         def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
             # Gradients are on where it runs again.
-            again = self.again_run is not None and torch.is_grad_enabled()
-            this = replace(self, run=self.again_run) if again else self
+            this = self
+            if self.again_run is not None and torch.is_grad_enabled():
+                this = replace(self, run=self.again_run)
             return this.apply(*this.enter(tile, None))
 
         norms = [x for x in (self.norm, self.output_norm, self.post_norm) if x is not None]
@@ -129,26 +130,29 @@ def attention_sublayer(
 
 
 def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
-    """The MLP of ``layer``; ``again`` as for `Sublayer`."""
+    """The MLP of ``layer``; ``again`` as for `Sublayer`, False if its calls gather weights."""
     parts = tuple(getattr(layer, name) for name in family.mlp)
-    inner = family.intermediate and layer.get_submodule(family.intermediate)
+    # ZeRO-3 leaves nothing of a weight between calls, so `rerun_rows` could hand no gradient on,
+    # and processes with more tiles would wait for the others forever.
+    again = again and not any(map(sharded, parts))
+    inner = None if family.intermediate is None else layer.get_submodule(family.intermediate)
     names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
     first = gated_activations(layer, family)
     if first is None and inner is parts[-1]:
         first = partial(_chain, parts[:-1])
-    down = inner and linear_of(inner)
-    run = partial(_chain, parts) if first is None else lambda hidden: down(first(hidden))
+    run: Callable[[Tensor], Tensor] = partial(_chain, parts)
+    if first is not None and inner is not None:
+        run = partial(_chain, (first, linear_of(inner)))
     mlp = _sublayer(layer, family, run, parts, *names)
     # Where nothing reads the last product but the sum of rows and update, it is not run again.
     again_run = None
-    if first is not None and mlp.plain:
-        value_free = linear_of(inner, values=False)
-        again_run = lambda hidden: value_free(first(hidden))  # noqa: E731
+    if first is not None and inner is not None and mlp.plain:
+        again_run = partial(_chain, (first, linear_of(inner, values=False)))
     width = getattr(inner, "in_features", None)
     return replace(mlp, again=again, again_run=again_run, width=width)
 
 
-def _chain(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def _chain(modules: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -> Tensor:
     for module in modules:
         hidden = module(hidden)
     return hidden
@@ -163,15 +167,15 @@ def _sublayer(
     output_norm: str | None,
     dropout: str | None,
 ) -> Sublayer:
-    norm, output_norm = (name and getattr(layer, name) for name in (norm, output_norm))
+    before = None if norm is None else getattr(layer, norm)
     behind = family.pre_norm_flag is not None and not getattr(layer, family.pre_norm_flag)
     return Sublayer(
         run,
-        None if behind else norm,
-        output_norm,
-        norm if behind else None,
+        None if behind else before,
+        None if output_norm is None else getattr(layer, output_norm),
+        before if behind else None,
         family.norm,
-        dropout and _dropout(layer, dropout),
+        None if dropout is None else _dropout(layer, dropout),
         getattr(layer, family.residual_scale) if family.residual_scale else 1.0,
         modules,
     )

@@ -36,8 +36,8 @@ def load_documents(
     """
     from datasets import load_dataset
 
-    single = isinstance(dataset, str | os.PathLike)
-    paths = [os.fspath(path) for path in ([dataset] if single else dataset)]
+    given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
+    paths = [os.fspath(path) for path in given]
     missing = [path for path in paths if _builder(path) and not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"there is no file {missing[0]!r}.")

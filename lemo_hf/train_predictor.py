@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_intermediate, check_model
 from lemo_hf.config import LeMoConfig
@@ -92,7 +94,7 @@ def train_predictor(
     *,
     output_dir: str | os.PathLike | None = None,
     save_steps: int = 500,
-    provenance: dict | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> LeMoPredictor:
     """Predictors of every layer of ``model``, fitted to the oracle's scores on ``rows``.
 
@@ -145,7 +147,9 @@ def train_predictor(
 class _Run:
     """Fits of all layers, and the rows they learn from in a fixed order."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Sequence[int]], how: PredictorTraining):
+    def __init__(
+        self, model: PreTrainedModel, rows: Sequence[Sequence[int]], how: PredictorTraining
+    ):
         family = check_model(model)
         self.model, self.rows, self.how = model, rows, how
         self.config = how.lemo_config
@@ -172,7 +176,7 @@ class _Run:
         generator = torch.Generator().manual_seed(how.seed)
         self.fits: dict[tuple[str, int], Fit] = {}
         for head in how.heads:
-            for layer in range(len(model.get_submodule(family.layers))):
+            for layer in range(len(cast(nn.ModuleList, model.get_submodule(family.layers)))):
                 self._add(head, layer, how.units, generator)
 
     def _add(self, head: str, layer: int, units: int, generator: torch.Generator) -> None:
@@ -225,7 +229,8 @@ class _Run:
     def _average_gradients(self) -> None:
         if self.state.num_processes == 1:
             return
-        gradients = [p.grad for fit in self.fits.values() for p in fit.predictor.parameters()]
+        parameters = [p for fit in self.fits.values() for p in fit.predictor.parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
@@ -287,11 +292,11 @@ class _Run:
                     }
         return facts["done"]
 
-    def result(self, provenance: dict) -> LeMoPredictor:
+    def result(self, provenance: dict[str, Any]) -> LeMoPredictor:
         """The predictors as they are now."""
         how = self.how
-        layers = {head: [] for head in how.heads}
-        pruned = {head: [] for head in how.heads}
+        layers: dict[str, list[BlockPredictor]] = {head: [] for head in how.heads}
+        pruned: dict[str, list[float]] = {head: [] for head in how.heads}
         for (head, _), fit in self.fits.items():
             layers[head].append(fit.predictor.requires_grad_(False).eval())
             pruned[head].append(round(1 - fit.predictor.units / how.units, 4))
@@ -307,4 +312,4 @@ class _Run:
                 **provenance,
             },
         )
-        return LeMoPredictor(info, layers.get("attention"), layers.get("mlp"))
+        return LeMoPredictor(info, layers.get("attention", []), layers.get("mlp"))

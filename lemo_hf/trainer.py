@@ -4,10 +4,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorWithFlattening, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import LeMoConfig
@@ -19,7 +21,14 @@ from lemo_hf.sequence_parallel import sequence_group
 logger = logging.getLogger(__name__)
 
 
-class LeMoMixin:
+# A mixin has no base of its own; type checkers are told whose methods it stands before.
+if TYPE_CHECKING:
+    _Mixed = Trainer
+else:
+    _Mixed = object
+
+
+class LeMoMixin(_Mixed):
     """Makes the training passes of any Trainer sparse; mix it in before the Trainer class.
 
     Adds one argument, ``lemo_config``; with None the Trainer is left alone.
@@ -42,47 +51,66 @@ class LeMoMixin:
             try:
                 # What must be downloaded comes once; the other processes find it in the cache.
                 with self.args.main_process_first(desc="loading the LeMo predictor"):
-                    self._apply_lemo(self.model)
+                    self._apply_lemo(self._model(), lemo_config)
             except OSError as error:
                 # A checkpoint may hold the predictor, and evaluation needs none: train() decides.
                 logger.warning("the predictor is needed by train() unless it resumes: %s", error)
 
-    def _apply_lemo(self, model, predictor: LeMoPredictor | None = None) -> None:
-        self.lemo = apply_lemo(model, self.lemo_config, predictor)
-        transformers_model(model).add_model_tags(["lemo-hf"])
+    def _model(self) -> nn.Module:
+        assert self.model is not None  # Trainer refuses to be made without one
+        return self.model
 
-    def call_model_init(self, trial=None):
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # TrainingArguments settles it when made
+        return self.args.output_dir
+
+    def _apply_lemo(
+        self, model: nn.Module, config: LeMoConfig, predictor: LeMoPredictor | None = None
+    ) -> LeMo:
+        self.lemo = apply_lemo(model, config, predictor)
+        transformers_model(model).add_model_tags(["lemo-hf"])
+        return self.lemo
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
         model = super().call_model_init(trial)
         if self.lemo is not None:  # the first model gets it at the end of __init__
-            self._apply_lemo(model, self.lemo.predictor)
+            self._apply_lemo(model, self.lemo.config, self.lemo.predictor)
         return model
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """As Trainer's; checks first what would otherwise go wrong in the middle."""
         if self.lemo_config is not None:
-            self._check_train_dataset()
+            config = self.lemo_config
+            self._check_train_dataset(config)
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint:
-                self._check_resumed_config(checkpoint)
-                self._resume_predictor(checkpoint)
-            if self.lemo is None:  # the predictor was out of reach
-                self._apply_lemo(self.model)
+                self._check_resumed_config(config, checkpoint)
+                self._resume_predictor(config, checkpoint)
+            # None: the predictor was out of reach.
+            lemo = self._apply_lemo(self._model(), config) if self.lemo is None else self.lemo
             if self.is_world_process_zero():
-                print(self.lemo.describe())
-            self.lemo.passes.reset_counts()
+                print(lemo.describe())
+            lemo.passes.reset_counts()
             self._report_started = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """As Trainer's, telling LeMo which optimizer step this is."""
         if self.lemo is not None:
             self.lemo.passes.global_step = self.state.global_step
         return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; processes that share sequences get the same rows."""
         group = None if self.lemo is None else self.lemo.passes.group
         if group is None:
@@ -97,14 +125,20 @@ class LeMoMixin:
         finally:
             state.device_mesh, loading.dispatch_batches = before
 
-    def get_total_train_batch_size(self, args):
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """As Trainer's; a row that processes share counts once."""
         return super().get_total_train_batch_size(args) // self._sequence_parallel_size()
 
     def _sequence_parallel_size(self) -> int:
         return 1 if self.lemo_config is None else self.lemo_config.sequence_parallel_size
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """As Trainer's; labels of a loss outside the model are shown to LeMo as well."""
         outside = self._loss_is_outside() and "labels" in inputs
         if self.lemo is not None and model.training and outside:
@@ -126,19 +160,19 @@ class LeMoMixin:
             logs.update(self.lemo.take_figures(self._report_started - started))
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, with ``lemo_config.json`` and the predictor beside the model."""
         if self.lemo is not None and self.args.should_save:
-            self.lemo.save_files(output_dir or self.args.output_dir)
+            self.lemo.save_files(output_dir or self._output_dir())
         super().save_model(output_dir, _internal_call=_internal_call)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies only the files it knows from a checkpoint to what it pushes.
         if self.lemo is not None and self.is_world_process_zero():
-            self.lemo.save_files(self.args.output_dir)
+            self.lemo.save_files(self._output_dir())
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _check_train_dataset(self) -> None:
+    def _check_train_dataset(self, config: LeMoConfig) -> None:
         """Refuse a block size that no sequence reaches; lengths of streamed data are not known."""
         dataset = self.train_dataset
         collator = self.data_collator
@@ -146,24 +180,25 @@ class LeMoMixin:
         flattens |= getattr(collator, "padding_free", False)  # TRL's
         if not isinstance(dataset, Sized) or flattens:
             return
+        rows: Any = dataset  # `Sized` says nothing of indexing
         longest = 0
         for i in range(len(dataset)):
-            sample = dataset[i]
+            sample = rows[i]
             if not isinstance(sample, Mapping) or "input_ids" not in sample:
                 return
             longest = max(longest, len(sample["input_ids"]))
-            if longest >= self.lemo_config.block_size:
+            if longest >= config.block_size:
                 return
-        check_block_size(self.lemo_config, longest)
+        check_block_size(config, longest)
 
-    def _check_resumed_config(self, checkpoint: str | os.PathLike) -> None:
+    def _check_resumed_config(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
             logger.warning("%s has no %s: it was not trained with LeMo.", checkpoint, CONFIG_NAME)
             return
         saved = LeMoConfig.from_pretrained(checkpoint)
         changed = [
             f"{name}={value!r} (was {getattr(saved, name)!r})"
-            for name, value in vars(self.lemo_config).items()
+            for name, value in vars(config).items()
             if getattr(saved, name) != value
             # A predictor's weights are compared; how sequences are shared changes no result.
             and name not in ("predictor", "predictor_revision", "sequence_parallel_size")
@@ -173,9 +208,9 @@ class LeMoMixin:
                 "resuming %s with another LeMoConfig: %s", checkpoint, "; ".join(changed)
             )
 
-    def _resume_predictor(self, checkpoint: str | os.PathLike) -> None:
+    def _resume_predictor(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         """Choose blocks as the checkpoint's run did; the Hub is not asked."""
-        if self.lemo_config.policy != "predictor":
+        if config.policy != "predictor":
             return
         if not os.path.isfile(os.path.join(checkpoint, WEIGHTS_NAME)):
             return
@@ -187,10 +222,10 @@ class LeMoMixin:
             logger.warning(
                 "%s was trained with another predictor than %r: resuming with the checkpoint's.",
                 checkpoint,
-                self.lemo_config.predictor,
+                config.predictor,
             )
-        remove_lemo(self.model)
-        self._apply_lemo(self.model, saved)
+        remove_lemo(self._model())
+        self._apply_lemo(self._model(), config, saved)
 
 
 class LeMoTrainer(LeMoMixin, Trainer):

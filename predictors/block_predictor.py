@@ -81,6 +81,9 @@ class BlockPredictor(nn.Module):
         self.key = nn.Linear(units, rank, bias=False)
         if head == "attention":
             self.query = nn.Linear(units, rank)
+        self.earlier: nn.Parameter
+        self.later: nn.Parameter
+        self.distance: nn.Parameter
         # Piecewise linear in the logarithm of a number of blocks: those before the block, those
         # after it, and how far away a query is.
         for name in self._tables:

@@ -98,7 +98,7 @@ def _base(base: Any) -> str:
 def _sizes(heads: dict[str, Any], pruned: dict[str, list[float | None]]) -> str:
     rows = []
     for layer in range(len(heads["attention"])):
-        row = {"layer": layer}
+        row: dict[str, Any] = {"layer": layer}
         for name, head in heads.items():
             predictor = head[layer]
             row[f"{name} parameters"] = (
@@ -140,4 +140,4 @@ def _is_repository(name: str | None) -> bool:
         validate_repo_id(name or "")
     except HFValidationError:
         return False
-    return not os.path.exists(name)
+    return name is not None and not os.path.exists(name)

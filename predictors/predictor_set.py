@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class PredictorInfo:
     recall: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(
                 f"block_size must be an integer of at least 1, got {self.block_size!r}"
@@ -75,8 +75,9 @@ class LeMoPredictor(nn.Module):
     ):
         super().__init__()
         self.info = info
-        self.attention = nn.ModuleList(attention)
-        self.mlp = None if mlp is None else nn.ModuleList(mlp)
+        # A ModuleList holds None as well, whatever its annotations say.
+        self.attention = nn.ModuleList(cast(list[nn.Module], attention))
+        self.mlp = None if mlp is None else nn.ModuleList(cast(list[nn.Module], mlp))
         for name, head in self.heads.items():
             layers = info.base.num_hidden_layers
             if len(head) != layers or all(predictor is None for predictor in head):
@@ -90,7 +91,9 @@ class LeMoPredictor(nn.Module):
                 "head": name,
             }
             for layer, predictor in enumerate(head):
-                for key, value in expected.items() if predictor is not None else ():
+                if predictor is None:
+                    continue
+                for key, value in expected.items():
                     if predictor.sizes[key] != value:
                         raise ValueError(
                             f"the {name} predictor of layer {layer} has "
@@ -98,10 +101,14 @@ class LeMoPredictor(nn.Module):
                         )
 
     @property
-    def heads(self) -> dict[str, nn.ModuleList]:
+    def heads(self) -> dict[str, list[BlockPredictor | None]]:
         """The predictors of ``"attention"`` and, if there are such, ``"mlp"``."""
         heads = {"attention": self.attention, "mlp": self.mlp}
-        return {name: head for name, head in heads.items() if head is not None}
+        return {
+            name: cast(list[BlockPredictor | None], list(head))
+            for name, head in heads.items()
+            if head is not None
+        }
 
     @property
     def recommended(self) -> LeMoConfig:
@@ -139,7 +146,7 @@ class LeMoPredictor(nn.Module):
     def with_recall(self, table: list[dict[str, Any]]) -> "LeMoPredictor":
         """The same networks, knowing their recall: rows of `lemo_hf.recall.recall_table`."""
         info = dataclasses.replace(self.info, recall=table)
-        return LeMoPredictor(info, self.attention, self.mlp)
+        return LeMoPredictor(info, **self.heads)
 
     def weak_layers(self, least: float, retention: float = 0.5) -> dict[str, list[int]]:
         """Layers whose recall was measured to be below ``least`` on some of the documents.
@@ -283,7 +290,7 @@ class LeMoPredictor(nn.Module):
         return commit.commit_url
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs) -> "LeMoPredictor":
+    def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoPredictor":
         """Load predictors from a directory or a Hub repository, checked, on the CPU.
 
         Args:
@@ -311,7 +318,7 @@ class LeMoPredictor(nn.Module):
                 f"use: {what}. pip install -U lemo-hf, or download it again (force_download=True)."
             ) from error
         shapes = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
-        tensors = read_tensors(weights_path, shapes, section.get("sha256"))
+        tensors = read_tensors(weights_path, shapes, section["sha256"])
         predictor.load_state_dict(tensors, assign=True)
         return predictor.eval().requires_grad_(False)
 

@@ -23,7 +23,7 @@ from lemo_hf.measure import LossRise, sparse_evaluation, training_bytes
 from lemo_hf.text_rows import token_rows
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-CONFIG = LeMoConfig(block_size=8)
+CONFIG = LeMoConfig(block_size=8, policy="pooled")
 
 
 def outside_of_weights(model):
@@ -194,7 +194,7 @@ def test_the_budget_holds_and_the_best_is_kept(unchanged):
 
 def test_thresholds_hold_the_retention_and_lower_the_loss(demo, unchanged):
     model, samples = demo
-    config = LeMoConfig(block_size=16, supervise="all", dense_last_layers=7)
+    config = LeMoConfig(block_size=16, policy="pooled", supervise="all", dense_last_layers=7)
     found = calibrate_thresholds(unchanged(model), samples, config, 0.6, progress=False)
     first, last = found.history[0], found.history[-1]
     assert len(set(first["thresholds"][:3])) == 1 and not any(first["thresholds"][3:])
@@ -212,6 +212,8 @@ def test_a_retention_below_what_must_be_kept(unchanged):
     model = unchanged(make_model("llama"))
     with pytest.raises(ValueError, match="retention=0.05 cannot be reached: .* 0.2 of the rows"):
         calibrate_thresholds(model, rows(), CONFIG, 0.05, progress=False)
+    with pytest.raises(ValueError, match="policy='recent' scores a block by its place"):
+        calibrate_thresholds(model, rows(), LeMoConfig(), 0.5, progress=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -254,7 +256,7 @@ def test_gradients_that_were_there_stay():
 
 def test_a_real_model_on_real_text(demo, unchanged):
     model, samples = demo
-    config = LeMoConfig(block_size=16)
+    config = LeMoConfig(block_size=16, policy="pooled")
     found = calibrate_thresholds(unchanged(model), samples, config, 0.5, steps=0, progress=False)
     assert 2 < found.dense_loss < 5
     assert found.history[0]["retention"] == pytest.approx(0.5, abs=0.5 / 32)

@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 import transformers
+from exported import assert_merges
 from packaging import version
 from processes import launch, start
 from training_cases import CHECKPOINTED, assert_same, make_trainer, outcome, read, rows, train
 
-EACH = {"agree_across_layers": False, "retention": 0.4}
+EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
 THRESHOLD = {"threshold": 1.0, "agree_across_layers": False}
 CASES = {
     "pooled": {"lemo": EACH},
@@ -61,7 +62,10 @@ assert kept == {"DistributedDataParallel"}, kept
 alone = {**ALL["full-answers"], "average_tokens_across_devices": False}
 write(folder, "alone", train(folder / "alone", **alone), process)
 for name, case in RESUMED.items():
-    write(folder, name, train(folder / f"two-{name}", **case), process)
+    trainer = make_trainer(folder / f"two-{name}", **case)
+    trainer.train()
+    trainer.save_model(folder / f"two-{name}" / "final")
+    write(folder, name, outcome(trainer), process)
     if not RESUMES:
         continue
     first = folder / f"one-{name}" / "checkpoint-3"
@@ -113,6 +117,11 @@ def test_another_number_of_processes_resumes(two, tmp_path, name):
         assert_same(read(two, f"resumed-{name}"), uninterrupted)
     second = two / f"two-{name}" / "checkpoint-3"
     assert_same(train(tmp_path / "resumed", str(second), **case), uninterrupted)
+
+
+def test_an_adapter_merges_on_one_process(two, tmp_path, lemo):
+    final = two / "two-saved-lora" / "final"
+    assert_merges(lemo, final, read(two, "saved-lora")[1], tmp_path)
 
 
 LOST = """

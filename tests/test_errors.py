@@ -39,7 +39,9 @@ def test_models_that_do_not_fit():
     with pytest.raises(ValueError, match="output_router_logits=True"):
         apply_lemo(make_model("mixtral", output_router_logits=True), CONFIG)
     with pytest.raises(ValueError, match="experts of 'qwen3_moe' have no single intermediate"):
-        apply_lemo(make_model("qwen3_moe"), LeMoConfig(block_size=8, mlp_retention=0.5))
+        apply_lemo(
+            make_model("qwen3_moe"), LeMoConfig(block_size=8, policy="pooled", mlp_retention=0.5)
+        )
 
 
 def test_a_refused_model_is_left_alone():
@@ -64,7 +66,7 @@ def test_predictors_and_policy_must_go_together():
         apply_lemo(model, LeMoConfig(policy="predictor"))
     with pytest.raises(ValueError, match="given: 3"):
         apply_lemo(model, LeMoConfig(policy="predictor"), predictors=[len] * 3)
-    with pytest.raises(ValueError, match="policy='pooled': set policy='predictor'"):
+    with pytest.raises(ValueError, match="policy='recent': set policy='predictor'"):
         apply_lemo(model, LeMoConfig(), predictors=[len] * 4)
 
 

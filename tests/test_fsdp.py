@@ -20,7 +20,9 @@ def mesh(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fully_sharded_layers(mesh, checkpointing):
-    config = LeMoConfig(block_size=8, agree_across_layers=False, dense_first_layers=1)
+    config = LeMoConfig(
+        block_size=8, policy="pooled", agree_across_layers=False, dense_first_layers=1
+    )
     results = []
     for shard in (False, True):
         model = make_model("llama")

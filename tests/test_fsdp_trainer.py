@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import merge_fsdp_weights
+from exported import assert_merges
 from models import make_model
 from processes import ROOT, launch
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from training_cases import CHECKPOINTED, ROWS_A_STEP, assert_same, padded, read, rows, train, whole
 from transformers import AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig, apply_lemo
 
-EACH = {"agree_across_layers": False, "retention": 0.4}
+EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
 CASES = {
     "pooled": {"lemo": EACH},
     # The two processes take 1 and 8 segments of the loss, or none and 8.
@@ -38,7 +41,7 @@ ALL["head-answers"] = {**ALL["lora-answers"], "lora_options": {"modules_to_save"
 ALL["tied-answers"] = {**ALL["full-answers"], "model_options": {"tie_word_embeddings": True}}
 
 
-def one_pass(process=None):
+def one_pass(process=None, checkpointed=False):
     """Loss and gradients of four rows; of a process its two, with each Linear a unit of FSDP2.
 
     Each Linear then gathers whenever it is called. In the first two rows there is nothing to
@@ -46,6 +49,8 @@ def one_pass(process=None):
     """
     model = make_model("llama")
     apply_lemo(model, LeMoConfig(block_size=8, segment_size=16, **EACH))
+    if checkpointed:
+        model.gradient_checkpointing_enable(CHECKPOINTED["gradient_checkpointing_kwargs"])
     samples = rows("scattered")[:ROWS_A_STEP]
     items = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
     if process is not None:
@@ -75,7 +80,8 @@ SAVED = {
         "save_strategy": "steps",
         "save_steps": 2,
     }
-    for kind, what in (("FULL", "full"), ("SHARDED", "lora"))
+    for kind in ("FULL", "SHARDED")
+    for what in ("lora", "full")
 }
 
 START = """
@@ -86,8 +92,11 @@ from training_cases import make_trainer, outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])
 
 def sharded(kind="FULL", **case):
-    os.environ["FSDP_STATE_DICT_TYPE"] = f"{kind}_STATE_DICT"
-    return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}, **case}
+    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": f"{kind}_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config, **case}
+
+def kind_of(trainer):
+    return trainer.accelerator.state.fsdp_plugin.state_dict_type.name.removesuffix("_STATE_DICT")
 """
 TRAIN = (
     START
@@ -103,12 +112,16 @@ write(folder, "bf16", train(folder / "bf16", **bf16), process)
 for name, case in SAVED.items():
     trainer = make_trainer(folder / name, **sharded(**case))
     trainer.train()
+    assert kind_of(trainer) == case["kind"]
+    if name == "SHARDED-lora":  # Trainer saves no model while the kind is SHARDED
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(folder / name / "final")
     write(folder, name, outcome(trainer), process)
     again = make_trainer(folder / f"again-{name}", **sharded(**case))
     again.train(str(folder / name / "checkpoint-2"))
     write(folder, f"again-{name}", outcome(again), process)
 write(folder, "linears", one_pass(process), process)
+write(folder, "linears_checkpointed", one_pass(process, checkpointed=True), process)
 own = sharded(**ALL["full-pooled"])
 own["fsdp_config"]["activation_checkpointing"] = True
 try:
@@ -143,7 +156,8 @@ def test_two_processes_train_as_one(two, tmp_path, name):
 
 def test_units_within_a_layer(two):
     """Their calls gather, so processes make the same calls, with nothing to choose as well."""
-    assert_same(read(two, "linears"), one_pass())
+    for made in ("linears", "linears_checkpointed"):
+        assert_same(read(two, made), one_pass())
 
 
 def test_mixed_precision(two):
@@ -169,6 +183,23 @@ def test_a_full_state_dict_loads_without_lemo(two):
     config = LeMoConfig.from_pretrained(final)
     assert config == LeMoConfig(block_size=8, segment_size=16, **EACH)
     assert LeMoConfig.from_pretrained(two / "SHARDED-lora" / "checkpoint-2") == config
+
+
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+def test_an_adapter_merges_on_one_process(two, tmp_path, lemo, kind):
+    name = f"{kind}-lora"
+    assert_merges(lemo, two / name / "final", read(two, name)[1], tmp_path)
+
+
+def test_a_sharded_state_dict_becomes_one_file(two, tmp_path):
+    """As `accelerate merge-weights` makes it."""
+    shards = two / "SHARDED-full" / "checkpoint-4" / "pytorch_model_fsdp_0"
+    merge_fsdp_weights(str(shards), str(tmp_path))
+    merged = load_file(tmp_path / "model.safetensors")
+    trained = read(two, "SHARDED-full")[1]
+    assert merged.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(merged[name], tensor), name
 
 
 def test_fsdps_own_checkpointing_is_refused(two):

@@ -39,7 +39,7 @@ def training_pass(model, config, ids):
 @pytest.mark.parametrize(
     "config",
     [
-        LeMoConfig(block_size=8, dense_first_layers=1),
+        LeMoConfig(block_size=8, policy="pooled", dense_first_layers=1),
         LeMoConfig(block_size=8, retention=0.3, policy="oracle", agree_across_layers=False),
         LeMoConfig(block_size=16, threshold=0.9, mlp_retention=0.6, agree_across_layers=False),
         LeMoConfig(block_size=8, policy="random", recompute="full", offload_gib=1),

@@ -158,7 +158,7 @@ def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):
 
 def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     model = make_model("llama")
-    config = LeMoConfig(block_size=8, dense_first_layers=1, normalize_scores=True)
+    config = LeMoConfig(block_size=8, policy="pooled", dense_first_layers=1, normalize_scores=True)
     apply_lemo(model, config)
     with recorded_sets(monkeypatch) as agreed:
         model(**batch())

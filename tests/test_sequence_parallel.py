@@ -14,7 +14,7 @@ from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.checks import check_trainer
 from lemo_hf.predictors.block_predictor import BlockPredictor
 
-EACH = {"agree_across_layers": False, "retention": 0.4}
+EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
 RECENT = {"policy": "recent"}  # the last process holds nearly all kept rows, another hardly any
 # 70 tokens are 9 blocks: the last one is short, and shards differ.
 PASSES = {

@@ -63,33 +63,36 @@ def calibrate(
         raise ValueError("--thresholds needs --retention: what they keep depends on the text.")
     start = _start_config(config, predictor, block_size)
 
-    from lemo_hf.allocate import allocate_memory, allocate_retention
-    from lemo_hf.calibrate import calibrate_thresholds
+    from lemo_hf.allocate import Allocation, allocate_memory, allocate_retention
+    from lemo_hf.calibrate import ThresholdCalibration, calibrate_thresholds
 
     lm, tokenizer = model.load(tokens)
     samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, not as_json)
-    progress = {"progress": not as_json}
-    if thresholds:
-        found = calibrate_thresholds(lm, samples, start, retention, **progress)
-        result = {"dense_loss": found.dense_loss, "history": found.history}
+    found: ThresholdCalibration | Allocation
+    if thresholds and retention is not None:
+        found = calibrate_thresholds(lm, samples, start, retention, progress=not as_json)
     else:
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable()
         if memory_gib is not None:
-            found = allocate_memory(lm, samples, start, memory_gib, **progress)
-        else:
-            found = allocate_retention(lm, samples, start, retention, **progress)
-        result = {"dense_loss": found.dense_loss, "loss_rises": found.loss_rises}
+            found = allocate_memory(lm, samples, start, memory_gib, progress=not as_json)
+        elif retention is not None:
+            found = allocate_retention(lm, samples, start, retention, progress=not as_json)
     save(found.config, lm.config, output)
     if as_json:
-        print(json.dumps({**result, "config": found.config.to_dict()}))
+        how: dict[str, Any] = (
+            {"history": found.history}
+            if isinstance(found, ThresholdCalibration)
+            else {"loss_rises": found.loss_rises}
+        )
+        print(json.dumps({"dense_loss": found.dense_loss, **how, "config": found.config.to_dict()}))
         return
     kept = found.config.threshold if thresholds else found.config.retention
     name = "thresholds" if thresholds else "retention"
     values = kept if isinstance(kept, tuple) else (kept,)
     print(f"{name}: {' '.join(f'{value:.3g}' for value in values)}")
     print(f"loss of the dense model: {found.dense_loss:.4f} nats a label")
-    if thresholds:
+    if isinstance(found, ThresholdCalibration):
         first, last = found.history[0], found.history[-1]
         print(
             f"rise above it: {first['loss_rise']:.4f} with one threshold, {last['loss_rise']:.4f} "
@@ -114,15 +117,15 @@ def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
 def _start_config(source: str | None, predictor: str | None, block_size: int | None) -> LeMoConfig:
     from lemo_hf.files import CONFIG_NAME, find_files
 
-    given = {} if block_size is None else {"block_size": block_size}
-    if predictor not in (None, "auto"):
+    given: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    if predictor is not None and predictor != "auto":
         if source is not None:
             raise ValueError("--predictor brings a config of its own: leave out --config.")
         find_files(predictor, [CONFIG_NAME])
         source = predictor
     elif predictor is not None:
         given["predictor"] = predictor
-    start = LeMoConfig() if source is None else LeMoConfig.from_pretrained(source)
+    start = LeMoConfig(policy="pooled") if source is None else LeMoConfig.from_pretrained(source)
     if "predictor" in given:
         given["policy"] = None
     return dataclasses.replace(start, **given)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -226,7 +226,7 @@ def _token_documents(
     if binary and len(binary) < len(dataset):
         raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
     if binary:
-        return (read_token_file(path) for path in binary[:most])
+        return (cast(Sequence[int], read_token_file(path)) for path in binary[:most])
     texts = load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column)
     return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,8 +41,8 @@ def inspect(
     if not text.is_file():
         raise FileNotFoundError(f"--text {text}: there is no such file.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
-    changes = {"retention": retention, "policy": policy, "block_size": block_size}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    given = {"retention": retention, "policy": policy, "block_size": block_size}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if retention is not None:
         changes["threshold"] = None
     if policy is not None:

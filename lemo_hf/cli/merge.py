@@ -75,7 +75,7 @@ def _trained(adapter: str, base: str | None) -> tuple[Any, int | None]:
     from lemo_hf.cli.train_settings import FILE_NAME, read_settings
     from lemo_hf.files import EntryNotFound, download
 
-    path = Path(adapter, FILE_NAME)
+    path: Path | None = Path(adapter, FILE_NAME)
     if not Path(adapter).is_dir():
         try:
             path = Path(download(adapter, FILE_NAME, "give a directory"))

@@ -83,7 +83,7 @@ class ModelOptions:
         config = prepared_config(
             self.model,
             rope_type=self.rope_type,
-            rope_parameters=self.rope_parameters and _json_object(self.rope_parameters),
+            rope_parameters=_json_object(self.rope_parameters) if self.rope_parameters else None,
             max_position_embeddings=self.max_position_embeddings,
             length=length,
             **trust,
@@ -98,7 +98,7 @@ class ModelOptions:
         except RuntimeError as error:
             raise ValueError(f"--device {device!r}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(self.model, **trust)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             self.model, config=config, dtype=self.dtype.value, **trust
         )
         if self.adapter is not None:
@@ -128,9 +128,8 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
         command(options, **values)
 
     first, *rest = shared.values()
-    run.__signature__ = inspect.Signature(
-        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (first, *own, *rest)]
-    )
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (first, *own, *rest)]
+    vars(run)["__signature__"] = inspect.Signature(parameters)
     return run
 
 
@@ -174,6 +173,11 @@ def prepared_config(
     except OSError as error:
         raise OSError(f"model {name!r}: {error}") from error
     if rope_type is not None:
+        if length is None:
+            raise ValueError(
+                f"--rope-type {rope_type} stretches positions to a length, which is not known "
+                "here: give --rope-parameters."
+            )
         _stretch_positions(config, rope_type, length)
     if rope_parameters is not None:
         config.rope_parameters = {**(config.rope_parameters or {}), **rope_parameters}

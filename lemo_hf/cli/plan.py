@@ -50,8 +50,8 @@ def plan(
     if config is not None and retention is not None:
         raise ValueError("--config brings its own retention: leave out --retention.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
-    changes = {"retention": retention, "recompute": recompute, "offload_gib": offload_gib}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    given = {"retention": retention, "recompute": recompute, "offload_gib": offload_gib}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
     from transformers import AutoConfig
@@ -63,7 +63,7 @@ def plan(
     targets: Any = lora_target or ("q_proj", "k_proj", "v_proj", "o_proj")
     if list(targets) == ["all-linear"]:
         targets = "all-linear"
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,
         "lora_targets": targets,
@@ -71,7 +71,7 @@ def plan(
         "autocast": autocast and dtype is not DType.float32,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    room = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
+    room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
     plans = {
         name: predict(model_config, what, tokens, **settings, **room)
         for name, what in (("LeMo", lemo), ("without", None))

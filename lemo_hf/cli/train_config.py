@@ -71,7 +71,7 @@ class DataSection:
     eval_split: str = "test"
     max_eval_rows: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.tokens}")
         if self.packing and self.min_tokens is not None:

@@ -6,7 +6,7 @@ from lemo_hf.cli.options import prepared_config
 from lemo_hf.cli.train_config import ModelSection, Run
 
 
-def load_base(section: ModelSection, tokens: int) -> tuple[Any, Any]:
+def load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
     """The causal LM on the CPU (Trainer or the launcher moves it), and its tokenizer.
 
     Raises:

@@ -123,7 +123,7 @@ def _parse_flags(
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader that reads 1e-4 as a number, and a key given twice as an error."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen:

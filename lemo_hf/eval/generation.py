@@ -1,13 +1,13 @@
 """Greedy continuations of prompts of different lengths, as a batch."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
-from lemo_hf.patch import transformers_model
+from lemo_hf.patch import input_device, transformers_model
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def continue_greedily(
         raise ValueError("a prompt without a token cannot be continued.")
     inner = transformers_model(model)
     ends = {*_end_tokens(inner, tokenizer), *stop_tokens}
-    longest, device = max(map(len, prompts)), inner.get_input_embeddings().weight.device
+    longest, device = max(map(len, prompts)), input_device(model)
     # Padding is masked, so that any token serves as such.
     ids = torch.full((len(prompts), longest), next(iter(ends), 0))
     mask = torch.zeros_like(ids)
@@ -66,7 +66,7 @@ def continue_greedily(
     # generate fills what a config leaves open from the model's own.
     own, inner.generation_config = inner.generation_config, config
     try:
-        out = model.generate(
+        out = cast(Any, model).generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
         )
     finally:
@@ -75,7 +75,7 @@ def continue_greedily(
     return [tokenizer.decode(_ended(row, ends), skip_special_tokens=True) for row in new]
 
 
-def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     of_model = model.generation_config.eos_token_id
     tokens = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     return tokens - {None}

@@ -120,7 +120,7 @@ class _Answer:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         settings = (self.tokenizer, self.max_length, self.chat_template)
         prompts = [prompt_tokens(self.task, row, *settings) for row in rows]
-        stops = {}
+        stops: dict[str, Any] = {}
         if self.task.stops_at_newline:
             newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
             stops = {"min_new_tokens": 1, "stop_tokens": [newline]}
@@ -147,7 +147,7 @@ def _predict(
 
 def _first_process(work: Callable[[], Any]) -> Any:
     """What ``work`` gives on the first process, on all of them; so does what it raises."""
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]  # what came of it, or what was raised
     if PartialState().is_main_process:
         try:
             outcome[0] = work()

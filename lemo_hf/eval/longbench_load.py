@@ -5,16 +5,16 @@ import json
 import lzma
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from lemo_hf.eval.longbench_tasks import choose_tasks
 from lemo_hf.files import download
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
 FIELDS = {"input": str, "context": str, "answers": list, "length": int}
-_OPENERS = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+_OPENERS: dict[str, Callable[..., IO[Any]]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
 
 
 def load_task(
@@ -48,7 +48,7 @@ def load_task(
     name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
     if data is None:
         instead = "give data, a copy of it or a folder of its files"
-        hub = {"repo_type": "dataset", "revision": revision}
+        hub: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
         data = download(REPOSITORY, ARCHIVE, instead, **hub)
     path = Path(data)
     if path.is_dir():
@@ -119,7 +119,7 @@ def _file_of(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> BinaryIO:
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
     for member in archive.namelist():
         if PurePosixPath(member).name == name:
             return archive.open(member)

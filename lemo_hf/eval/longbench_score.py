@@ -59,7 +59,7 @@ def score_rows(
         ValueError: There is no such task, no row, or a row lacks a field.
     """
     choose_tasks([task], extended=extended)
-    fields = {"pred": str, "answers": list, "all_classes": list | None}
+    fields: dict[str, Any] = {"pred": str, "answers": list, "all_classes": list | None}
     fields |= {"length": int} if extended else {}
     if not rows:
         raise ValueError(f"there is no prediction of {task} to score.")
@@ -73,7 +73,7 @@ def score_rows(
         for score in scores:  # from Python 3.12 on sum rounds otherwise
             total += score
         return round(100 * total / len(scores), 2)
-    buckets = {name: [] for name in BUCKETS}
+    buckets: dict[str, list[float]] = {name: [] for name in BUCKETS}
     for row, score in zip(rows, scores, strict=True):
         buckets[next(name for name, end in BUCKETS.items() if row["length"] < end)].append(score)
     # numpy adds up in another order than sum, which the last decimal can show.
@@ -113,11 +113,11 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
     if not files:
         raise ValueError(f"{os.fspath(folder)!r} has no predictions, files named {{task}}.jsonl.")
     scores = {}
-    for task in choose_tasks(list(files), extended=extended):
-        with files[task.name].open("rb") as file:
-            rows = list(read_rows(file, files[task.name]))
-        _warn_if_unfinished(folder, task.name, len(rows))
-        scores[task.name] = score_rows(task.name, rows, extended=extended)
+    for chosen in choose_tasks(list(files), extended=extended):
+        with files[chosen.name].open("rb") as file:
+            rows = list(read_rows(file, files[chosen.name]))
+        _warn_if_unfinished(folder, chosen.name, len(rows))
+        scores[chosen.name] = score_rows(chosen.name, rows, extended=extended)
     with (
         whole_file(folder / RESULT_NAME) as written,
         open(written, "w", encoding="utf-8") as file,

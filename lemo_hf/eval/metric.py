@@ -49,7 +49,7 @@ class LongBenchMetric(evaluate.Metric):
         predictions: Sequence[str],
         references: Sequence[Sequence[str]],
         all_classes: Sequence[str] | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         rows = [
             {"pred": prediction, "answers": list(answers), "all_classes": all_classes}
             for prediction, answers in zip(predictions, references, strict=True)

@@ -64,7 +64,7 @@ class NeedleTemplate:
     introduction: str = ""
     digits: int = 7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("needle", "question"):
             text = getattr(self, name)
             for part in ("{key}", "{value}"):

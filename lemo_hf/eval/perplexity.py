@@ -251,8 +251,8 @@ class _Windows:
             scored = stop
 
     def _ids(self, document: Sequence[int], number: int, start: int, stop: int) -> np.ndarray:
-        ids = document[start:stop]
-        ids = ids.cpu().numpy() if torch.is_tensor(ids) else np.asarray(ids)
+        part = document[start:stop]
+        ids = part.cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
         if ids.dtype.kind not in "iu" or ids.ndim != 1:
             raise ValueError(
                 f"document {number} must be a sequence of token ids, which are integers; it has "

@@ -127,7 +127,7 @@ def recall_figure(table: Sequence[Mapping[str, Any]]) -> Any:
         line[0].set_ylabel("recall of the oracle's blocks")
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes.flat:
         lines, names = axis.get_legend_handles_labels()
         handles |= dict(zip(names, lines, strict=True))

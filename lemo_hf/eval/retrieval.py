@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lemo_hf.eval.needles import NeedleRow
 from lemo_hf.modes import evaluating
-from lemo_hf.patch import transformers_model
+from lemo_hf.patch import input_device, transformers_model
 
 MEASURES = {
     "accuracy": "answers right",
@@ -129,7 +129,7 @@ def retrieval(
             f"{type(inner).__name__} does not take logits_to_keep: use a causal LM of transformers "
             "(unwrapped, if it was prepared for training)."
         )
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(model)
     state = PartialState()
     batches = _batches(rows, batch_size)
     outcomes = torch.zeros(len(rows), 3, dtype=torch.float64)

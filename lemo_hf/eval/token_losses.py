@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lemo_hf.kernels.segment_cross_entropy import choose_segment_size, segment_losses_
-from lemo_hf.patch import transformers_model
+from lemo_hf.patch import input_device, transformers_model
 
 
 class TokenLosses:
@@ -31,7 +31,7 @@ class TokenLosses:
     def __init__(self, model: nn.Module):
         self.model = model
         inner = transformers_model(model)
-        self.device = inner.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.rule = _logits_rule(inner.config)
         head = inner.get_output_embeddings()
         # A head that FSDP shards by itself is whole only within its own call.
@@ -60,14 +60,14 @@ class TokenLosses:
             # Counted from the end: a prompt that PEFT puts before the ids has logits too.
             logits, asked = logits[:, -(ids.shape[1] - first) :], asked[:, first:]
             return _losses(logits, asked, targets, lambda rows: rows, {})
-        losses = []
+        head, losses = self.head, list[Tensor]()
 
         def before_head(_: nn.Module, args: tuple) -> tuple:
             handle.remove()
-            losses.append(_losses(args[0], asked, targets, self.head, self.rule))
+            losses.append(_losses(args[0], asked, targets, head, self.rule))
             return (args[0][:, :1],)
 
-        handle = self.head.register_forward_pre_hook(before_head)
+        handle = head.register_forward_pre_hook(before_head)
         try:
             self.model(input_ids=ids, use_cache=False)
         finally:

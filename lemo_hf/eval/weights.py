@@ -17,7 +17,7 @@ def weights_checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         bits = parameter.detach()
-        total = 0
+        total: int | float = 0
         if not bits.is_meta:
             total = bits.view(_INTEGERS[bits.element_size()]).sum(dtype=torch.int64).item()
         digest.update(f"{name} {bits.dtype} {tuple(bits.shape)} {total}\n".encode())

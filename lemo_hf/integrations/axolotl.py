@@ -47,7 +47,7 @@ class LeMoPlugin(BasePlugin):
         """Where Axolotl finds `LeMoArgs`."""
         return f"{LeMoArgs.__module__}.{LeMoArgs.__name__}"
 
-    def add_callbacks_pre_trainer(self, cfg, model) -> list[LeMoCallback]:
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[LeMoCallback]:
         """LeMo comes as a callback of the trainer that is about to be made.
 
         Raises:
@@ -57,7 +57,7 @@ class LeMoPlugin(BasePlugin):
         return [LeMoCallback(LeMoConfig.from_dict(dict(cfg.lemo or {})))]
 
 
-def check_axolotl(cfg) -> None:
+def check_axolotl(cfg: Any) -> None:
     """Raises ValueError for keys of an Axolotl config that LeMo does not go with."""
     for key, way_out in REFUSED.items():
         if cfg.get(key):

@@ -8,10 +8,11 @@ of its own from those of the layers; then it stays on, and evaluation is dense a
 
 import os
 import time
+from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo_hf.checks import check_trainer
 from lemo_hf.config import LeMoConfig
@@ -42,52 +43,90 @@ class LeMoCallback(TrainerCallback):
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The Trainer is made, its model not yet prepared."""
         if model is not None:  # else it comes from ``model_init``
             self._apply(args, model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The model is prepared; it is a new one if it came from ``model_init``."""
-        if self.lemo is None or lemo_of(model) is not self.lemo:
-            self._apply(args, model)
+        assert model is not None  # Trainer has one by now
+        lemo = self.lemo
+        if lemo is None or lemo_of(model) is not lemo:
+            lemo = self._apply(args, model)
         if state.is_world_process_zero:
-            print(self.lemo.describe())
-        self.lemo.passes.reset_counts()
+            print(lemo.describe())
+        lemo.passes.reset_counts()
         self._started = time.perf_counter()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The random policy draws anew."""
+        assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
         self.lemo.passes.global_step = state.global_step
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Adds the figures to a training log."""
-        if "loss" not in logs or self.lemo is None:
+        if logs is None or "loss" not in logs or self.lemo is None:
             return
         started, self._started = self._started, time.perf_counter()
         figures = self.lemo.take_figures(self._started - started)
         logs.update(figures)
         state.log_history[-1].update(figures)  # a copy of logs
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """LeMo's files go with the checkpoint."""
+        assert self.lemo is not None and args.output_dir is not None
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and os.path.isdir(checkpoint):
             self.lemo.save_files(checkpoint)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The model is the stock one again."""
+        assert self.lemo is not None and model is not None and args.output_dir is not None
         if args.should_save:
             self.lemo.save_files(args.output_dir)
         if not sharded(model):
             remove_lemo(model)
             self.lemo = None
 
-    def _apply(self, args: TrainingArguments, model: nn.Module) -> None:
+    def _apply(self, args: TrainingArguments, model: nn.Module) -> LeMo:
         _check(args, self.lemo_config)
         with args.main_process_first(desc="loading the LeMo predictor"):
             self.lemo = apply_lemo(model, self.lemo_config)
         transformers_model(model).add_model_tags(["lemo-hf"])
+        return self.lemo
 
 
 def _check(args: TrainingArguments, config: LeMoConfig) -> None:
