@@ -6,9 +6,10 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # What does not depend on transformers, or is slow and hardly does.
-NOT_AGAIN := kernels test_benchmarks_* test_docs.py test_examples.py test_inspect.py test_longbench* \
-	test_package.py test_plan.py test_processes.py test_real_text.py test_report.py \
-	test_sequence_parallel.py
+NOT_AGAIN := kernels test_benchmarks_* test_calibrate.py test_cli.py test_cli_eval.py \
+	test_cli_merge.py test_docs.py test_examples.py test_inspect.py test_longbench* \
+	test_needles.py test_package.py test_perplexity.py test_plan.py test_processes.py \
+	test_real_text.py test_report.py test_retrieval.py test_sequence_parallel.py
 
 .PHONY: demo test lint docs bench sanitize
 
