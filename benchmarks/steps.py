@@ -206,8 +206,8 @@ class Bench:
                 status = why(error)
             if status != "ok":
                 empty_memory(self.optimizer)
-                # PyTorch (2.11 to 2.13) never frees the graph of a backward that broke off inside
-                # another backward, checkpointing's for one.
+                # Graphs whose backward broke off while it computed something again are often
+                # never freed, those of stock checkpointing too (seen on PyTorch 2.13).
                 for address, storage in storages(self.device).items():
                     if address not in before:
                         storage.resize_(0)

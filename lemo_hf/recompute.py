@@ -2,7 +2,7 @@
 
 Levels, from most stored to least (bytes a kept row of Llama-3 8B in bf16, LoRA on q, k, v, o):
 
-- ``"none"``: what autograd stores (101 KiB).
+- ``"none"``: what autograd stores (100 KiB).
 - ``"mlp"``: the MLP is computed again, a tile of rows at a time (44 KiB).
 - ``"selective"``: everything but attention is (24 KiB: the rows, attention's output before its
   projection, and the sum of rows and update after it).

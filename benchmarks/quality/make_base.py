@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from benchmarks.quality.data import Data, read_header
+from benchmarks.quality.data import Data
 from lemo_hf.eval.perplexity import perplexity
 from lemo_hf.eval.retrieval import retrieval
 
@@ -40,17 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("output", type=Path, help="where the model goes")
     add("--model", required=True, help="directory of the base model")
-    add("--data", type=Path, nargs="+", required=True, help="folders made by prepare.py")
+    add("--data", type=Path, required=True, help="folder made by prepare.py")
     add("--sets", nargs=2, default=["many-lines-quarter", "many-answers-quarter"])
     add("--steps", type=int, default=600)
     add("--batch", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
-    sets = {}
-    for folder in args.data:
-        if set(args.sets) & set(read_header(folder)["sets"]):
-            data = Data.load(folder)
-            sets |= {name: data.train[name] for name in args.sets if name in data.train}
+    data = Data.load(args.data)
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     context = model.config.max_position_embeddings
@@ -70,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    rows = TakingTurns([sets[name] for name in args.sets], args.batch, args.steps)
+    rows = TakingTurns([data.train[name] for name in args.sets], args.batch, args.steps)
     trainer = Trainer(model=model, args=settings, train_dataset=rows)
     trainer.train()
     model = model.to(torch.bfloat16)
     model.save_pretrained(args.output, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
-    needles = [row for row in data.needles[7] if len(row.input_ids) == context]
+    needles = [row for row in data.needles[data.digits[args.sets[0]]] if len(row.input_ids) == context]
     tests = [row[:context] for row in data.test["books"]]
     facts = {
         "accuracy": retrieval(model, needles, batch_size=16, progress=False).mean(),
