@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.to(torch.bfloat16)
     model.save_pretrained(args.output, max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
-    needles = [row for row in data.needles[data.digits[args.sets[0]]] if len(row.input_ids) == context]
+    needles = [
+        row for row in data.needles[data.digits[args.sets[0]]] if len(row.input_ids) == context
+    ]
     tests = [row[:context] for row in data.test["books"]]
     facts = {
         "accuracy": retrieval(model, needles, batch_size=16, progress=False).mean(),
