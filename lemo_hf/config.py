@@ -9,7 +9,7 @@ from typing import Any
 from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.version import __version__
 
-POLICIES = ("oracle", "pooled", "random", "recent", "predictor")
+POLICIES = ("oracle", "pooled", "random", "recent", "window", "predictor")
 SUPERVISE = ("kept", "all")
 LEVELS = ("none", "mlp", "selective", "full")  # of recomputation
 # Fields that say how much is kept, and the value at which that is everything.
@@ -51,7 +51,8 @@ class LeMoConfig:
         policy: What ranks the blocks. ``"recent"``: the last ones first (the best quality measured,
             ``docs/QUALITY.md``). ``"pooled"``: attention scores of mean-pooled queries and keys, no
             training needed. ``"oracle"``: the paper's score from the layer's real queries and keys;
-            exact and slow. ``"random"``: a baseline. ``"predictor"``: the learned ones of
+            exact and slow. ``"random"``: a baseline. ``"window"``: neighbours from a random place
+            on. ``"predictor"``: the learned ones of
             ``predictor``, or those given to `apply_lemo`. ``None``: ``"predictor"`` if one is
             given, ``"pooled"`` if a threshold is, else ``"recent"``.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for

@@ -19,7 +19,12 @@ from lemo_hf.kernels.block_scores import block_scores
 from lemo_hf.kernels.launch import untouched, use_triton
 from lemo_hf.kernels.predict_blocks import MOST_RANK, MOST_UNITS, predict_blocks
 from lemo_hf.predictors.block_predictor import BlockPredictor, Embedded
-from lemo_hf.predictors.training_free import pool_blocks, random_scores, recent_scores
+from lemo_hf.predictors.training_free import (
+    pool_blocks,
+    random_scores,
+    recent_scores,
+    window_scores,
+)
 from lemo_hf.step import Step
 
 # Tokens whose normed rows exist at a time while a whole sequence is scored.
@@ -122,9 +127,17 @@ def pooled(inputs: ScoreInputs) -> Tensor:
 
 def random(inputs: ScoreInputs) -> Tensor:
     """Uniform, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
+    return random_scores(inputs.step.keys, inputs.step.num_blocks, *_salts(inputs))
+
+
+def window(inputs: ScoreInputs) -> Tensor:
+    """Neighbours from a random place on, which is fixed as the random policy's scores are."""
+    return window_scores(inputs.step.keys, inputs.step.num_blocks, *_salts(inputs))
+
+
+def _salts(inputs: ScoreInputs) -> tuple[int, ...]:
     step = inputs.step
-    salts = (step.config.seed, step.global_step, inputs.layer_index, inputs.sublayer == "mlp")
-    return random_scores(step.keys, step.num_blocks, *salts)
+    return (step.config.seed, step.global_step, inputs.layer_index, inputs.sublayer == "mlp")
 
 
 def recent(inputs: ScoreInputs) -> Tensor:
@@ -198,6 +211,7 @@ POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
     "pooled": pooled,
     "random": random,
     "recent": recent,
+    "window": window,
     "predictor": predictor,
 }
 

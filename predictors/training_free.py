@@ -1,4 +1,4 @@
-"""Block scores that need no training: random and most recent, and the pooling others build on.
+"""Block scores that need no training: by chance or by place, and the pooling others build on.
 
 Pure functions of their inputs: the same batch, step and seed give the same scores on any device,
 in a recomputation and after a resume.
@@ -53,6 +53,20 @@ def random_scores(keys: Tensor, num_blocks: int, *salts: int) -> Tensor:
         salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF
     blocks = _mix(torch.arange(num_blocks, device=keys.device) + salt)
     return _mix(keys[:, None] ^ blocks).double().div(2**32).float()
+
+
+def window_scores(keys: Tensor, num_blocks: int, *salts: int) -> Tensor:
+    """Blocks that follow a random one, the nearest first; the first block follows the last.
+
+    So the best of them are one window, or the end and the beginning of a row, and every block is
+    as likely as every other to be among them.
+
+    Returns:
+        ``[B, num_blocks]`` fp32; ``keys [B]`` and ``salts`` as for `random_scores`.
+    """
+    start = (random_scores(keys, 1, *salts) * num_blocks).long()
+    behind = (torch.arange(num_blocks, device=keys.device) - start) % num_blocks
+    return (num_blocks - 1 - behind).float()
 
 
 def _mix(x: Tensor) -> Tensor:

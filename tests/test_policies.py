@@ -14,7 +14,7 @@ from lemo_hf.config import POLICIES as CONFIG_POLICIES
 from lemo_hf.families import FAMILIES
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys
+from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys, window_scores
 from lemo_hf.step import Step
 
 
@@ -139,6 +139,18 @@ def test_random_scores_depend_on_all_they_should_and_nothing_else():
     assert flat.min() >= 0 and flat.max() < 1
     assert abs(flat.mean() - 0.5) < 0.02 and abs(flat.std() - 12**-0.5) < 0.02
     assert torch.corrcoef(scores).triu(1).abs().max() < 0.1
+
+
+def test_a_window_is_neighbours_on_a_ring_and_every_place_is_as_likely():
+    scores = window_scores(torch.arange(20_000), 16, 0, 5)
+    assert scores.sort(1).values.eq(torch.arange(16)).all()
+    best = scores >= 8  # of half of the blocks
+    edges = (best != best.roll(1, 1)).sum(1)
+    assert edges.eq(2).all()  # one beginning and one end
+    assert (best.float().mean(0) - 0.5).abs().max() < 0.02  # 5 standard deviations
+    start = scores.argmax(1)
+    assert (start.bincount(minlength=16) / 20_000 - 1 / 16).abs().max() < 0.01
+    assert (window_scores(torch.arange(20_000), 16, 0, 6).argmax(1) != start).float().mean() > 0.9
 
 
 def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):

@@ -71,7 +71,7 @@ def test_equals_masked_dense_layers(case, normalize, monkeypatch):
 @pytest.mark.parametrize("recompute", LEVELS)
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("mlp", [{}, {"mlp_threshold": 1.02}, {"mlp_retention": 0.3}])
-@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "recent"])
+@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "recent", "window"])
 def test_every_policy_and_way_of_sharing(policy, mlp, agree, recompute, monkeypatch):
     settings = config(0.9, policy=policy, agree_across_layers=agree, recompute=recompute, **mlp)
     compare(with_lora(make_model("llama")), left_padded(), settings, monkeypatch)

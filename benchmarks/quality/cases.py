@@ -53,7 +53,7 @@ class Cases:
     def policies(self, retention: float = 0.5, **options: Any) -> list[Job]:
         """One job a policy, and the oracle and pooled scores by the number of their viewers."""
         learned = ["predictor"] if self.predictor else []
-        plain = ["oracle", "pooled", *learned, "random", "recent"]
+        plain = ["oracle", "pooled", *learned, "random", "recent", "window"]
         return [self.lemo(policy, retention, **options) for policy in plain] + [
             self.lemo(policy, retention, "normalised", normalize_scores=True, **options)
             for policy in ("oracle", "pooled")
@@ -69,14 +69,18 @@ class Cases:
             "policy": [dense, *self.policies()],
             "retention": [
                 dense,
-                *(lemo("pooled", share) for share in (0.7, 0.5, 0.3, 0.15)),
-                *(lemo("random", share) for share in (0.7, 0.5, 0.3, 0.15)),
+                *(
+                    lemo(policy, share)
+                    for policy in ("recent", "window", "random", "pooled")
+                    for share in (0.7, 0.5, 0.3, 0.15)
+                ),
             ],
-            "block": [dense, lemo("pooled"), lemo("random")]
+            "block": [dense]
+            + [lemo(policy) for policy in ("random", "pooled", "oracle")]
             + [
                 lemo(policy, note=f"blocks of {size}", block_size=size)
-                for policy in ("pooled", "random")
-                for size in (256, 512)
+                for size in (512, 256, 1024)
+                for policy in ("random", "pooled", "oracle")
             ],
             "sets": [
                 dense,
@@ -96,17 +100,34 @@ class Cases:
                     )
                 ),
             ],
-            "dense_layers": [dense, lemo("pooled")]
+            "dense_layers": [dense]
             + [
-                lemo("pooled", note=f"first {n} layers dense", dense_first_layers=n)
-                for n in (quarter, half)
+                job
+                for policy in ("recent", "window", "pooled")
+                for job in (
+                    lemo(policy),
+                    *(
+                        lemo(policy, note=f"first {n} layers dense", dense_first_layers=n)
+                        for n in (quarter, half)
+                    ),
+                )
             ],
-            "mlp": [dense, lemo("pooled"), lemo("pooled", note="MLP dense", mlp_retention=1.0)],
+            "mlp": [
+                dense,
+                *(
+                    job
+                    for policy in ("recent", "pooled")
+                    for job in (
+                        lemo(policy),
+                        lemo(policy, note="MLP dense", mlp_retention=1.0),
+                    )
+                ),
+            ],
             "supervise": [
                 dense,
                 *(
                     job
-                    for policy in ("pooled", "random")
+                    for policy in ("recent", "random", "pooled")
                     for job in (
                         lemo(policy),
                         lemo(policy, note="all labels", supervise="all"),
@@ -195,9 +216,10 @@ class Cases:
         ]
         subset = [
             self.lemo(policy, share, "gradients only", kind="subset-gradient")
-            for policy, share in (("random", 0.5), ("pooled", 0.5), ("random", 0.25))
+            for policy, share in (("random", 0.5), ("window", 0.5), ("random", 0.25))
         ]
-        return [self.job("S²-Attn", kind="s2attn"), self._random_ltd(), *short, *subset]
+        half = self.job("dense, half of the rows", batch=batch // 2)
+        return [self.job("S²-Attn", kind="s2attn"), self._random_ltd(), half, *short, *subset]
 
     def _completion(self) -> list[Job]:
         changes = self.recipe["completion"]
@@ -205,7 +227,7 @@ class Cases:
         jobs = [self.job(prefix + DENSE, **changes)]
         for share in (0.5, 0.3):
             learned = ["predictor"] if self.predictor else []
-            for policy in ("pooled", "oracle", *learned, "random", "recent"):
+            for policy in ("pooled", "oracle", *learned, "random", "recent", "window"):
                 jobs.append(self.lemo(policy, share, changes={"prefix": prefix, **changes}))
         return jobs
 
