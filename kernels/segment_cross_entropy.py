@@ -31,6 +31,7 @@ from lemo_hf.kernels.norm import (
 )
 
 IGNORE_INDEX = -100
+UNNOTICED = 2**25  # elements of a segment; 64 MiB in 16 bits
 WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
 
 
@@ -181,9 +182,11 @@ def plain_weight(
         return None
     if type(head.weight) is not nn.Parameter:
         return None
-    if head.weight.dtype != dtype or torch.is_autocast_enabled(device.type):
+    autocast = torch.is_autocast_enabled(device.type)
+    low = torch.get_autocast_dtype(device.type) if autocast else dtype
+    if not head.weight.dtype == dtype == low:
         return None
-    if parameters and not (device.type == "cuda" and dtype.itemsize == 2):
+    if parameters and (autocast or device.type != "cuda" or dtype.itemsize != 2):
         return None
     return head.weight
 
@@ -192,14 +195,15 @@ def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -
     """Rows a segment, so that it takes a tenth of the memory that is there anyway.
 
     That is hidden ``[N, H]``, its gradient and the head's weight; a segment is logits, rows and
-    their gradient. At least 512 rows, below which matrix products slow down. A head that is trained
+    their gradient. At least `UNNOTICED` elements, so that the host keeps up where models are small,
+    and 512 rows, below which matrix products slow down. A head that is trained
     has an fp32 gradient as well, read and written once a segment: no fewer than H / 2 rows then.
     """
     num_rows, width = hidden.shape
     rows = 0
     if vocabulary is not None:
         anyway = 2 * num_rows * width + vocabulary * width
-        rows = anyway // (10 * (vocabulary + 2 * width)) // 64 * 64
+        rows = max(anyway // 10, UNNOTICED) // (vocabulary + 2 * width) // 64 * 64
     return max(512, rows, width // 2 if trained else 0)
 
 

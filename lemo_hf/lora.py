@@ -1,8 +1,8 @@
 """A linear of the model, PEFT's LoRA in it or not, in as few passes as there can be.
 
 ``W x + scaling * B (A x)`` takes PEFT two passes over the result for the scaling and the sum, one
-over its gradient, and one for the sum of the input's two gradients. Added up inside the products
-there are none. Where a layer runs again and nobody reads the result, the products that make it are
+over its gradient, and one for the sum of the input's two gradients. Added up and scaled inside the
+products there are none. Where a layer runs again and nobody reads the result, the products that make it are
 left out (`linear_of`, ``values``).
 
 Source: LoRA, arXiv:2106.09685.
@@ -44,14 +44,14 @@ class _Linear(Function):
         inner = a = b = None
         if first is not None and second is not None:
             a, b = first.to(x.dtype), second.to(x.dtype)
-            inner = x @ a.mT
+            inner = _product(x, a.mT, scaling)
             ctx.dtype = first.dtype
         ctx.save_for_backward(x if first is not None else None, inner, a, b)
         if not values:
             return x.new_empty(()).expand(len(x), len(weight))
         out = x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
         if inner is not None and b is not None:
-            out.addmm_(inner, b.mT, alpha=scaling)
+            out.addmm_(inner, b.mT)
         return out
 
     @staticmethod
@@ -61,12 +61,25 @@ class _Linear(Function):
         grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
         if a is None:
             return grad_x, *[None] * 6
-        grad_inner = (grad @ b).mul_(ctx.scaling)
+        grad_inner = _product(grad, b, ctx.scaling)
         if grad_x is not None:
             grad_x.addmm_(grad_inner, a)
-        grad_a = (grad_inner.mT @ x).to(ctx.dtype)
-        grad_b = (grad.mT @ inner).mul_(ctx.scaling).to(ctx.dtype)
+        grad_a = _product_in(ctx.dtype, grad_inner.mT, x)
+        grad_b = _product_in(ctx.dtype, grad.mT, inner)
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """``scaling * x @ y``."""
+    nothing = x.new_empty(1)  # which is not read, since beta is 0
+    return torch.addmm(nothing, x, y, beta=0, alpha=scaling)
+
+
+def _product_in(dtype: torch.dtype, x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` in ``dtype``, which is theirs or fp32."""
+    if dtype == x.dtype or x.device.type != "cuda":
+        return (x @ y).to(dtype)
+    return torch.mm(x, y, out_dtype=dtype)
 
 
 def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tensor]:

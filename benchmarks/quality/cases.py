@@ -218,8 +218,12 @@ class Cases:
             self.lemo(policy, share, "gradients only", kind="subset-gradient")
             for policy, share in (("random", 0.5), ("window", 0.5), ("random", 0.25))
         ]
-        half = self.job("dense, half of the rows", batch=batch // 2)
-        return [self.job("S²-Attn", kind="s2attn"), self._random_ltd(), half, *short, *subset]
+        others = [self.job("S²-Attn", kind="s2attn"), self._random_ltd(), self._half_of_rows()]
+        return [*others, *short, *subset]
+
+    def _half_of_rows(self) -> Job:
+        """As many labels a step as a sparse setting that keeps a half and asks what it keeps."""
+        return self.job("dense, half of the rows", batch=self.recipe["job"]["batch"] // 2)
 
     def _completion(self) -> list[Job]:
         changes = self.recipe["completion"]
@@ -246,12 +250,21 @@ class Cases:
             for name, job in self._settings().items()
         ]
 
+    def _more_rows(self) -> list[Job]:
+        """Headline settings with twice the rows a step, for which their memory leaves room."""
+        return [
+            replace(job, name=name, setting=name, batch=2 * job.batch)
+            for job in self._settings().values()
+            if job.setting != DENSE
+            for name in [f"{job.setting}, {2 * job.batch} rows a step"]
+        ]
+
     def _timing(self) -> list[Job]:
         """Step time and memory of each setting, alone on the GPU."""
-        settings = list(self._settings().values())
+        settings = [*self._settings().values(), *self._more_rows()]
         settings.append(self.job("LeMo, all kept", {"retention": 1.0}))
-        settings += [self.lemo("pooled", share) for share in (0.7, 0.5, 0.3, 0.15)]
-        settings += [self.lemo("oracle"), self.lemo("random"), self.lemo("recent")]
+        settings += [self.lemo("recent", share) for share in (0.7, 0.5, 0.3, 0.15)]
+        settings += [self.lemo(policy) for policy in ("oracle", "pooled", "random")]
         settings += [self.lemo("predictor")] if self.predictor else []
         settings += [job for job in self._controls() if job.kind != "subset-gradient"]
         settings += [self._paper("kept")]
@@ -260,17 +273,18 @@ class Cases:
         return list({job.name: job for job in timed}.values())
 
     def _equal_time(self) -> list[Job]:
-        """Every headline setting for as long as dense takes."""
+        """Every headline setting, and dense with fewer rows, for as long as dense takes."""
+        settings = [job for job in self._settings().values() if job.setting != DENSE]
+        settings.append(self._half_of_rows())
         return [
             replace(
                 job,
-                name=f"equal time, {name}{f', seed {seed}' if seed else ''}",
+                name=f"equal time, {job.setting}{f', seed {seed}' if seed else ''}",
                 seed=seed,
-                same_time=(f"time, {DENSE}", f"time, {name}"),
+                same_time=(f"time, {DENSE}", f"time, {job.setting}"),
             )
             for seed in SEEDS
-            for name, job in self._settings().items()
-            if name != DENSE
+            for job in [*settings, *self._more_rows()]
         ]
 
 
