@@ -16,10 +16,13 @@ from pathlib import Path
 
 import torch
 from dry_host import HOST_LIMIT
-from model_shapes import LORA
+from model_shapes import LORA, model_config
 from providers import PROVIDERS, lemo_config, provider_of
+from quantized_base import BITS, Base
 from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
 from steps import Bench, Dry, LeftBehind
+
+from lemo_hf.plan import longest, plan
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"
@@ -39,6 +42,7 @@ DEFAULT = (
     "lemo+checkpointing",
     "lemo+offload",
 )
+QUANTIZED = ("hf+checkpointing", "lemo+checkpointing", "lemo+offload")
 
 
 @dataclass
@@ -136,16 +140,20 @@ class Longest:
             "host_limit_gib": HOST_LIMIT / GIB,
             "commands": [args.command],
         }
+        base = args.base
+        if base.kind is not None:
+            self.header["base"] = base.name
         slug = self.header["gpu"].lower().replace(" ", "-")
-        self.path = args.output or RESULTS / slug / "bench_longest.json"
+        name = "_".join(filter(None, ("bench_longest", base.name)))
+        self.path = args.output or RESULTS / slug / f"{name}.json"
         self.kept: list[dict] = []
         if (args.append or args.resume) and self.path.exists():
             self.kept = earlier_rows(self.path, self.header, MAY_DIFFER)
         self.rows: list[dict] = []
         self.step = 64 if args.tiny else STEP
         self.verified_at = [tokens // 64 if args.tiny else tokens for tokens in VERIFIED_AT]
-        longest = 4096 if args.tiny else 2**21
-        self.bench = Bench(MODEL, longest, device, args.tiny, args.lemo)
+        most = 4096 if args.tiny else 2**21
+        self.bench = Bench(MODEL, most, device, args.tiny, args.lemo, base)
         self.total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GIB
         self.dry_peaks: dict[str, dict[int, float]] = {}
 
@@ -172,6 +180,23 @@ class Longest:
             "config": None if config is None else config.to_dict(),
         }
 
+    def planned(self, name: str, tokens: int | None, cap_gib: float = 0.0) -> dict:
+        """What the memory plan expects: a peak at ``tokens``, or the longest under the cap."""
+        provider = provider_of(name)
+        if provider.kind not in ("hf", "lemo") or provider.equal_shares:
+            return {}
+        config = model_config(MODEL, tiny=self.args.tiny)
+        lemo = lemo_config(provider, self.args.lemo)
+        settings = self.args.base.plan_settings | {
+            "lora_rank": LORA["r"],
+            "lora_targets": LORA["target_modules"],
+            "gradient_checkpointing": provider.checkpointing,
+            "stock_offload": provider.offload,
+        }
+        if tokens is not None:
+            return {"planned_gib": round(plan(config, lemo, tokens, **settings).peak / GIB, 3)}
+        return {"planned_longest": longest(config, lemo, cap_gib, **settings)}
+
     def verify(self) -> None:
         """Peaks of dry steps beside those of real ones."""
         for name in self.args.providers:
@@ -184,6 +209,7 @@ class Longest:
                 real = self.bench.real(provider, tokens, False, dry)
                 row = self.row("verify", name, tokens=tokens, dry=dry.status)
                 row |= {"dry_gib": dry.peak_gib, "dry_reserved_gib": dry.reserved_gib}
+                row |= self.planned(name, tokens)
                 row["status"] = real if isinstance(real, str) else "ok"
                 if row["status"] == "ok" == dry.status:
                     row |= {key: round(real[key], 3) for key in ("peak_gib", "reserved_gib")}
@@ -250,6 +276,7 @@ class Longest:
                 row["status"] = "ok" if found.done else "not finished"
                 row |= {"fits": found.fits, "too_long": found.too_long, "limit": found.limit}
                 row["peak_gib"] = found.peaks.get(found.fits)
+                row |= self.planned(name, None, cap_gib)
                 row |= {"trials": found.trials, "seconds": round(time.monotonic() - start, 1)}
                 self.write(row)
                 if left_behind:
@@ -299,7 +326,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--parts", nargs="+", default=["verify", "search"], choices=["verify", "search", "real"])
-    add("--providers", nargs="+", default=DEFAULT, metavar="NAME", help=str(list(PROVIDERS)))
+    add("--providers", nargs="+", metavar="NAME", help=str(list(PROVIDERS)))
+    add("--quantized", choices=list(BITS), help="the base's weights, by bitsandbytes; else bf16")
+    add("--kbit-training", action="store_true", help="then prepare it by PEFT: fp32 stream")
     add("--caps", nargs="+", default=CAPS, help="GiB, or whole")
     add("--real", nargs="+", default=[], metavar="PROVIDER@TOKENS[@CAP]", help="for --parts real")
     add("--lemo", type=json.loads, default={}, help="fields of LeMoConfig for all LeMo providers")
@@ -310,11 +339,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="as --append, and go on with unfinished searches")
     add("--tiny", action="store_true", help="a tiny model on the CPU: does the script run?")
     args = parser.parse_args(argv)
+    args.base = Base(args.quantized, args.kbit_training)
+    if args.kbit_training and args.quantized is None:
+        parser.error("--kbit-training prepares a quantised base: give --quantized nf4")
+    if args.quantized == "int8" and "search" in args.parts:
+        # LLM.int8 makes room for outliers, which a dry step's garbage is full of.
+        parser.error("dry steps of int8 weights mean nothing: give --parts verify or real")
+    args.providers = args.providers or (QUANTIZED if args.quantized else DEFAULT)
     for name in [*args.providers, *(text.split("@")[0] for text in args.real)]:
         try:
-            provider_of(name)
+            kind = provider_of(name).kind
         except ValueError as error:
             parser.error(str(error))
+        if args.quantized and kind == "liger":
+            parser.error(f"{name} runs on 16-bit weights: leave it out, or --quantized")
     args.deadline = time.monotonic() + args.time_budget
     args.command = command_line("bench_longest.py", argv)
     return args

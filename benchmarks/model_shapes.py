@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
+from quantized_base import Base, quantize
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -93,10 +94,23 @@ def model_config(title: str, longest: int | None = None, tiny: bool = False) -> 
     return shape.config(**values, use_cache=False, attn_implementation="sdpa")
 
 
-def build_model(title: str, longest: int, device: torch.device, tiny: bool = False) -> nn.Module:
-    """A PEFT model in training mode with random bf16 weights, made on ``device``."""
+def build_model(
+    title: str,
+    longest: int,
+    device: torch.device,
+    tiny: bool = False,
+    base: Base = Base(),  # noqa: B008 - it is frozen
+) -> nn.Module:
+    """A PEFT model in training mode with random weights, made on ``device``."""
     config = model_config(title, longest, tiny)
     model = bare_model(config)
+    if base.kind is not None:
+        model = quantize(model, base, device)
+        restore_buffers(model, config, device)
+        model = with_adapters(model, title, base.kbit_training)
+        if base.kbit_training:  # as Trainer runs it, by accelerate
+            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+        return model
     model.to_empty(device=device)
     with torch.no_grad():
         for weight in model.parameters():
@@ -121,12 +135,12 @@ def restore_buffers(model: nn.Module, config: PreTrainedConfig, device: torch.de
             raise RuntimeError(f"the buffer {name} has no values")
 
 
-def with_adapters(model: nn.Module, title: str) -> nn.Module:
+def with_adapters(model: nn.Module, title: str, fp32: bool = False) -> nn.Module:
     """The PEFT model around ``model``, in training mode."""
     options = LORA | {"target_modules": list(SHAPES[title].targets)}
     lora = LoraConfig(**options, task_type="CAUSAL_LM")
     # bf16 like the rest: peft's fp32 default would cast and keep every projection's input.
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    return get_peft_model(model, lora, autocast_adapter_dtype=fp32).train()
 
 
 def adapter_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from dry_host import (
 from dry_steps import DryKernels, calibrate, numbers_kept
 from model_shapes import adapter_weights, build_model
 from providers import Models, Provider, provider_of, provider_on
+from quantized_base import Base
 from record import GIB, measure
 from torch import Tensor, nn
 
@@ -122,6 +123,7 @@ class Bench:
         device: Where it lives.
         tiny: Take a tiny model of the kind.
         options: Fields of `LeMoConfig` that replace those of every LeMo provider.
+        base: How the weights are held.
 
     Attributes:
         beside: What attention takes beside its outputs, by operator.
@@ -134,8 +136,9 @@ class Bench:
         device: torch.device,
         tiny: bool = False,
         options: dict | None = None,
+        base: Base = Base(),  # noqa: B008 - it is frozen
     ):
-        model = build_model(title, longest, device, tiny)
+        model = build_model(title, longest, device, tiny, base)
         self.models = Models(model, title)
         self.device, self.options = device, options or {}
         self.optimizer = torch.optim.AdamW(adapter_weights(model), lr=1e-4, fused=True)

@@ -59,6 +59,9 @@ def plan(
     dtype: str = "bfloat16",
     adapter_dtype: str = "float32",
     autocast: bool = True,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    kbit_training: bool = True,
     gradient_checkpointing: bool = False,
     stock_offload: bool = False,
     memory_gib: float | None = None,
@@ -81,6 +84,11 @@ def plan(
             ``autocast_adapter_dtype=False``. Its linears then keep a copy of each input, those of
             LeMo's layers only without autocast.
         autocast: As ``TrainingArguments(bf16=True)`` sets it: those copies are 16-bit.
+        load_in_4bit: bitsandbytes has quantised the layers' linears: NF4 with double quantisation,
+            which computes in ``dtype``.
+        load_in_8bit: It has by LLM.int8.
+        kbit_training: Then PEFT's ``prepare_model_for_kbit_training`` has made embeddings, head
+            and norms fp32, and with them the stream.
         gradient_checkpointing: Of the model.
         stock_offload: It is transformers' with ``offload=True``; the config's ``offload_gib`` comes
             first.
@@ -105,13 +113,16 @@ def plan(
             "autocast of float32 weights is not predicted: load them in bfloat16, or set "
             "autocast=False."
         )
+    bits = _bits(load_in_4bit, load_in_8bit, lora_rank, dtype)
     model = ModelShapes.of(model_config)
     if model.window is not None and model.window < tokens:
         raise ValueError(
             f"sliding_window={model.window} is shorter than {tokens} tokens: masks of tokens x "
             "tokens are not predicted. Set sliding_window=None, or plan for shorter rows."
         )
-    trained = Trained.of(model, lora_rank, lora_targets, dtype, adapter_dtype, autocast)
+    trained = Trained.of(
+        model, lora_rank, lora_targets, dtype, adapter_dtype, autocast, bits, kbit_training
+    )
     room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
     step = PlannedStep(
         model,
@@ -131,6 +142,22 @@ def plan(
     peak = max(phases, key=lambda phase: phases[phase])
     levels = () if lemo_config is None else tuple(step.levels)
     return Plan(highest[peak], peak, phases, levels, step.offload.pinned)
+
+
+def _bits(four: bool, eight: bool, lora_rank: int | None, dtype: str) -> int | None:
+    """Of a quantised weight."""
+    if not (four or eight):
+        return None
+    if four and eight:
+        raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one of them.")
+    if lora_rank is None:
+        raise ValueError("quantised weights cannot be trained: give a lora_rank.")
+    if dtype == "float32":
+        raise ValueError(
+            "dtype='float32' of quantised weights is not predicted: give what they compute in, "
+            "'bfloat16' or 'float16'."
+        )
+    return 4 if four else 8
 
 
 def longest(

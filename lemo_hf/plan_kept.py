@@ -13,6 +13,8 @@ from lemo_hf.plan_layer import (
     attention_output,
     attention_saved,
     gradient_bytes,
+    int8_forward,
+    int8_inputs,
 )
 from lemo_hf.plan_model import ATTENTION_INPUTS, MLP_INPUTS, ModelShapes
 from lemo_hf.recompute import tile_rows
@@ -63,18 +65,19 @@ class _Mlp:
 
 def kept_layer(model: ModelShapes, trained: Trained, kept: Kept) -> LayerBytes:
     """Bytes of a layer of ``model`` that runs as ``kept`` says."""
-    if trained.autocast:
+    if trained.autocast and trained.weight < FP32:
         trained = replace(trained, copy=0)  # linears of LeMo's cast nothing that is 16-bit
     row, rows = model.hidden * trained.weight, kept.attention
     mlp = _mlp(model, trained)
     # A kernel's norm keeps its input's rows and norms them again.
     attention = rows * attention_saved(model, trained, row, kept.frozen, kept=True)
     outputs = rows * attention_output(model, trained)
-    stored = {"stored rows": rows * row}
+    held_inputs = rows * int8_inputs(model, trained, mlp=False)
+    stored = {"stored rows": rows * row, "inputs of 8-bit linears": held_inputs}
     leaves = [("stored rows", rows * row)]
     if kept.level == "selective":
         stored["attention outputs"] = outputs
-        output = rows * model.query * trained.weight
+        output = rows * model.query * trained.attention
         leaves += [("attention outputs", output), ("attention outputs", outputs - output)]
         if not kept.apart:
             stored[SUMS] = rows * row
@@ -137,19 +140,21 @@ def _mlp(model: ModelShapes, trained: Trained) -> _Mlp:
     leaving = 0 if trained.shares(MLP_INPUTS) else normed
     leaving += row + (0 if trained.shares(("down_proj",)) else inner * size)
     # An adapter's output, and that scaled, where PEFT computes it.
-    wide = "down_proj" in trained.targets and trained.copy
+    wide = "down_proj" in trained.targets and bool(trained.copy or trained.bits)
     scaled = 2 * trained.through * hidden if wide else 0
     # By the time of the gate, the output projection and a norm behind it are done.
     behind = row if model.norms_behind else 0
-    held = max(3 * inner * size - active, adapter_backward(trained, inner, active))
+    entering = int8_forward(model, trained)
+    entered = entering - 2 * inner * size - active
+    held = max(3 * inner * size - active, entered, adapter_backward(trained, inner, active))
     # The last product is not run again where nothing but the layer's output reads it.
-    left_out = not (trained.full or wide or model.norms_behind or model.drops)
+    left_out = not (trained.full or wide or trained.bits or model.norms_behind or model.drops)
     return _Mlp(
         saved=reads + 2 * inner * size + active,
         behind=behind,
-        forward=leaving + scaled,
+        forward=max(leaving + scaled, entered),
         backward=held - behind,
-        alone=normed + max(3 * inner * size, inner * size + row + scaled),
+        alone=normed + max(3 * inner * size, entering, inner * size + row + scaled),
         output=0 if left_out else row,
     )
 

@@ -1,11 +1,12 @@
 """Bytes that one decoder layer keeps for its backward, and holds while that runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo_hf.plan_model import ATTENTION_INPUTS, MLP_INPUTS, ModelShapes
 
-FP32 = 4
+FP32 = INT32 = 4
+FP16 = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the stock RMSNorm's backward holds beside the fp32 rows it saved, in fp32 rows: gradients of
 # the product and of the mean, and three of the square (its base, twice that, the result).
@@ -24,6 +25,8 @@ class Trained:
         copy: Bytes an element of the copy that an adapter keeps of its input; 0: it shares it.
         through: Bytes of an element inside an adapter.
         autocast: Whether autocast is on.
+        attention: Bytes of an element of queries, keys, values and what attention makes of them.
+        bits: Of a quantised weight, whose linear PEFT's own modules call; None: not quantised.
     """
 
     rank: int | None
@@ -33,6 +36,8 @@ class Trained:
     copy: int
     through: int
     autocast: bool
+    attention: int
+    bits: int | None = None
 
     @classmethod
     def of(
@@ -43,6 +48,8 @@ class Trained:
         dtype: str,
         adapter_dtype: str,
         autocast: bool,
+        bits: int | None = None,
+        upcast: bool = False,
     ) -> "Trained":
         """From the arguments of `plan`.
 
@@ -51,7 +58,7 @@ class Trained:
         """
         weight, adapter = BYTES[dtype], BYTES[adapter_dtype]
         if rank is None:
-            return cls(None, frozenset(), weight, weight, 0, weight, autocast)
+            return cls(None, frozenset(), weight, weight, 0, weight, autocast, weight)
         names = [targets] if isinstance(targets, str) else list(targets)
         names = list(model.linears) if names == ["all-linear"] else names
         if not names or not set(names) <= set(model.linears):
@@ -61,7 +68,23 @@ class Trained:
             )
         through = weight if autocast else adapter
         copy = 0 if adapter_dtype == dtype else through
-        return cls(rank, frozenset(names), weight, adapter, copy, through, autocast)
+        attention = weight
+        if bits is not None:
+            # fp32 embeddings and norms make the stream and all linears' results fp32; autocast
+            # casts what attention and adapters read.
+            weight = FP32 if upcast else weight
+            attention = BYTES[dtype] if autocast else weight
+            copy = 0 if through == weight else through
+        return cls(
+            rank, frozenset(names), weight, adapter, copy, through, autocast, attention, bits
+        )
+
+    @property
+    def behind_attention(self) -> "Trained":
+        """As it is where the input is attention's output."""
+        if self.attention == self.weight:
+            return self
+        return replace(self, weight=self.attention, copy=0)
 
     @property
     def full(self) -> bool:
@@ -73,8 +96,8 @@ class Trained:
         return self.full or not self.targets.isdisjoint(names)
 
     def shares(self, names: Sequence[str]) -> bool:
-        """Whether one of these linears saves its input itself, not a copy."""
-        return self.reaches(names) and not self.copy
+        """Whether one of these linears saves its input itself, not a copy; LLM.int8's all do."""
+        return self.bits == 8 or (self.reaches(names) and not self.copy)
 
     def inputs(self, names: Sequence[str], width: int, saved: bool = False) -> int:
         """Bytes a row that linears save of the input ``[..., width]`` they share.
@@ -140,6 +163,7 @@ def stock_layer(
         3 * inner * size - active - (norm if model.norms_behind else 0),
         adapter_backward(trained, inner, active),
     )
+    kept = {"inputs of 8-bit linears": rows * int8_inputs(model, trained, mlp=True)}
     if checkpointed:
         again = _mlp_forward(model, trained, active, again=True)
         held = max(held, again + _adapter_gradients(model, trained))
@@ -150,7 +174,8 @@ def stock_layer(
     }
     if not model.norms_behind:
         phases["backward of a norm"] = (NORM_BACKWARD * FP32 * hidden, inside)
-    stored = {"stored rows": rows * hidden * size}
+    checkpoint = {"stored rows": rows * hidden * size}
+    stored = checkpoint | kept
     backward = {}
     for phase, (held, freed) in phases.items():
         parts = {"attention rows": rows * attention, "MLP rows": rows * (mlp - freed)}
@@ -163,7 +188,7 @@ def stock_layer(
         else {"attention rows": rows * attention, "MLP rows": rows * mlp},
         forward=rows * _mlp_forward(model, trained, active, again=False),
         backward=backward,
-        may_leave=tuple(stored.items()) if checkpointed else (),
+        may_leave=tuple(checkpoint.items()) if checkpointed else (),
         mlp_gradients=gradient_bytes(model, trained, ("down_proj",)),
     )
 
@@ -172,14 +197,15 @@ def attention_saved(
     model: ModelShapes, trained: Trained, norm: int, frozen: bool, kept: bool
 ) -> int:
     """Bytes a row that attention saves, and a norm that saves ``norm``; ``kept``: LeMo's way."""
-    reads, size = model.named(ATTENTION_INPUTS), trained.weight
+    reads, size = model.named(ATTENTION_INPUTS), trained.attention
+    output = trained.behind_attention
     fused = "qkv_proj" in model.linears
     if frozen and not trained.reaches(reads):
-        saved = trained.inputs(("o_proj",), model.query)
+        saved = output.inputs(("o_proj",), model.query)
         return saved + (norm if model.norms_behind else 0)
     rotated = model.query + model.key_value
     saved = (rotated + model.key_value) * size + attention_output(model, trained)
-    if fused:  # its values are a view that holds the whole projection
+    if fused and size == trained.weight:  # its values are a view that holds the whole projection
         saved += rotated * size
     if model.query_norm:
         groups = rotated // model.head if model.query_norm == "head" else 2
@@ -188,14 +214,14 @@ def attention_saved(
             saved += rotated * (FP32 if model.norms_behind else size)
     # The stock rotary of part of a head leaves a layout whose attention output must be copied.
     copied = fused and not kept
-    saved += trained.inputs(("o_proj",), model.query, saved=not copied)
+    saved += output.inputs(("o_proj",), model.query, saved=not copied)
     saved += trained.inputs(reads, model.hidden)
     return saved + (0 if frozen and not model.norms_behind else norm)
 
 
 def attention_output(model: ModelShapes, trained: Trained) -> int:
     """Bytes a row of attention's output, and of the logarithm of the softmax's sum."""
-    return model.query * trained.weight + FP32 * (model.query // model.head)
+    return model.query * trained.attention + FP32 * (model.query // model.head)
 
 
 def attention_backward(model: ModelShapes, trained: Trained) -> int:
@@ -206,7 +232,29 @@ def attention_backward(model: ModelShapes, trained: Trained) -> int:
     """
     grouped = model.key_value < model.query
     heads = (2 + 2 * grouped) * model.query + 2 * model.key_value
-    return heads * trained.weight + FP32 * model.query
+    return heads * trained.attention + FP32 * model.query
+
+
+def int8_inputs(model: ModelShapes, trained: Trained, mlp: bool) -> int:
+    """Bytes a row of inputs that LLM.int8's linears hold past any checkpoint.
+
+    bitsandbytes keeps them as attributes, which no checkpoint sees. ``mlp``: the MLP's as well.
+    """
+    if trained.bits != 8:
+        return 0
+    width = model.hidden + (model.hidden + model.intermediate if mlp else 0)
+    return width * trained.weight + model.query * trained.attention
+
+
+def int8_forward(model: ModelShapes, trained: Trained) -> int:
+    """Bytes a row that the MLP's input projections hold in the last one, by LLM.int8.
+
+    Earlier results, and of this one the int32 product, that in fp16, and the result.
+    """
+    if trained.bits != 8:
+        return 0
+    *earlier, last = [model.linears[name].out for name in model.named(MLP_INPUTS)]
+    return trained.weight * sum(earlier) + (INT32 + FP16 + trained.weight) * last
 
 
 def gradient_bytes(model: ModelShapes, trained: Trained, names: Sequence[str]) -> int:
@@ -225,6 +273,7 @@ def _mlp_forward(model: ModelShapes, trained: Trained, active: int, again: bool)
     # In the last input projection: an adapter's output, and that scaled.
     scaled = not trained.full and trained.reaches(MLP_INPUTS)
     entering = 2 * trained.through * inner - active if scaled else 0
+    entering = max(entering, int8_forward(model, trained) - 3 * inner * size - active)
     # In the output projection: what the MLP read, that projection's input and output, the fp32 copy
     # that autocast casts once more, the adapter's output, and that scaled.
     leaving = size * hidden

@@ -142,7 +142,10 @@ def _check(config: Any) -> None:
             "few steps and read lemo/peak_memory_gib in the logs."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("quantised weights are not predicted: give the config of the unquantised.")
+        raise ValueError(
+            "the config is that of quantised weights: give the unquantised model's, and "
+            "load_in_4bit or load_in_8bit."
+        )
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in (None, "sdpa") and "flash" not in implementation:
         raise ValueError(

@@ -22,9 +22,12 @@ from lemo_hf.plan_layer import (
 )
 from lemo_hf.plan_model import MLP_INPUTS, ModelShapes
 from lemo_hf.plan_offload import Offload
+from lemo_hf.plan_quantized import dequantized_bytes, layer_bytes, other_parameters
 from lemo_hf.selection import num_kept_blocks
 
 INT64 = 8
+SIXTEEN_BIT = 2
+DEQUANTIZED = "a dequantised weight"
 # cuBLAS takes 32 MiB on Hopper (8 on other GPUs) for each thread that calls it: the forward's and
 # the backward's. Source: PyTorch's notes, "CUDA semantics", cuBLAS workspaces.
 WORKSPACES = 2 * 32 * 2**20
@@ -152,6 +155,15 @@ class PlannedStep:
         return self.rows * self.model.hidden * self.trained.weight
 
     @property
+    def _dequantized(self) -> int:
+        bits = self.trained.bits
+        if bits is None:
+            return 0
+        # LLM.int8's weight takes the type of the linear's input.
+        element = SIXTEEN_BIT if bits == 4 else self.trained.weight
+        return dequantized_bytes(self.model, bits, element)
+
+    @property
     def _gradients(self) -> int:
         model, trained = self.model, self.trained
         if trained.full:
@@ -163,8 +175,11 @@ class PlannedStep:
         """What is there all the time."""
         model, trained = self.model, self.trained
         adapters = 0 if trained.full else self._gradients
+        bits = trained.bits
+        weights = model.parameters if bits is None else other_parameters(model)
         return {
-            "weights": model.parameters * trained.weight,
+            "weights": weights * trained.weight,
+            "quantised weights": 0 if bits is None else model.layers * layer_bytes(model, bits),
             "adapters": adapters,
             "optimizer states": 2 * self._gradients,
             "cuBLAS workspaces": WORKSPACES,
@@ -193,6 +208,7 @@ class PlannedStep:
                     {
                         "stream": copies * stream,
                         "forward": layer.forward,
+                        DEQUANTIZED: self._dequantized,
                         "offload in flight": self.offload.going(index),
                     },
                 ),
@@ -231,6 +247,8 @@ class PlannedStep:
                     "gradients": above + own,
                     "offload in flight": self.offload.coming(index),
                 }
+                if phase == MLP:
+                    beside[DEQUANTIZED] = self._dequantized
                 if phase == ATTENTION:  # a sum that came back is gone with the MLP's backward
                     beside[SUMS] = -dict(self.offload.leaving[index]).get(SUMS, 0)
                 yield phase, _sum(below, parts, beside)
@@ -267,12 +285,17 @@ class PlannedStep:
     def _loss(self, saved: dict[str, int], head: int) -> Iterator[tuple[str, dict[str, int]]]:
         """The moments of the loss, from the last layer's output on."""
         model, trained, size, stream = self.model, self.trained, self.trained.weight, self._stream
+        # Autocast casts an fp32 head, and what it returns is 16-bit.
+        cast = trained.autocast and size == FP32
+        logit = SIXTEEN_BIT if cast else size
+        if cast:
+            saved = saved | {"16-bit head": model.table * SIXTEEN_BIT}
         if self.lemo is None:
             logits = self.rows * model.vocabulary
             final = saved | {"targets": 2 * INT64 * self.rows}
             final["final norm"] = self.rows * stock_norm(model, trained)
             # As the head returns them, in fp32, and their logarithmic softmax.
-            made = stream + logits * (2 * FP32 + (size if size < FP32 else 0))
+            made = stream + logits * (2 * FP32 + (logit if logit < FP32 else 0))
             yield "loss", final | {"loss": made}
             # That softmax, its gradient, and the logits'.
             held = (stream if trained.full else 0) + 3 * FP32 * logits
@@ -294,7 +317,10 @@ class PlannedStep:
         # Labels, targets and where they are: before and after some are struck.
         targets = 4 * INT64 * self.rows
         streams = saved | {"stream": stream, "stream gradient": stream, "targets": targets}
-        peak = min(segment, asked) * (model.vocabulary + copies * model.hidden) * size
+        row = model.vocabulary * logit + copies * model.hidden * size
+        if cast:  # normed rows and their gradient once more
+            row += 2 * model.hidden * SIXTEEN_BIT
+        peak = min(segment, asked) * row
         if not trained.full:
             yield "loss", streams | {"loss": peak}
             return

@@ -13,11 +13,15 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import dry_steps
 import timeline
-from bench_longest import Search, search_longest
+from bench_longest import Search, parse_args, search_longest
 from dry_host import counted_host
+from model_shapes import LORA, model_config
 from providers import provider_of
+from quantized_base import Base
 from s2_attention import s2_attention_forward
 from steps import Bench
+
+from lemo_hf.plan import plan
 
 CPU = torch.device("cpu")
 
@@ -101,6 +105,43 @@ def test_a_dry_step_changes_nothing_and_counts_operations(bench, name):
     if name != "hf+checkpointing+offload":  # pinned memory needs a GPU
         with dry_steps.numbers_kept(bench.optimizer):
             assert isinstance(bench.real(provider_of(name), 256), dict)
+
+
+@pytest.mark.parametrize("kbit_training", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base(kind, kbit_training):
+    pytest.importorskip("bitsandbytes")
+    base = Base(kind, kbit_training)
+    bench = Bench("Llama-3 8B", 256, CPU, tiny=True, base=base)
+    model = bench.models.model
+    weights = [p for p in model.parameters() if not p.is_floating_point()]
+    assert len(weights) == 7 * 6 and not any(p.is_meta for p in model.parameters())
+    settings = {"lora_rank": LORA["r"], **base.plan_settings}
+    parts = plan(model_config("Llama-3 8B", tiny=True), None, 256, **settings).parts
+    rest = [p for n, p in model.named_parameters() if p.is_floating_point() and "lora" not in n]
+    assert parts["weights"] == sum(p.nbytes for p in rest)
+    adapters = [p for g in bench.optimizer.param_groups for p in g["params"]]
+    wide = kbit_training or kind == "int8"  # PEFT gives 8-bit linears fp32 adapters always
+    assert {p.dtype for p in adapters} == {torch.float32 if wide else torch.bfloat16}
+    for name in ("hf+checkpointing", "lemo+checkpointing"):
+        real = bench.real(provider_of(name), 256)
+        assert isinstance(real, dict) and 5 < real["loss"] < 8  # log 512 is 6.2
+        assert bench.dry(provider_of(name), 256).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--kbit-training", "give --quantized nf4"),
+        ("--quantized int8", "--parts verify or real"),
+        ("--quantized nf4 --providers liger", "liger runs on 16-bit weights"),
+        ("--providers nobody", "no provider 'nobody'"),
+    ],
+)
+def test_what_the_search_refuses(line, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(line.split())
+    assert message in capsys.readouterr().err
 
 
 def test_operations_are_those_pytorch_counts(bench):

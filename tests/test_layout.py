@@ -76,6 +76,7 @@ FLOORS = {
     "eval.retrieval": 7,
     "eval.plots": 0,
     "plan_model": 2,
+    "plan_quantized": 3,
     "plan_layer": 3,
     "plan_kept": 4,
     "plan_offload": 4,

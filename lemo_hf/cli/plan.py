@@ -38,6 +38,18 @@ def plan(
         list[str] | None,
         typer.Option(help="Linears with LoRA, or all-linear; repeatable. Default: q, k, v, o."),
     ] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Linears in NF4 with double quantisation.")
+    ] = False,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Linears in LLM.int8's 8 bits.")
+    ] = False,
+    kbit_training: Annotated[
+        bool,
+        typer.Option(
+            help="With these: PEFT's prepare_model_for_kbit_training makes the rest fp32."
+        ),
+    ] = True,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Store kept rows, compute again.")
     ] = False,
@@ -69,6 +81,9 @@ def plan(
         "lora_targets": targets,
         "dtype": "bfloat16" if dtype is DType.auto else dtype.value,
         "autocast": autocast and dtype is not DType.float32,
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
     }
     room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
