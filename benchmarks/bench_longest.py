@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from dry_host import HOST_LIMIT
-from model_shapes import LORA, model_config
+from model_shapes import LORA, WIDE, model_config
 from providers import PROVIDERS, lemo_config, provider_of
 from quantized_base import BITS, Base
 from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
@@ -135,13 +135,13 @@ class Longest:
             "commit": args.commit,
             "model": MODEL,
             "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or "default",
-            "lora": LORA,
+            "lora": args.lora,
             "matmul_tflops": matmul_tflops(device),
             "host_limit_gib": HOST_LIMIT / GIB,
             "commands": [args.command],
         }
         base = args.base
-        if base.kind is not None:
+        if base.name:
             self.header["base"] = base.name
         slug = self.header["gpu"].lower().replace(" ", "-")
         name = "_".join(filter(None, ("bench_longest", base.name)))
@@ -188,8 +188,8 @@ class Longest:
         config = model_config(MODEL, tiny=self.args.tiny)
         lemo = lemo_config(provider, self.args.lemo)
         settings = self.args.base.plan_settings | {
-            "lora_rank": LORA["r"],
-            "lora_targets": LORA["target_modules"],
+            "lora_rank": self.args.lora["r"],
+            "lora_targets": self.args.lora["target_modules"],
             "gradient_checkpointing": provider.checkpointing,
             "stock_offload": provider.offload,
         }
@@ -329,6 +329,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--providers", nargs="+", metavar="NAME", help=str(list(PROVIDERS)))
     add("--quantized", choices=list(BITS), help="the base's weights, by bitsandbytes; else bf16")
     add("--kbit-training", action="store_true", help="then prepare it by PEFT: fp32 stream")
+    add("--wide", action="store_true", help="LoRA of rank 32 on all linears, in place of 8 on four")
     add("--caps", nargs="+", default=CAPS, help="GiB, or whole")
     add("--real", nargs="+", default=[], metavar="PROVIDER@TOKENS[@CAP]", help="for --parts real")
     add("--lemo", type=json.loads, default={}, help="fields of LeMoConfig for all LeMo providers")
@@ -339,7 +340,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="as --append, and go on with unfinished searches")
     add("--tiny", action="store_true", help="a tiny model on the CPU: does the script run?")
     args = parser.parse_args(argv)
-    args.base = Base(args.quantized, args.kbit_training)
+    args.base = Base(args.quantized, args.kbit_training, args.wide)
+    args.lora = WIDE if args.wide else LORA
     if args.kbit_training and args.quantized is None:
         parser.error("--kbit-training prepares a quantised base: give --quantized nf4")
     if args.quantized == "int8" and "search" in args.parts:
@@ -351,8 +353,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             kind = provider_of(name).kind
         except ValueError as error:
             parser.error(str(error))
-        if args.quantized and kind == "liger":
-            parser.error(f"{name} runs on 16-bit weights: leave it out, or --quantized")
+        if (args.quantized or args.wide) and kind == "liger":
+            parser.error(f"{name} runs on 16-bit weights with LoRA on four linears: leave it out")
     args.deadline = time.monotonic() + args.time_budget
     args.command = command_line("bench_longest.py", argv)
     return args

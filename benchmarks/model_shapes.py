@@ -14,6 +14,7 @@ from transformers import (
 )
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+WIDE = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"}
 LLAMA = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -107,7 +108,7 @@ def build_model(
     if base.kind is not None:
         model = quantize(model, base, device)
         restore_buffers(model, config, device)
-        model = with_adapters(model, title, base.kbit_training)
+        model = with_adapters(model, title, base)
         if base.kbit_training:  # as Trainer runs it, by accelerate
             model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         return model
@@ -117,7 +118,7 @@ def build_model(
             weight.fill_(1) if weight.dim() == 1 else weight.normal_(0, 0.02)
     model.tie_weights()
     restore_buffers(model, config, device)
-    return with_adapters(model, title)
+    return with_adapters(model, title, base)
 
 
 def bare_model(config: PreTrainedConfig) -> nn.Module:
@@ -135,12 +136,12 @@ def restore_buffers(model: nn.Module, config: PreTrainedConfig, device: torch.de
             raise RuntimeError(f"the buffer {name} has no values")
 
 
-def with_adapters(model: nn.Module, title: str, fp32: bool = False) -> nn.Module:
+def with_adapters(model: nn.Module, title: str, base: Base = Base()) -> nn.Module:  # noqa: B008
     """The PEFT model around ``model``, in training mode."""
-    options = LORA | {"target_modules": list(SHAPES[title].targets)}
+    options = WIDE if base.wide else LORA | {"target_modules": list(SHAPES[title].targets)}
     lora = LoraConfig(**options, task_type="CAUSAL_LM")
     # bf16 like the rest: peft's fp32 default would cast and keep every projection's input.
-    return get_peft_model(model, lora, autocast_adapter_dtype=fp32).train()
+    return get_peft_model(model, lora, autocast_adapter_dtype=base.kbit_training).train()
 
 
 def adapter_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -19,15 +19,18 @@ class Base:
         kind: A key of `BITS`; None: in bf16.
         kbit_training: PEFT has prepared the quantised model: embeddings, head and norms are fp32,
             adapters too, and steps run under autocast. Otherwise they are bf16.
+        wide: Adapters as Unsloth publishes its lengths with: `model_shapes.WIDE`, not `LORA`.
     """
 
     kind: str | None = None
     kbit_training: bool = False
+    wide: bool = False
 
     @property
     def name(self) -> str:
         """In the header and in the file's name; empty for bf16."""
-        return f"{self.kind}{'-kbit-training' * self.kbit_training}" if self.kind else ""
+        parts = [self.kind, "kbit-training" * self.kbit_training, "wide" * self.wide]
+        return "-".join(filter(None, parts))
 
     @property
     def plan_settings(self) -> dict:

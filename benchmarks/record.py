@@ -98,8 +98,10 @@ def earlier_rows(path: Path, header: dict, may_differ: tuple[str, ...]) -> list[
     if differs:
         raise SystemExit(f"--append: {path.name} differs from this run in {', '.join(differs)}.")
     header["commands"] = old["commands"] + header["commands"]
-    if old["commit"] != header["commit"]:
+    if header["commit"] not in old["commit"].split(", "):
         header["commit"] = f"{old['commit']}, {header['commit']}"
+    else:
+        header["commit"] = old["commit"]
     return rows
 
 

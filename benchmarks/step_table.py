@@ -115,6 +115,9 @@ def step_conditions(header: dict, rows: list[dict]) -> str:
     )
 
 
+WEIGHTS = {"nf4": "4 bits (NF4, double quantisation)", "int8": "8 bits (LLM.int8)"}
+
+
 def longest_tables(header: dict, rows: list[dict]) -> str:
     """Markdown: longest lengths by cap, real steps, how good dry steps are."""
     found = [row for row in rows if row["part"] == "longest"]
@@ -139,15 +142,38 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
             f"{len(off)} comparisons of the same run."
         )
     versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    guesses = [
+        abs(row["planned_longest"] / row["fits"] - 1)
+        for row in found
+        if row.get("planned_longest") and row["provider"].startswith("lemo")
+    ]
+    if guesses:
+        parts.append(
+            f"`lemo plan` expected LeMo's lengths within {max(guesses):.1%} (lengths were tried "
+            "in steps of 4K, up to one that fits while 4 % more do not)."
+        )
     commands = "\n".join(header["commands"])
     note = f" Note: {header['note']}." if "note" in header else ""
+    base = base_text(header)
     parts.append(
-        f"{header['model']} shapes, {header['gpu']}, {versions}, commit `{header['commit']}`, "
+        f"{header['model']} shapes{base}, {header['gpu']}, {versions}, "
+        f"commit `{header['commit']}`, "
         f"{header['date']}, allocator {header['allocator']}; caps by "
         f"`set_per_process_memory_fraction`; at most {header['host_limit_gib']:.0f} GiB of host "
         f"memory pinned.{note}\n\n```bash\n{commands}\n```"
     )
     return "\n\n".join(parts)
+
+
+def base_text(header: dict) -> str:
+    """How weights are held and what is trained, where it is not bf16 and the usual LoRA."""
+    name = header.get("base", "")
+    parts = [f", weights in {text}" for key, text in WEIGHTS.items() if name.startswith(key)]
+    if "kbit-training" in name:
+        parts.append(", the others in fp32")
+    if "wide" in name:
+        parts.append(f", LoRA r = {header['lora']['r']} on all linears")
+    return "".join(parts)
 
 
 def longest_cell(row: dict) -> str:
@@ -169,23 +195,34 @@ def real_row(row: dict) -> list[str]:
 
 
 def scaling_table(header: dict, rows: list[dict]) -> str:
-    """Markdown: steps by Trainer and LeMoTrainer on one and more GPUs."""
+    """Markdown: steps by Trainer and LeMoTrainer on one and more GPUs, and longest sequences."""
     names = {"hf": "Trainer", "lemo": "LeMoTrainer"}
-    lines = [["engine", "tokens a row", "GPUs", "by", "ms", "tokens/s", "efficiency", "peak GiB"]]
-    lines.append(["---"] * len(lines[0]))
-    order = sorted(rows, key=lambda r: (r["engine"], r["tokens"], r["provider"], r["gpus"]))
-    for row in order:
-        line = [row["engine"].upper(), f"{row['tokens']:,}", str(row["gpus"])]
-        line.append(names[row["provider"]])
+    titles = ["engine", "tokens a row", "GPUs", "by", "ms", "tokens/s", "efficiency", "NCCL ms"]
+    lines = [[*titles, "peak GiB"]]
+    timed = [row for row in rows if row["group"] != "longest"]
+    for row in sorted(timed, key=lambda r: (r["engine"], r["tokens"], r["provider"], r["gpus"])):
+        engine = "shared sequence" if row["engine"] == "sequence" else row["engine"].upper()
+        line = [engine, f"{row['tokens']:,}", str(row["gpus"]), names[row["provider"]]]
         if row["status"] == "ok":
             line += [f"{row['ms_median']:,.0f}", f"{row['tokens_per_s']:,.0f}"]
-            line += [f"{row['efficiency']:.1%}", f"{row['peak_gib']:.1f}"]
+            line.append(f"{row['efficiency']:.1%}" if "efficiency" in row else "")
+            line += ["" if row["nccl_ms"] is None else f"{row['nccl_ms']:.0f}"]
+            line.append(f"{row['peak_gib']:.1f}")
         else:
-            line += [row["status"], "", "", ""]
+            line += [row["status"], "", "", "", ""]
         lines.append(line)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (
-        f"{table}\n\n{header['model']} shapes, {header['gpu']}, torch {header['torch']}, "
+    parts = [markdown(lines)]
+    longest = [row for row in rows if row["group"] == "longest"]
+    if longest:
+        lines = [["longest shared sequence", "GPUs", "tokens", "against one GPU"]]
+        for row in sorted(longest, key=lambda r: (r["cap_gib"], r["gpus"])):
+            times = f"{row['longer']:.2f}×" if "longer" in row else ""
+            cap = f"{row['cap_gib']:g} GiB a GPU"
+            lines.append([cap, str(row["gpus"]), f"{row['tokens']:,}", times])
+        parts.append(markdown(lines))
+    parts.append(
+        f"{header['model']} shapes, {header['gpu']}, torch {header['torch']}, "
         f"transformers {header['transformers']}, accelerate {header['accelerate']}, commit "
         f"`{header['commit']}`, {header['date']}, `benchmarks/bench_scaling.py`."
     )
+    return "\n\n".join(parts)

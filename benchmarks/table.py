@@ -78,7 +78,7 @@ def blocks() -> dict[str, str]:
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "bench_step.json":
             steps.append(step_tables(content["header"], content["rows"]))
-        elif file.name == "bench_longest.json":
+        elif file.name.startswith("bench_longest"):
             longest.append(longest_tables(content["header"], content["rows"]))
         elif file.name == "bench_kernels.json":
             kernels.append(kernel_tables(content["header"], content["rows"]))
