@@ -48,11 +48,11 @@ class LeMoConfig:
             layer's attention keeps.
         mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
-        policy: What ranks the blocks. ``"recent"``: the last ones first (the best quality measured,
-            ``docs/QUALITY.md``). ``"pooled"``: attention scores of mean-pooled queries and keys, no
+        policy: What ranks the blocks. ``"recent"``: the last ones first (the best retrieval
+            measured, ``docs/QUALITY.md``). ``"window"``: neighbours from a random place on (the
+            best perplexity). ``"pooled"``: attention scores of mean-pooled queries and keys, no
             training needed. ``"oracle"``: the paper's score from the layer's real queries and keys;
-            exact and slow. ``"random"``: a baseline. ``"window"``: neighbours from a random place
-            on. ``"predictor"``: the learned ones of
+            exact and slow. ``"random"``: a baseline. ``"predictor"``: the learned ones of
             ``predictor``, or those given to `apply_lemo`. ``None``: ``"predictor"`` if one is
             given, ``"pooled"`` if a threshold is, else ``"recent"``.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
