@@ -27,8 +27,15 @@ def untouched(module: nn.Module) -> bool:
     Otherwise it must be called: hooks (accelerate, DeepSpeed, FSDP, a user's) or whoever replaced
     its forward (Liger) count on that.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+    # Asked a dozen times a layer and step, so no loop and no lookup by nn.Module.
+    own = vars(module)
+    return not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def sharded(module: nn.Module) -> bool:

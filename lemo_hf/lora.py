@@ -2,8 +2,8 @@
 
 ``W x + scaling * B (A x)`` takes PEFT two passes over the result for the scaling and the sum, one
 over its gradient, and one for the sum of the input's two gradients. Added up and scaled inside the
-products there are none. Where a layer runs again and nobody reads the result, the products that make it are
-left out (`linear_of`, ``values``).
+products there are none. Where a layer runs again and nobody reads the result, the products that
+make it are left out (`linear_of`, ``values``).
 
 Source: LoRA, arXiv:2106.09685.
 """
@@ -99,10 +99,9 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
         same = base.weight.dtype == x.dtype and low in (None, x.dtype)
         if not same or (adapter and low is None and adapter.first.dtype != x.dtype):
             return module(x)  # in another precision
-        with torch.autocast(kind, enabled=False):
-            rows = x.flatten(0, -2)
-            parts = adapter or (None, None, 1.0)
-            out = _Linear.apply(rows, base.weight, base.bias, *parts, values)
+        # Autocast finds nothing to cast: all that is multiplied has its dtype.
+        parts = adapter or (None, None, 1.0)
+        out = _Linear.apply(x.flatten(0, -2), base.weight, base.bias, *parts, values)
         return out.view(*x.shape[:-1], -1) if values else out.unflatten(0, x.shape[:-1])
 
     return run
@@ -138,6 +137,9 @@ def _is_frozen(module: nn.Module) -> bool:
     """Whether a call multiplies by a weight that is not trained, and does nothing else."""
     if type(module) is not nn.Linear or not untouched(module):
         return False
-    return type(module.weight) is nn.Parameter and not any(
-        parameter.requires_grad for parameter in module.parameters()
+    weight, bias = module.weight, module.bias
+    return (
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
     )
