@@ -212,12 +212,6 @@ def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
             "the layer again outside its pass. Set it to false and set "
             "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
         )
-    if getattr(args, "torch_compile", False):
-        raise ValueError(
-            "torch_compile=True is not supported: what a sparse pass keeps, and the hooks that "
-            "choose it, change with every batch. Set it to False; on a GPU LeMo runs its own fused "
-            "kernels."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "

@@ -127,6 +127,7 @@ def make_stock(layer: nn.Module) -> None:
     del layer.__dict__[_PLAN]
 
 
+@torch.compiler.disable
 def _sparse_forward(
     layer: nn.Module,
     plan: LayerPlan,

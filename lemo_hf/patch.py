@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
+from lemo_hf.compiled import compile_all, train_eagerly
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
@@ -53,6 +54,7 @@ def apply_lemo(
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
+    train_eagerly(model)
     return lemo
 
 
@@ -62,6 +64,7 @@ def remove_lemo(model: nn.Module) -> None:
     if hasattr(model, _LEMO):
         getattr(model, _LEMO).remove()
         delattr(model, _LEMO)
+        compile_all(model)
 
 
 def lemo_of(model: nn.Module) -> "LeMo | None":
@@ -70,7 +73,8 @@ def lemo_of(model: nn.Module) -> "LeMo | None":
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or ``model`` itself."""
+    """The transformers model inside a PEFT or a compiled model, or ``model`` itself."""
+    model = getattr(model, "_orig_mod", model)
     base = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, model if base is None else base())
 

@@ -126,8 +126,3 @@ def test_batches_that_are_too_large_become_smaller(tmp_path, monkeypatch):
     found = losses(trainer)
     assert seen[0] == 8 and seen[-1] <= 2 and all(0 < loss < 20 for loss in found)
     assert trainer.state.log_history[0]["lemo/attention_retention"] == 0.5
-
-
-def test_compiling_the_model_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"torch_compile=True.*Set it to False"):
-        make_trainer(tmp_path, SPARSE, torch_compile=True)

@@ -11,6 +11,7 @@ FLOORS = {
     "version": 0,
     "files": 0,
     "modes": 0,
+    "compiled": 0,
     "attention": 0,
     "offload": 0,
     "lora": 0,

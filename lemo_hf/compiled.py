@@ -1,0 +1,48 @@
+"""A causal LM that somebody compiles: its training passes run as they are, all others compiled.
+
+What a sparse pass keeps changes with every batch, and its kernels are fused already. Dynamo would
+trace hooks and gradients of our own, and break its graph at most of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+# What `torch.nn.Module.__call__` calls, and what `Module.compile` compiles. It is looked up at each
+# call, so it does not matter whether the model is compiled before or after.
+_CALL = "_call_impl"
+
+
+def train_eagerly(model: nn.Module) -> None:
+    """From now on nothing is compiled of what ``model`` does in training mode."""
+    compiled = model._compiled_call_impl
+    if compiled is not None:  # by ``model.compile()``
+        model._compiled_call_impl = partial(_call, compiled, model)
+    # A method, since accelerate binds those anew to the copy whose layers it compiles one by one.
+    vars(model)[_CALL] = MethodType(partial(_call, None), model)
+
+
+def compile_all(model: nn.Module) -> None:
+    """Undo `train_eagerly`."""
+    del vars(model)[_CALL]
+    compiled = model._compiled_call_impl
+    if isinstance(compiled, partial):
+        model._compiled_call_impl = compiled.args[0]
+
+
+def _call(compiled: Callable | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Compiled since, this may be all that is left of `train_eagerly`.
+    if model.training and _CALL in vars(model):
+        return _eagerly(model, *args, **kwargs)
+    if compiled is not None:
+        return compiled(*args, **kwargs)
+    return type(model)._call_impl(model, *args, **kwargs)
+
+
+@torch.compiler.disable
+def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(model)._call_impl(model, *args, **kwargs)
