@@ -1,5 +1,6 @@
 """Seeds, poison, and kernels that run where there is no GPU."""
 
+import gc
 import os
 import sys
 
@@ -20,12 +21,35 @@ with torch.device("meta"):
     torch.empty(0)
 
 
+# A file is one process's. Begun at the end, one of these leaves the other without work.
+LONG = {
+    "test_benchmarks_quality.py",
+    "test_ddp.py",
+    "test_examples.py",
+    "test_fsdp_trainer.py",
+    "test_sequence_parallel.py",
+    "test_trainer.py",
+    "test_trl.py",
+}
+
+
 def pytest_collection_modifyitems(items):
-    """GPU tests need a GPU; everywhere else they are shown as skipped, with the reason."""
+    """Long files first. GPU tests need a GPU; everywhere else they are shown as skipped."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage before it trains: let it not look through all that is imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind reports it as leaked
 
 
 @pytest.fixture(autouse=True)

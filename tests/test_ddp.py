@@ -159,7 +159,7 @@ BROKEN = {
     ids=["killed", "raised"],
 )
 def test_a_lost_process_ends_the_job_which_resumes(tmp_path, how, said):
-    ended, _ = start(LOST.replace("HOW", how), tmp_path, 2)
+    ended = start(LOST.replace("HOW", how), tmp_path, 2)
     seconds = time.time() - float((tmp_path / "broken").read_text())
     assert ended.returncode != 0 and seconds < 60  # no waiting for a collective to time out
     for words in said:
