@@ -19,7 +19,6 @@ ON_GPUS = "LEMO_TESTS_ON_GPUS"  # in the environment of processes that are to us
 IMPORTED = ["lemo_hf.trainer", "peft", "torch._dynamo", "torch.distributed.fsdp",
             "transformers.models.llama.modeling_llama"]  # fmt: skip
 multiprocessing.set_forkserver_preload(IMPORTED)
-FORKS = multiprocessing.get_context("forkserver")
 BEGIN = 'import sys\nsys.path.insert(0, "tests")\n'
 # A process that ends while another still talks to it may take that one down.
 # All is written by then, and gloo's threads may abort a process that takes its libraries down.

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_model
-from processes import FORKS
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -363,11 +362,9 @@ def results(folder, short_model, tmp_path_factory) -> Path:
     names = ["base", "dense", "pooled 0.5", "pooled, nested 0.5", "S²-Attn", "random-LTD 0.5"]
     names += ["random, gradients only 0.5", "dense, rows 1/2, half the tokens", "too large"]
     names += ["completion, dense", "completion, random 0.3", "time, dense", "time, pooled 0.5"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.quality.workers.SPAWN", FORKS)  # on the CPU they can be forks
-        run.main([*common, "--only", *groups, "--jobs", *names])
-        names = ["dense", "dense, seed 1", "equal time, pooled 0.5"]
-        run.main([*common, "--append", "--only", "headline", "equal_time", "--jobs", *names])
+    run.main([*common, "--only", *groups, "--jobs", *names])
+    names = ["dense", "dense, seed 1", "equal time, pooled 0.5"]
+    run.main([*common, "--append", "--only", "headline", "equal_time", "--jobs", *names])
     return path
 
 

@@ -10,7 +10,7 @@ from models import batch, make_model, with_lora
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.allocate import (
     GIB,
     allocate_memory,
@@ -95,8 +95,7 @@ def test_loss_rise_is_the_training_loss_less_the_dense_models(supervise, unchang
         loss = model(input_ids=ids, labels=ids).loss
         handle.remove()
         kept = lemo.report()["attention_retention"]
-        lemo.remove()
-        del model.get_base_model()._lemo
+        remove_lemo(model)
     dense = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
     mask = asked[0][0, :-1] if supervise == "kept" else torch.ones(79, dtype=torch.bool)
     assert measured.loss_rise == pytest.approx(loss.item() - dense[mask].mean().item(), abs=2e-5)

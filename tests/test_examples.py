@@ -87,7 +87,7 @@ def test_each_example_names_its_command_and_a_real_model():
 
 
 def test_quick_start(run):
-    output = run("quick_start.py", "--steps", 6, "--tokens", 256)
+    output = run("quick_start.py", "--steps", 6)
     assert logged(output, "lemo/attention_retention") == [0.5, 0.5]
     assert all(map(math.isfinite, logged(output, "loss")))
     assert loss(load("out")) < loss(load())
@@ -99,7 +99,7 @@ def test_quick_start(run):
 )
 def test_adapters_by_other_libraries(run, name, package):
     pytest.importorskip(package)
-    output = run(name, "--steps", 6, "--tokens", 256)
+    output = run(name, "--steps", 6)
     found, kept = logged(output, "loss"), logged(output, "lemo/attention_retention")
     assert len(found) == 2 and all(map(math.isfinite, found)), output
     assert all(0.5 <= share < 0.9 for share in kept)
