@@ -76,9 +76,9 @@ def calibrate_thresholds(
     Source: LeMo, arXiv:2501.09767, Algorithm 1.
     """
     check_share("retention", retention)
-    if config.policy == "recent":
+    if config.policy in ("recent", "window"):
         raise ValueError(
-            "policy='recent' scores a block by its place, which no threshold can learn from: set "
+            f"policy={config.policy!r} scores a block by its place, which no threshold can learn from: set "
             "policy='pooled' or 'oracle', or a predictor."
         )
     base = dataclasses.replace(config, retention=None, threshold=0.0, agree_across_layers=False)

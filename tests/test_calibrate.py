@@ -211,8 +211,9 @@ def test_a_retention_below_what_must_be_kept(unchanged):
     model = unchanged(make_model("llama"))
     with pytest.raises(ValueError, match="retention=0.05 cannot be reached: .* 0.2 of the rows"):
         calibrate_thresholds(model, rows(), CONFIG, 0.05, progress=False)
-    with pytest.raises(ValueError, match="policy='recent' scores a block by its place"):
-        calibrate_thresholds(model, rows(), LeMoConfig(), 0.5, progress=False)
+    for policy in ("recent", "window"):
+        with pytest.raises(ValueError, match=f"policy='{policy}' scores a block by its place"):
+            calibrate_thresholds(model, rows(), LeMoConfig(policy=policy), 0.5, progress=False)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
