@@ -85,7 +85,8 @@ def run(script, folder):
 def test_the_whole_adapter_is_pushed_once(hub, tmp_path):
     run(PUSH, tmp_path)
     for name in ("ddp", "fsdp"):
-        files = hub.files(f"me/{name}")
+        files, commits = hub.files(f"me/{name}"), hub.repositories[f"me/{name}"].commits
+        assert sum("adapter_model.safetensors" in made for made in commits.values()) == 1, commits
         assert {"adapter_config.json", "README.md", CONFIG_NAME} <= set(files)
         pushed = load(files["adapter_model.safetensors"])
         _, trained = read(tmp_path, name)
