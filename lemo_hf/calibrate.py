@@ -78,8 +78,8 @@ def calibrate_thresholds(
     check_share("retention", retention)
     if config.policy in ("recent", "window"):
         raise ValueError(
-            f"policy={config.policy!r} scores a block by its place, which no threshold can learn from: set "
-            "policy='pooled' or 'oracle', or a predictor."
+            f"policy={config.policy!r} scores a block by its place, which no threshold can learn "
+            "from: set policy='pooled' or 'oracle', or a predictor."
         )
     base = dataclasses.replace(config, retention=None, threshold=0.0, agree_across_layers=False)
     calibration = _Calibration(LossRise(model, rows, predictors), base, retention)

@@ -27,7 +27,7 @@ def inspect(
         typer.Option(help="Directory or Hub id of the lemo_config.json to start from."),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="What ranks blocks: pooled, oracle, random, recent or window.")
+        str | None, typer.Option(help="Ranks blocks: pooled, oracle, random, recent or window.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
     per_layer: Annotated[
