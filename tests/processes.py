@@ -36,20 +36,15 @@ def meet():
     torch.distributed.init_process_group("nccl" if ON_GPUS in os.environ else "gloo")
 
 
-def written(script, folder, processes):
-    """The file of ``script``."""
-    path = folder / f"script{processes}.py"
-    path.write_text(BEGIN + script + END)
-    return path
-
-
 def start(script, folder, processes, timeout=180):
     """Runs ``script`` with ``folder`` as its argument, by torchrun; the ended torchrun."""
+    path = folder / f"script{processes}.py"
+    path.write_text(BEGIN + script + END)
     packages = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
     run = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     return subprocess.run(
-        [sys.executable, "-m", *run, str(written(script, folder, processes)), str(folder)],
+        [sys.executable, "-m", *run, str(path), str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
