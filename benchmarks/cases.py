@@ -24,12 +24,16 @@ OFFLOAD = (
     "lemo+some-offload-uniform",
 )
 GROWTH = (8 * K, 32 * K, 128 * K, 256 * K, 512 * K)
-PAPER = ("hf", "s2attn", "lemo", "lemo+mlp")
+PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp")
 GROUPS = {
     "plain": [Case("plain", "Llama-3 8B", 16 * K, ("hf", "liger", "lemo", "lemo+some-mlp"))],
     "checkpointing": [Case("checkpointing", "Llama-3 8B", 64 * K, CHECKPOINTED)],
     "offload": [Case("offload", "Llama-3 8B", 64 * K, OFFLOAD)],
     "growth": [Case("growth", "Llama-3 8B", tokens, CHECKPOINTED, rounds=1) for tokens in GROWTH],
+    "short": [
+        Case("short", "Llama-3 8B", tokens, ("hf", "liger", "lemo", "lemo+graph"), rounds=3)
+        for tokens in (K, 2 * K, 4 * K, 8 * K)
+    ],
     "paper": [
         Case("paper", model, tokens, PAPER)
         for model in ("Llama-2 7B", "OPT-6.7B")

@@ -60,6 +60,7 @@ PROVIDERS = {
         *_rival("liger"),
         Provider("s2attn", "s2attn"),
         _lemo(""),
+        _lemo("+graph", cuda_graphs=True),
         _lemo("+some-mlp", recompute=("mlp",) * 14 + ("none",) * 18),
         _lemo("+mlp", recompute="mlp"),
         _lemo("+selective", recompute="selective"),

@@ -5,6 +5,7 @@ GROUPS = {
     "checkpointing": "Checkpointing",
     "offload": "Offload to pinned host memory",
     "growth": "Growth (one round; memory in italics is a dry step's)",
+    "short": "Short rows, no checkpointing",
     "paper": "The paper's protocol, no checkpointing",
 }
 NAMES = {
@@ -14,6 +15,7 @@ NAMES = {
     "lemo": "LeMo",
     "lemo-all": "LeMo, no dense layer",
     "lemo-all-0.3": "LeMo, no dense layer",
+    "graph": "CUDA graphs",
     "some-mlp": "MLPs of 14 layers again",
     "mlp": "MLPs again",
     "some-offload": "offload of 8 GiB",
@@ -91,7 +93,8 @@ def step_tables(header: dict, rows: list[dict]) -> str:
         shown = parts if group in ("plain", "checkpointing") else folded
         shown += [f"**{GROUPS.get(group, group)}**", markdown(lines)]
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    folded = ["<details>\n<summary>Offload, growth, the paper's protocol</summary>", *folded]
+    summary = "Offload, growth, short rows, the paper's protocol"
+    folded = [f"<details>\n<summary>{summary}</summary>", *folded]
     folded += [step_conditions(header, rows), f"```bash\n{commands}\n```", "</details>"]
     return "\n\n".join([*parts, *folded])
 

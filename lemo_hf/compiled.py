@@ -17,13 +17,18 @@ from torch import nn
 _CALL = "_call_impl"
 
 
-def train_eagerly(model: nn.Module) -> None:
-    """From now on nothing is compiled of what ``model`` does in training mode."""
+def stock_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What calling ``model`` does: its hooks and its forward."""
+    return type(model)._call_impl(model, *args, **kwargs)
+
+
+def train_eagerly(model: nn.Module, train: Callable = stock_call) -> None:
+    """From now on ``train(model, ...)`` is what ``model`` does in training mode, never compiled."""
     compiled = model._compiled_call_impl
     if compiled is not None:  # by ``model.compile()``
-        model._compiled_call_impl = partial(_call, compiled, model)
+        model._compiled_call_impl = partial(_call, compiled, train, model)
     # A method, since accelerate binds those anew to the copy whose layers it compiles one by one.
-    vars(model)[_CALL] = MethodType(partial(_call, None), model)
+    vars(model)[_CALL] = MethodType(partial(_call, None, train), model)
 
 
 def compile_all(model: nn.Module) -> None:
@@ -34,15 +39,17 @@ def compile_all(model: nn.Module) -> None:
         model._compiled_call_impl = compiled.args[0]
 
 
-def _call(compiled: Callable | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(
+    compiled: Callable | None, train: Callable, model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     # Compiled since, this may be all that is left of `train_eagerly`.
     if model.training and _CALL in vars(model):
-        return _eagerly(model, *args, **kwargs)
+        return _eagerly(train, model, *args, **kwargs)
     if compiled is not None:
         return compiled(*args, **kwargs)
-    return type(model)._call_impl(model, *args, **kwargs)
+    return stock_call(model, *args, **kwargs)
 
 
 @torch.compiler.disable
-def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(model)._call_impl(model, *args, **kwargs)
+def _eagerly(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return train(model, *args, **kwargs)

@@ -80,6 +80,9 @@ class LeMoConfig:
         sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a
             shard of the stream, works on an equal share of the kept rows, and attends with some of
             the heads. Training only; 1: each process has sequences of its own.
+        cuda_graphs: Train by CUDA graphs, on a GPU: from the third batch of a shape on, forward and
+            backward are launched as one, so that short rows do not wait for the host. See
+            `CudaGraphs` for which batches can.
         seed: Of the random policy.
 
     Raises:
@@ -105,6 +108,7 @@ class LeMoConfig:
     recompute: str | tuple[str, ...] | None = None
     offload_gib: float | None = None
     sequence_parallel_size: int = 1
+    cuda_graphs: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -147,11 +151,12 @@ class LeMoConfig:
         for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("agree_across_layers", "normalize_scores"):
+        for name in ("agree_across_layers", "normalize_scores", "cuda_graphs"):
             value = getattr(self, name)
             if type(value) is not bool:
                 raise ValueError(f"{name} must be one of (True, False), got {value!r}")
         self._check_memory()
+        self._check_graphs()
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
@@ -167,6 +172,30 @@ class LeMoConfig:
         budget = self.offload_gib
         if budget is not None and not (_is_number(budget) and budget > 0):
             raise ValueError(f"offload_gib must be a number above 0 or None, got {budget!r}")
+
+    def _check_graphs(self) -> None:
+        if not self.cuda_graphs:
+            return
+        for name, allowed in (
+            ("threshold", None),
+            ("mlp_threshold", None),
+            ("offload_gib", None),
+            ("sequence_parallel_size", 1),
+        ):
+            value = getattr(self, name)
+            if value != allowed:
+                raise ValueError(
+                    f"cuda_graphs=True and {name}={value!r} cannot be combined: the host must act "
+                    f"during such a pass. Set cuda_graphs=False, or {name}={allowed}."
+                )
+        one_set = self.agree_across_layers and self.mlp_retention is None
+        if not one_set and self.supervise == "kept":
+            raise ValueError(
+                "cuda_graphs=True and supervise='kept' need one kept set: with "
+                f"agree_across_layers={self.agree_across_layers} and mlp_retention="
+                f"{self.mlp_retention} it is known only at the end of a pass how many tokens are "
+                "asked to predict. Set cuda_graphs=False, or supervise='all'."
+            )
 
     def recompute_levels(self, num_layers: int) -> list[str | None]:
         """``recompute`` of each layer; None where the model's gradient checkpointing decides.

@@ -34,7 +34,7 @@ from lemo_hf.sequence_checks import (
     check_sequence_model,
 )
 from lemo_hf.sequence_parallel import Shards, sequence_group
-from lemo_hf.step import Step
+from lemo_hf.step import RowCounts, Step
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class Passes:
 
     Attributes:
         step: The sparse pass under way, or None.
-        global_step: Optimizer steps done.
+        global_step: Optimizer steps done, int64 scalar tensor or int.
+        rows: Counts of the rows of the next pass, where the host knows them already.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
         last: The last sparse layer.
@@ -115,7 +116,8 @@ class Passes:
             check_sequence_model(config, model, family)
         self.group = sequence_group(config.sequence_parallel_size)
         self.step: Step | None = None
-        self.global_step = 0
+        self.global_step: Tensor | int = 0
+        self.rows: list[RowCounts] | None = None
         self.counts: dict[str, Any] = {}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.reset_counts()
@@ -143,6 +145,24 @@ class Passes:
         self._promised = Labels.copy_of(tensor, num_items)
         return self._promised
 
+    @property
+    def promised(self) -> bool:
+        """Whether the loss of the next pass is made outside the model."""
+        return self._promised is not None
+
+    def count_rows(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor) -> list[RowCounts]:
+        """Counts of a batch before its pass; the host waits for them.
+
+        Args:
+            input_ids: ``[B, T]``.
+            mask: ``[B, T]`` (1 = token, 0 = padding), or None.
+            labels: ``[B, T]``, as the model is given them.
+        """
+        batch, tokens = input_ids.shape
+        targets = shifted(labels)
+        device = input_ids.device
+        return Step(self.config, (batch, tokens), device, attention_mask=mask, targets=targets).rows
+
     def _before(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
@@ -158,7 +178,7 @@ class Passes:
         check_call(model, kwargs, promised is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         labels = promised or Labels.in_call(kwargs)
-        own = promised is None and _runs_own_forward(model)
+        own = promised is None and runs_own_forward(model)
         shards = None
         if self.group is not None:
             check_sequence_call(self.config, self._layers, self.family, kwargs, main)
@@ -176,6 +196,7 @@ class Passes:
             global_step=self.global_step,
             score_always=sharded(self.last),
             shards=shards,
+            rows=self.rows,
         )
         if shards is not None:
             _take_shard(shards, kwargs, main)
@@ -279,7 +300,7 @@ class Passes:
         return output
 
 
-def _runs_own_forward(model: nn.Module) -> bool:
+def runs_own_forward(model: nn.Module) -> bool:
     """Whether the loss is the model class's own: nobody put another forward on it or its class."""
     # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
     forward = vars(model).get("_original_forward", vars(model).get("forward"))

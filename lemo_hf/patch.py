@@ -5,6 +5,7 @@ and two hooks on the causal LM tell them about each batch and compute the loss. 
 training mode without a KV cache; in every other case the model is the stock one.
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from typing import cast
@@ -17,6 +18,7 @@ from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
 from lemo_hf.compiled import compile_all, train_eagerly
 from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.cuda_graphs import CudaGraphs
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
@@ -25,6 +27,10 @@ from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 
 _LEMO = "_lemo"
+
+# A data loader's workers collect garbage that their parent left. Pinned memory and CUDA graphs in
+# it are freed by asking CUDA, which aborts a forked process: it must never collect them.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def apply_lemo(
@@ -54,7 +60,10 @@ def apply_lemo(
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
-    train_eagerly(model)
+    if config.cuda_graphs:
+        train_eagerly(model, CudaGraphs(lemo.passes))
+    else:
+        train_eagerly(model)
     return lemo
 
 

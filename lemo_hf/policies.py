@@ -135,7 +135,7 @@ def window(inputs: ScoreInputs) -> Tensor:
     return window_scores(inputs.step.keys, inputs.step.num_blocks, *_salts(inputs))
 
 
-def _salts(inputs: ScoreInputs) -> tuple[int, ...]:
+def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
     step = inputs.step
     return (step.config.seed, step.global_step, inputs.layer_index, inputs.sublayer == "mlp")
 

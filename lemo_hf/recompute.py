@@ -71,7 +71,11 @@ def checkpointed(
     # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
     with stored:
         return (model_checkpoint or checkpoint)(
-            function, rows, use_reentrant=False, context_fn=contexts
+            function,
+            rows,
+            use_reentrant=False,
+            context_fn=contexts,
+            preserve_rng_state=not _captured(rows.device),
         )
 
 
@@ -288,14 +292,24 @@ def tile_rows(rows: Tensor, width: int | None) -> int:
     return min(whole, max(LEAST_ROWS, fitting // 256 * 256))
 
 
-def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _captured(device: torch.device) -> bool:
+    """Whether this becomes a CUDA graph: it draws no random numbers then (`graphs`)."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+    if _captured(device):
+        return None
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return torch.get_rng_state(), on_device
 
 
 @contextmanager
-def _restored(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+def _restored(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
     """Random numbers as they were then, so that dropout drops the same."""
+    if state is None:
+        yield
+        return
     with torch.random.fork_rng([device] if state[1] is not None else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:

@@ -26,7 +26,7 @@ WHOLE_SEQUENCE = 0.9
 
 
 @dataclass(frozen=True)
-class _RowCounts:
+class RowCounts:
     """Host-side counts of one row, which fix how many slots it needs."""
 
     tokens: int  # that are no padding
@@ -41,26 +41,28 @@ class _RowCounts:
 
 
 class _Counts:
-    """Counts of rows, one `_RowCounts` each, on their way from the device to the host.
+    """Counts of rows, one `RowCounts` each, on their way from the device to the host.
 
     Shapes depend on them. They set out before the first layer is launched and are asked for at the
     first choice, so that the device has work while the host waits.
     """
 
-    def __init__(self, table: Tensor):
+    def __init__(self, table: Tensor, known: list[RowCounts] | None):
         self.on_device = table
         self._copy, self._arrived = table, None
-        if table.is_cuda:
+        if known is not None:
+            self.on_host = known
+        elif table.is_cuda:
             self._copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
             self._copy.copy_(table, non_blocking=True)
             self._arrived = torch.cuda.current_stream(table.device).record_event()
 
     @cached_property
-    def on_host(self) -> list[_RowCounts]:
+    def on_host(self) -> list[RowCounts]:
         """Waits for them."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [_RowCounts(*row) for row in self._copy.tolist()]
+        return [RowCounts(*row) for row in self._copy.tolist()]
 
 
 class Step:
@@ -75,10 +77,11 @@ class Step:
         position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
             and no attention mask is given, a new document begins: transformers' own rule.
         targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
-        global_step: Optimizer steps done; varies the random policy.
+        global_step: Optimizer steps done, int64 scalar tensor or int; varies the random policy.
         score_always: Score blocks even where there is nothing to choose, as other processes may
             have to, and scoring gathers parameters that all of them hold parts of.
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
+        rows: Counts of each row, where the host knows them already.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
@@ -94,9 +97,10 @@ class Step:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         targets: Tensor | None = None,
-        global_step: int = 0,
+        global_step: Tensor | int = 0,
         score_always: bool = False,
         shards: Shards | None = None,
+        rows: list[RowCounts] | None = None,
     ):
         self.config = config
         self.batch, self.tokens = shape
@@ -113,7 +117,8 @@ class Step:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
             self.documents = restarts.cumsum(1).expand(self.batch, -1)
         self._input_ids = input_ids
-        self.real, self.required, self._counts = self._blocks(targets)
+        self.real, self.required, table = self._blocks(targets)
+        self._counts = _Counts(table, rows)
         self._tokens = self._counts.on_device[:, :1]
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -129,7 +134,7 @@ class Step:
         return row_keys(self._input_ids, self.valid)
 
     @property
-    def rows(self) -> list[_RowCounts]:
+    def rows(self) -> list[RowCounts]:
         """Counts of each row. The host waits for them once, and never for what layers compute."""
         return self._counts.on_host
 
@@ -149,7 +154,7 @@ class Step:
         index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1).contiguous()
         return KeptSet(index, None, self._tokens.sum(), self.real, whole=True, cache={})
 
-    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, "_Counts"]:
+    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks with tokens ``[B, N]``, blocks always kept ``[B, N]``, and each row's counts."""
         size = self.config.block_size
         valid = self.valid
@@ -169,7 +174,7 @@ class Step:
             required = required | label_blocks
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
         counts = [valid, real, required, in_required, label_blocks, labels]
-        return real, required, _Counts(torch.stack([count.sum(1) for count in counts], 1))
+        return real, required, torch.stack([count.sum(1) for count in counts], 1)
 
     def share(self, kept: KeptSet) -> Share | None:
         """Who works on which rows of ``kept``; None where no other process does."""
@@ -249,10 +254,8 @@ class Step:
         """``[B, 1]`` on the device, or the number that all of them are."""
         if len(set(numbers)) == 1:
             return numbers[0]
-        column = torch.tensor(numbers)[:, None]
-        if self.device.type == "cuda":
-            column = column.pin_memory()
-        return column.to(self.device, non_blocking=True)
+        # Filled where they are needed: nothing is copied, which the host or a graph would wait for.
+        return torch.stack([torch.full((1,), n, device=self.device) for n in numbers])
 
     def _note_excess(self, retention: float) -> None:
         for index, row in enumerate(self.rows):

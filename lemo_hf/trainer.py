@@ -200,8 +200,9 @@ class LeMoMixin(_Mixed):
             f"{name}={value!r} (was {getattr(saved, name)!r})"
             for name, value in vars(config).items()
             if getattr(saved, name) != value
-            # A predictor's weights are compared; how sequences are shared changes no result.
-            and name not in ("predictor", "predictor_revision", "sequence_parallel_size")
+            # A predictor's weights are compared; how a pass is run changes no result.
+            and name
+            not in ("predictor", "predictor_revision", "sequence_parallel_size", "cuda_graphs")
         ]
         if changed:
             logger.warning(

@@ -42,20 +42,22 @@ def row_keys(input_ids: Tensor, valid: Tensor | None) -> Tensor:
     return (_mix(input_ids.long() * 0x9E3779B1 + ranks) * valid).sum(1) & 0xFFFFFFFF
 
 
-def random_scores(keys: Tensor, num_blocks: int, *salts: int) -> Tensor:
+def random_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor:
     """Uniform scores in [0, 1) that depend on ``keys [B]``, the block and ``salts`` alone.
+
+    ``salts`` are integers, or int64 scalar tensors of the same value.
 
     Returns:
         ``[B, num_blocks]`` fp32.
     """
-    salt = 0
+    salt: Tensor | int = 0
     for value in salts:
         salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF
     blocks = _mix(torch.arange(num_blocks, device=keys.device) + salt)
     return _mix(keys[:, None] ^ blocks).double().div(2**32).float()
 
 
-def window_scores(keys: Tensor, num_blocks: int, *salts: int) -> Tensor:
+def window_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor:
     """Blocks that follow a random one, the nearest first; the first block follows the last.
 
     So the best of them are one window, or the end and the beginning of a row, and every block is

@@ -53,6 +53,7 @@ FLOORS = {
     "sublayer": 3,
     "passes": 4,
     "layer": 5,
+    "cuda_graphs": 5,
     "patch": 6,
     "trainer": 7,
     "train_predictor": 7,

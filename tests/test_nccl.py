@@ -3,6 +3,7 @@
 One process on one GPU is what two are compared with, by the same kernels.
 """
 
+import logging
 from functools import cache
 
 import pytest
@@ -21,24 +22,45 @@ ENGINES = {
     "ddp": test_ddp.ALL,
     "fsdp": test_fsdp_trainer.ALL,
     "sequence": test_sequence_parallel.ALL,
+    # DDP too, whose buckets are filled by gradients that come all at once.
+    "graphs": {
+        "lora" if lora else "full": {
+            "lora": lora,
+            "lemo": {"cuda_graphs": True},
+            "model_options": {"implementation": "sdpa"},
+            "max_steps": 5,
+        }
+        for lora in (True, False)
+    },
 }
 PASSES = [name for name in test_sequence_parallel.PASSES if name != "qwen3_moe"]
 # fp32; GPUs add up in another order.
 TOLERANCE = 1e-4
 
+
+class Refuse(logging.Handler):
+    """What is warned of is an error: that a batch ran without a graph."""
+
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
 SCRIPT = f"""
+import logging
 import os
 os.environ["{ON_GPUS}"] = "1"
 from pathlib import Path
 import torch.distributed as dist
 from processes import meet
-from test_nccl import ENGINES, PASSES
+from test_nccl import ENGINES, PASSES, Refuse
 from test_sequence_parallel import FSDP, by_rows, one_pass
 from training_cases import outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])
 number, engine = int(os.environ["WORLD_SIZE"]), folder.name
 if engine != "fsdp":
     os.environ.pop("ACCELERATE_USE_FSDP", None)
+if engine == "graphs":
+    logging.getLogger("lemo_hf.cuda_graphs").addHandler(Refuse())
 for name, case in ENGINES.get(engine, {{}}).items():
     path, case = folder / f"{{number}}-{{name}}", {{"use_cpu": False, **case}}
     if engine == "sequence":
