@@ -24,7 +24,7 @@ OFFLOAD = (
     "lemo+some-offload-uniform",
 )
 GROWTH = (8 * K, 32 * K, 128 * K, 256 * K, 512 * K)
-PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp")
+PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp", "lemo+selective")
 GROUPS = {
     "plain": [Case("plain", "Llama-3 8B", 16 * K, ("hf", "liger", "lemo", "lemo+some-mlp"))],
     "checkpointing": [Case("checkpointing", "Llama-3 8B", 64 * K, CHECKPOINTED)],
