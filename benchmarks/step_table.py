@@ -18,6 +18,7 @@ NAMES = {
     "graph": "CUDA graphs",
     "some-mlp": "MLPs of 14 layers again",
     "mlp": "MLPs again",
+    "selective": "all but attention again",
     "some-offload": "offload of 8 GiB",
     "some-offload-uniform": "offload of 8 GiB, as much from each layer",
     "transformers-offload": "transformers' own offload",
