@@ -64,6 +64,7 @@ def allocate_retention(
         model: A causal LM or a PEFT model around one, without LeMo on it.
         rows: ``{"input_ids": [T], "labels": [T]}`` without padding.
         config: All but retention; its dense layers stay dense and its MLPs' own shares stay.
+            ``cuda_graphs`` comes back as False, since sets that differ between layers rule it out.
         budget: Mean retention of the sparse layers' attention, in (0, 1].
         grid: Retentions at which a layer is measured; the lowest is the least a layer gets.
         predictors: As for `apply_lemo`.
@@ -81,7 +82,9 @@ def allocate_retention(
         check_share("grid", share)
     measure = LossRise(model, rows, predictors)
     blocks = measure.num_blocks(config)
-    uniform = dataclasses.replace(config, retention=float(budget), threshold=None)
+    uniform = dataclasses.replace(
+        config, retention=float(budget), threshold=None, cuda_graphs=False
+    )
     own = dataclasses.replace(uniform, agree_across_layers=False)
     measured = measure(own)
     rules = own.layer_rules(len(measured.retentions))

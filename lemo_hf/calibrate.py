@@ -61,7 +61,7 @@ def calibrate_thresholds(
     Args:
         model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
         rows: ``{"input_ids": [T], "labels": [T]}`` without padding.
-        config: All but retention and threshold.
+        config: All but retention, threshold and ``cuda_graphs``, which thresholds rule out.
         retention: Mean share of blocks that the sparse layers' attention keeps, in (0, 1].
         steps: Gradient steps; 0 gives all layers one threshold.
         step_size: What the first step moves the threshold that moves most.
@@ -81,7 +81,9 @@ def calibrate_thresholds(
             f"policy={config.policy!r} scores a block by its place, which no threshold can learn "
             "from: set policy='pooled' or 'oracle', or a predictor."
         )
-    base = dataclasses.replace(config, retention=None, threshold=0.0, agree_across_layers=False)
+    base = dataclasses.replace(
+        config, retention=None, threshold=0.0, agree_across_layers=False, cuda_graphs=False
+    )
     calibration = _Calibration(LossRise(model, rows, predictors), base, retention)
     thresholds, measured = calibration.rescaled(torch.ones(len(calibration.sparse)))
     history = [calibration.entry(thresholds, measured)]

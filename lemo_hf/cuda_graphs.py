@@ -6,105 +6,35 @@ and from then on replayed. Shapes in it are fixed, so batches that keep as many 
 and any other batch runs as ever.
 """
 
-import gc
 import inspect
 import logging
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.passes import Passes, runs_own_forward
-from lemo_hf.step import RowCounts
+from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
+from lemo_hf.step import RowCounts, Seen
 
 logger = logging.getLogger(__name__)
 
+DEVICE = "cuda"
 MOST_GRAPHS = 8  # each holds its launches and gradients; memory of activations is shared
 REMEMBERED = 64  # batches whose shapes are remembered until they come again
 
-
-@dataclass(frozen=True)
-class _Gradients:
-    """Gradients of some parameters, flat, one tensor a dtype.
-
-    Attributes:
-        flat: By dtype.
-        layout: Dtype and shape of each parameter's.
-    """
-
-    flat: dict[torch.dtype, Tensor]
-    layout: list[tuple[torch.dtype, torch.Size]]
-
-    @classmethod
-    def of(cls, gradients: list[Tensor]) -> "_Gradients":
-        parts: dict[torch.dtype, list[Tensor]] = {}
-        for x in gradients:
-            parts.setdefault(x.dtype, []).append(x.flatten())
-        layout = [(x.dtype, x.shape) for x in gradients]
-        return cls({dtype: torch.cat(flats) for dtype, flats in parts.items()}, layout)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "_Gradients":
-        return _Gradients({dtype: function(x) for dtype, x in self.flat.items()}, self.layout)
-
-    def split(self) -> list[Tensor]:
-        parts = {}
-        for dtype, flat in self.flat.items():
-            sizes = [shape.numel() for kind, shape in self.layout if kind == dtype]
-            parts[dtype] = iter(flat.split(sizes))
-        return [next(parts[dtype]).view(shape) for dtype, shape in self.layout]
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """A pass that was recorded.
-
-    Attributes:
-        graph: Its launches.
-        inputs: Tensors that it reads, by name.
-        global_step: Another, int64 scalar.
-        loss: What it writes, fp32 scalar.
-        parameters: That ``loss`` depends on.
-        gradients: Of ``loss`` by them, also written.
-        output: Of the model, with ``loss`` in it.
-        counts: Of `Passes`, also written.
-        kept_blocks: The same.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    inputs: dict[str, Tensor]
-    global_step: Tensor
-    loss: Tensor
-    parameters: list[nn.Parameter]
-    gradients: _Gradients
-    output: Any
-    counts: dict[str, Any]
-    kept_blocks: dict[tuple[int, str], Tensor]
-
-
-class _Replay(Function):
-    """The loss of a recorded pass, whose gradients are there as soon as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, *parameters: Tensor) -> Tensor:
-        recorded.graph.replay()
-        ctx.gradients = recorded.gradients.map(torch.clone)  # the next replay writes over them
-        return recorded.loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradients.map(lambda flat: flat * grad).split()
+_INPUTS = ("input_ids", "labels", "num_items_in_batch")
+_PLAIN = ("use_cache", "return_dict")
 
 
 class CudaGraphs:
@@ -115,20 +45,22 @@ class CudaGraphs:
     batch of a shape runs as ever (kernels compile), the second is recorded, and up to
     `MOST_GRAPHS` shapes are. A graph's memory stays taken until LeMo is taken off.
 
-    Hooks on modules inside the model run while a pass is recorded, not when it is replayed, and
-    gradients arrive at all parameters at once.
+    Hooks on modules run while a pass is recorded, not when it is replayed, and gradients arrive at
+    all parameters at once.
 
     Args:
-        passes: Of the model.
+        model: The model.
+        passes: Of it.
     """
 
-    def __init__(self, passes: Passes):
+    def __init__(self, model: PreTrainedModel, passes: Passes):
         self.passes = passes
-        self._graphs: dict[tuple, _Recorded] = {}
-        self._seen: deque[tuple] = deque(maxlen=REMEMBERED)
+        self._model = weakref.ref(model)
+        self._graphs: dict[tuple, RecordedPass] = {}
+        self._once: deque[tuple] = deque(maxlen=REMEMBERED)
         self._pool: Any = None  # one for all: no two graphs run at a time
-        self._weights: list[nn.Parameter] = []
-        self._places: list[tuple[int, bool]] = []
+        self._places: list | None = None
+        self._never: str | None = None
         self._said: set[str] = set()
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +69,7 @@ class CudaGraphs:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         if not torch.is_grad_enabled():
             return stock_call(model, **kwargs)
-        why = self._why_not(kwargs)
+        why = self._why_not(model, kwargs)
         if why is not None:
             self._say(why)
             return stock_call(model, **kwargs)
@@ -152,51 +84,62 @@ class CudaGraphs:
             self.passes.rows = None
 
     def _run(self, model: PreTrainedModel, kwargs: dict[str, Any], rows: list[RowCounts]) -> Any:
-        self._forget_if_weights_moved(model)
         key = _key(kwargs, rows)
         if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.append(key)
-                return stock_call(model, **kwargs)
-            why = f"{MOST_GRAPHS} shapes have one" if len(self._graphs) == MOST_GRAPHS else None
-            why = why or _why_never(model, self.passes.config)
-            if why is not None:
-                self._say(why)
+            full = len(self._graphs) == MOST_GRAPHS
+            if full:
+                self._say(f"{MOST_GRAPHS} shapes have one")
+            if full or key not in self._once:
+                self._once.append(key)
                 return stock_call(model, **kwargs)
             self._graphs[key] = self._record(model, kwargs)
-        return self._replay(self._graphs[key], kwargs)
+        recorded, passes = self._graphs[key], self.passes
+        loss = recorded.replay(kwargs, passes.global_step)
+        passes.add(recorded.written.seen.clone())
+        output = tree_map_only(Tensor, torch.clone, recorded.written.output)
+        if isinstance(output, tuple):
+            return loss, *output
+        return type(output)(loss=loss, **output)
 
-    def _why_not(self, kwargs: dict[str, Any]) -> str | None:
+    def _why_not(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
         """Why a batch cannot run by a graph; None if it may."""
+        if model is not self._model():
+            return "this is a copy of the model that LeMo is on"
         ids = kwargs.get("input_ids")
-        if ids is None or not ids.is_cuda:
+        if ids is None or ids.device.type != DEVICE:
             return "it needs input_ids on a GPU"
-        if self.passes.promised or not isinstance(kwargs.get("labels"), Tensor):
+        if self.passes.promised:
+            return "the loss is not the model's own"
+        if not isinstance(kwargs.get("labels"), Tensor):
             return "the model is given no labels"
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             return f"attention_mask has {mask.dim()} dimensions"
         known = {*_INPUTS, "attention_mask", *_PLAIN}
         others = [name for name, value in kwargs.items() if value is not None and name not in known]
-        return f"the model is given {', '.join(sorted(others))}" if others else None
+        if others:
+            return f"the model is given {', '.join(sorted(others))}"
+        # Known once a pass has run.
+        if self.passes.dtype == torch.float16:
+            return "gradients in float16 need a loss that is scaled before them; take bfloat16"
+        self._notice_changes(model)
+        return self._never
 
     def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
             logger.warning("cuda_graphs: a batch ran without one, since %s. Said once.", why)
 
-    def _forget_if_weights_moved(self, model: PreTrainedModel) -> None:
-        """Graphs read and write where weights were."""
-        if self._places == [(p.data_ptr(), p.requires_grad) for p in self._weights] != []:
-            return
-        self._graphs.clear()
-        self._seen.clear()
-        self._weights = list(model.parameters())
-        self._places = [(p.data_ptr(), p.requires_grad) for p in self._weights]
+    def _notice_changes(self, model: PreTrainedModel) -> None:
+        """Graphs read and write where weights and buffers were."""
+        places = [_checkpoints(model), *_places(model)]
+        if places != self._places:
+            self._places, self._never = places, _why_never(model, self.passes.config)
+            self._graphs.clear()
+            self._once.clear()
+            self._pool = None  # it is gone with the last of its graphs
 
-    def _record(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> _Recorded:
-        """Run a pass without computing anything, and note down what it launches."""
-        passes = self.passes
+    def _record(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> RecordedPass:
         device = kwargs["input_ids"].device
         inputs = {
             name: torch.as_tensor(kwargs[name], device=device).clone()
@@ -204,67 +147,57 @@ class CudaGraphs:
             if kwargs.get(name) is not None
         }
         plain = {name: kwargs[name] for name in _PLAIN if name in kwargs}
-        counts, global_step = passes.counts, passes.global_step
-        passes.reset_counts()
-        passes.global_step = torch.zeros((), dtype=torch.int64, device=device)
-        trained = [p for p in self._weights if p.requires_grad]
-        graph = torch.cuda.CUDAGraph()
-        torch.clear_autocast_cache()  # what is cast must be cast inside
-        gc.collect()
-        gc.disable()  # what it frees might call CUDA in between
-        # Other threads (pinning batches, NCCL) go on meanwhile.
-        recording = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        global_step = torch.zeros((), dtype=torch.int64, device=device)
+
+        def run() -> Written:
+            with _no_documents(), self._counting_apart(global_step) as seen:
+                return _forward_and_backward(model, {**inputs, **plain}, seen)
+
         try:
-            with _same_stream_after(device), _no_documents(), _aliases(model) as alias, recording:
-                output = stock_call(model, **inputs, **plain)
-                loss = output[0] if isinstance(output, tuple) else output["loss"]
-                # By themselves as well, to notice one that is used past the modules that own it.
-                aliases = [alias[p] for p in trained]
-                found = torch.autograd.grad(loss, [*aliases, *trained], allow_unused=True)
-                if any(x is not None for x in found[len(trained) :]):
-                    raise RuntimeError("it uses weights past the modules that hold them")
-                pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
-                gradients = _Gradients.of([x for _, x in pairs])
-            self._pool = graph.pool()
-            return _Recorded(
-                graph,
-                inputs,
-                passes.global_step,
-                loss.detach(),
-                [p for p, _ in pairs],
-                gradients,
-                output,
-                passes.counts,
-                passes.kept_blocks,
-            )
+            graph, written = capture(run, self._pool, device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"this model's training pass cannot become a CUDA graph: {_first(error)}\nSet "
                 "LeMoConfig(cuda_graphs=False)."
             ) from error
+        self._pool = graph.pool()
+        return RecordedPass(graph, inputs, global_step, written)
+
+    @contextmanager
+    def _counting_apart(self, global_step: Tensor) -> Iterator[list[Seen]]:
+        """What a pass sees goes into the list, and its step is ``global_step``."""
+        passes, seen = self.passes, list[Seen]()
+        before, passes.global_step, passes.deliver = passes.global_step, global_step, seen.append
+        try:
+            yield seen
         finally:
-            gc.enable()
-            torch.clear_autocast_cache()
-            passes.counts, passes.global_step = counts, global_step
-
-    def _replay(self, recorded: _Recorded, kwargs: dict[str, Any]) -> Any:
-        passes = self.passes
-        for name, place in recorded.inputs.items():
-            value = kwargs[name]
-            place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
-        recorded.global_step.fill_(passes.global_step)
-        loss = _Replay.apply(recorded, *recorded.parameters)
-        for name, count in recorded.counts.items():
-            passes.counts[name] = passes.counts[name] + count
-        passes.kept_blocks = recorded.kept_blocks
-        output = recorded.output
-        if isinstance(output, tuple):
-            return loss, *output[1:]
-        return type(output)(**{**output, "loss": loss})
+            passes.global_step, passes.deliver = before, passes.add
 
 
-_INPUTS = ("input_ids", "labels", "num_items_in_batch")
-_PLAIN = ("use_cache", "return_dict")
+def _forward_and_backward(
+    model: PreTrainedModel, inputs: dict[str, Any], seen: list[Seen]
+) -> Written:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with aliases(model) as alias:
+        output = stock_call(model, **inputs)
+        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        # By themselves as well, to notice one that is used past the modules that own it.
+        weights = [*(alias[p] for p in trained), *trained]
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    if any(x is not None for x in found[len(trained) :]):
+        raise RuntimeError("it uses weights past the modules that hold them")
+    pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
+    if isinstance(output, tuple):
+        rest = output[1:]
+    else:
+        rest = type(output)(**{name: x for name, x in output.items() if name != "loss"})
+    return Written(
+        loss.detach(),
+        [p for p, _ in pairs],
+        *flatten([x for _, x in pairs]),
+        tree_map_only(Tensor, Tensor.detach, rest),
+        seen[0],
+    )
 
 
 def _key(kwargs: dict[str, Any], rows: list[RowCounts]) -> tuple:
@@ -272,8 +205,20 @@ def _key(kwargs: dict[str, Any], rows: list[RowCounts]) -> tuple:
     ids = kwargs["input_ids"]
     given = tuple(kwargs.get(name) is not None for name in _INPUTS)
     plain = tuple(kwargs.get(name) for name in _PLAIN)
-    low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    low = torch.is_autocast_enabled(DEVICE) and torch.get_autocast_dtype(DEVICE)
     return ids.device, ids.shape, tuple(rows), given, plain, low
+
+
+def _places(model: nn.Module) -> Iterator[tuple[int, bool]]:
+    """Where each weight and buffer is, and whether it is trained."""
+    for part in model.modules():
+        for held in (part._parameters, part._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    # Subclasses of tensors may have no memory of their own.
+                    plain = type(tensor) in (Tensor, nn.Parameter)
+                    place = tensor.data_ptr() if plain else id(tensor)
+                    yield place, tensor.requires_grad
 
 
 def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
@@ -283,25 +228,52 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
         return "the model is on several devices"
     if sharded(model):
         return "its weights are in parts on several processes"
-    half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
-    if half or any(p.dtype == torch.float16 for p in weights):
-        return "gradients in float16 need a loss that is scaled before them; take bfloat16"
     if not any(p.requires_grad for p in weights):
         return "no weight is trained"
-    if model.config._attn_implementation == "eager":
-        return "masks of eager attention come from the host; take attn_implementation='sdpa'"
+    attention = model.config._attn_implementation
+    if attention != "sdpa":
+        return f"{attention} attention asks the host; take attn_implementation='sdpa'"
+    if any("dynamic" in kind or kind == "longrope" for kind in _rope_types(model)):
+        return "the host picks the frequencies of its rotary embedding by length"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "bitsandbytes asks the host about outliers of 8-bit weights"
     if not runs_own_forward(model):
         return "the loss is not the model's own"
-    again = model.is_gradient_checkpointing or config.recompute not in (None, "none")
+    if _host_draws(model):
+        return "the host draws which modules are dropped"
+    again = _checkpoints(model) or config.recompute not in (None, "none")
     if again and _draws(model):
         return "dropout must be drawn again where layers are computed again"
     return None
 
 
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether the model's gradient checkpointing is on, in any layer."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
+def _rope_types(model: nn.Module) -> Iterator[str]:
+    """Kinds of rotary embeddings, of which a model may have one for each kind of layer."""
+    for part in model.modules():
+        kind = getattr(part, "rope_type", None)
+        yield from kind.values() if isinstance(kind, dict) else [kind or "default"]
+
+
+def _host_draws(model: PreTrainedModel) -> bool:
+    """Whether whole modules are dropped: OPT's ``layerdrop``, PEFT's ``module_dropout``."""
+    adapters = getattr(model, "peft_config", {}).values()
+    dropped = any(getattr(adapter, "module_dropout", 0) for adapter in adapters)
+    return dropped or bool(getattr(model.config, "layerdrop", 0))
+
+
 def _draws(model: PreTrainedModel) -> bool:
-    """Whether a pass may draw random numbers: dropout."""
-    named = any("drop" in name and bool(value) for name, value in model.config.to_dict().items())
-    return named or any(isinstance(part, nn.Dropout) and part.p for part in model.modules())
+    """Whether a pass may draw random numbers: dropout, a router's jitter."""
+    named = any(
+        ("drop" in name or "jitter" in name) and bool(value)
+        for name, value in model.config.to_dict().items()
+    )
+    layers = (part for part in model.modules() if "Dropout" in type(part).__name__)
+    return named or any(getattr(part, "p", 1) for part in layers)
 
 
 def _first(error: BaseException) -> BaseException:
@@ -309,36 +281,6 @@ def _first(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-@contextmanager
-def _same_stream_after(device: torch.device) -> Iterator[None]:
-    """Go back to the stream that is current now, which a capture that fails does not."""
-    with torch.cuda.stream(torch.cuda.current_stream(device)):
-        yield
-
-
-@contextmanager
-def _aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Put parameters of the same memory in place of those that are trained.
-
-    Autograd ties a parameter to the stream of the first pass that used it, for as long as anything
-    of that pass lives (a loss from before, DDP). No other stream may wait for a captured one.
-    """
-    alias = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
-    places = [
-        (part._parameters, name, weight)
-        for part in model.modules()
-        for name, weight in part._parameters.items()
-        if weight is not None and weight.requires_grad
-    ]
-    try:
-        for parameters, name, weight in places:
-            parameters[name] = alias[weight]
-        yield alias
-    finally:
-        for parameters, name, weight in places:
-            parameters[name] = weight
 
 
 @contextmanager

@@ -172,7 +172,8 @@ def _sparse_forward(
     share = step.share(kept)
 
     # Found here, since what is tried inside a unit would be stored for its backward.
-    kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, _dtype_of(x))
+    plan.passes.dtype = dtype = _dtype_of(x)
+    kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, dtype)
 
     def attend(hidden: Tensor) -> Tensor:
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)

@@ -34,7 +34,7 @@ from lemo_hf.sequence_checks import (
     check_sequence_model,
 )
 from lemo_hf.sequence_parallel import Shards, sequence_group
-from lemo_hf.step import RowCounts, Step
+from lemo_hf.step import RowCounts, Seen, Step
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,9 @@ class Passes:
         rows: Counts of the rows of the next pass, where the host knows them already.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
+        dtype: Of products in the last sparse pass.
+        deliver: Is given what a pass has kept; `add`, unless it is not to be counted here.
+        listeners: Are given the same, when it has been counted.
         last: The last sparse layer.
         host: Where layers store what they would keep on the device, or None.
         group: The processes that share each sequence, or None.
@@ -120,6 +123,9 @@ class Passes:
         self.rows: list[RowCounts] | None = None
         self.counts: dict[str, Any] = {}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
+        self.dtype: torch.dtype | None = None
+        self.deliver: Callable[[Seen], None] = self.add
+        self.listeners: list[Callable[[Seen], None]] = []
         self.reset_counts()
         self._warned = False
         self._fits: dict[tuple, bool] = {}
@@ -139,6 +145,15 @@ class Passes:
     def reset_counts(self) -> None:
         """Start the counts anew."""
         self.counts = {"real": 0, "attention": 0, "mlp": 0}
+
+    def add(self, seen: Seen) -> None:
+        """Count a pass that ended."""
+        self.kept_blocks = seen.kept_blocks
+        self.counts["real"] += seen.real_tokens
+        for name, count in seen.kept_tokens.items():
+            self.counts[name] = self.counts[name] + count
+        for listener in self.listeners:
+            listener(seen)
 
     def promise(self, tensor: Tensor, num_items: Tensor | int | None) -> Labels:
         """Announce labels of a loss outside the model, which the next pass is not given."""
@@ -284,13 +299,10 @@ class Passes:
         loss, self._loss = self._loss, None
         if step is None or output is None:
             return output
-        self.kept_blocks = step.kept_blocks
         if step.exceeded and not self._warned:
             logger.warning("%s. Said once; the logged retention shows how often.", step.exceeded)
             self._warned = True
-        self.counts["real"] += step.real_tokens
-        for name, count in step.kept_tokens.items():
-            self.counts[name] = self.counts[name] + count
+        self.deliver(step.seen())
         if loss is None:
             return output
         if isinstance(output, tuple):

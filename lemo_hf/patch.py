@@ -61,7 +61,7 @@ def apply_lemo(
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
     if config.cuda_graphs:
-        train_eagerly(model, CudaGraphs(lemo.passes))
+        train_eagerly(model, CudaGraphs(model, lemo.passes))
     else:
         train_eagerly(model)
     return lemo

@@ -68,14 +68,11 @@ def checkpointed(
         model_checkpoint = checkpoint
         stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=unit), host.get)
     contexts = partial(_contexts, level, host, unit)
+    options: dict[str, Any] = {"preserve_rng_state": False} if _captured(rows.device) else {}
     # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
     with stored:
         return (model_checkpoint or checkpoint)(
-            function,
-            rows,
-            use_reentrant=False,
-            context_fn=contexts,
-            preserve_rng_state=not _captured(rows.device),
+            function, rows, use_reentrant=False, context_fn=contexts, **options
         )
 
 
@@ -293,7 +290,7 @@ def tile_rows(rows: Tensor, width: int | None) -> int:
 
 
 def _captured(device: torch.device) -> bool:
-    """Whether this becomes a CUDA graph: it draws no random numbers then (`graphs`)."""
+    """Whether this becomes a CUDA graph, which has nothing computed again that is drawn."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

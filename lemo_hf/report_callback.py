@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lemo_hf.files import read_json, whole_file, write_json
 from lemo_hf.patch import LeMo, lemo_of, transformers_model
 from lemo_hf.report import RECORD_NAME, write_report
 from lemo_hf.report_environment import environment
+from lemo_hf.step import Seen
 
 GIB = 2**30
 
@@ -38,7 +38,6 @@ class ReportCallback(TrainerCallback):
     def __init__(self) -> None:
         self._record: dict[str, Any] = {}
         self._lemo: LeMo | None = None
-        self._hook: Any = None
         self._layers = 0
 
     def on_train_begin(
@@ -49,14 +48,13 @@ class ReportCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Note what is trained, and listen to the last sparse layer."""
+        """Note what is trained, and listen to its passes."""
         assert model is not None  # Trainer has one by now
         inner = transformers_model(model)
         self._lemo = lemo_of(model)
         self._layers = 0 if self._lemo is None else len(self._lemo.rules)
         if self._lemo is not None:
-            count = partial(self._count, self._lemo)
-            self._hook = self._lemo.passes.last.register_forward_hook(count)
+            self._lemo.passes.listeners.append(self._count)
         self._reset()
         if state.is_world_process_zero:
             rows = _rows_until(Path(_directory(args), RECORD_NAME), state.global_step)
@@ -114,8 +112,8 @@ class ReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the page."""
-        if self._hook is not None:
-            self._hook.remove()
+        if self._lemo is not None:
+            self._lemo.passes.listeners.remove(self._count)
         if state.is_world_process_zero:
             directory = _directory(args)
             os.makedirs(directory, exist_ok=True)
@@ -130,16 +128,14 @@ class ReportCallback(TrainerCallback):
         self._tokens = 0
         self._started = time.perf_counter()
 
-    def _count(self, lemo: LeMo, *_: Any) -> None:
-        """Add the kept blocks of the pass under way, in which all layers have chosen."""
-        step = lemo.passes.step
-        if step is None:  # the layer is computed again in the backward
-            return
+    def _count(self, seen: Seen) -> None:
+        """Add the kept blocks of a pass."""
+        assert self._lemo is not None  # whose pass it was
         for name in ("attention", "mlp"):
-            sets = [step.kept_blocks[i, name].sum() for i in lemo.sparse_layers]
+            sets = [seen.kept_blocks[i, name].sum() for i in self._lemo.sparse_layers]
             self._kept[name] = self._kept.get(name, 0) + torch.stack(sets)
-        self._blocks = self._blocks + step.real.sum()
-        self._tokens += step.real_tokens
+        self._blocks = self._blocks + seen.real_blocks.sum()
+        self._tokens += seen.real_tokens
 
     def _shares(self, kept: Tensor, lemo: LeMo) -> list[float]:
         """Share of the blocks that each layer kept; 1 for dense ones."""

@@ -40,6 +40,33 @@ class RowCounts:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a pass that ended has kept.
+
+    Attributes:
+        real_tokens: Of the batch that are no padding.
+        real_blocks: ``[B, N]`` bool: blocks with such tokens.
+        kept_tokens: Token-layers of "attention" and "mlp", int64 scalars.
+        kept_blocks: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
+    """
+
+    real_tokens: int
+    real_blocks: Tensor
+    kept_tokens: dict[str, Tensor | int]
+    kept_blocks: dict[tuple[int, str], Tensor]
+
+    def clone(self) -> "Seen":
+        """The same in other memory; sets that layers share are one there too."""
+        sets = {id(blocks): blocks.clone() for blocks in self.kept_blocks.values()}
+        return Seen(
+            self.real_tokens,
+            self.real_blocks.clone(),
+            {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.kept_tokens.items()},
+            {key: sets[id(blocks)] for key, blocks in self.kept_blocks.items()},
+        )
+
+
 class _Counts:
     """Counts of rows, one `RowCounts` each, on their way from the device to the host.
 
@@ -175,6 +202,10 @@ class Step:
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
         counts = [valid, real, required, in_required, label_blocks, labels]
         return real, required, torch.stack([count.sum(1) for count in counts], 1)
+
+    def seen(self) -> Seen:
+        """What layers have kept, once all have chosen."""
+        return Seen(self.real_tokens, self.real, self.kept_tokens, self.kept_blocks)
 
     def share(self, kept: KeptSet) -> Share | None:
         """Who works on which rows of ``kept``; None where no other process does."""

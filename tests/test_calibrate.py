@@ -172,7 +172,9 @@ def test_a_layer_that_does_nothing_gets_least(adapt, demo, unchanged):
 def test_the_budget_holds_and_the_best_is_kept(unchanged):
     model = unchanged(make_model("llama"))
     config = dataclasses.replace(CONFIG, dense_first_layers=1)
-    found = allocate_retention(model, rows(), config, 0.45, progress=False)
+    asked = dataclasses.replace(config, cuda_graphs=True)
+    found = allocate_retention(model, rows(), asked, 0.45, progress=False)
+    assert not found.config.cuda_graphs
     assert found.retentions[0] == 1
     assert 0.45 - 0.1 / 3 <= sum(found.retentions[1:]) / 3 <= 0.45
     assert set(found.curves) == {1, 2, 3} and list(found.curves[1]) == [0.2, 0.3, 0.5, 0.8, 1.0]
@@ -193,12 +195,15 @@ def test_the_budget_holds_and_the_best_is_kept(unchanged):
 
 def test_thresholds_hold_the_retention_and_lower_the_loss(demo, unchanged):
     model, samples = demo
-    config = LeMoConfig(block_size=16, policy="pooled", supervise="all", dense_last_layers=7)
+    config = LeMoConfig(
+        block_size=16, policy="pooled", supervise="all", dense_last_layers=7, cuda_graphs=True
+    )
     found = calibrate_thresholds(unchanged(model), samples, config, 0.6, progress=False)
     first, last = found.history[0], found.history[-1]
     assert len(set(first["thresholds"][:3])) == 1 and not any(first["thresholds"][3:])
     assert found.config.threshold == last["thresholds"] and found.config.retention is None
-    assert not found.config.agree_across_layers and found.config.supervise == "all"
+    assert not found.config.agree_across_layers and not found.config.cuda_graphs
+    assert found.config.supervise == "all"
     for step in found.history:
         assert step["retention"] == pytest.approx(0.6, abs=0.5 / 32)
     rises = [step["loss_rise"] for step in found.history]

@@ -1,6 +1,11 @@
-"""Passes by CUDA graphs: the numbers of passes without, and which batches can have one."""
+"""Passes by CUDA graphs: the numbers of passes without, and which batches can have one.
 
+On a CPU a pass is run again where a GPU replays it (`eager_graphs`); all else is the same.
+"""
+
+import copy
 import gc
+import json
 import logging
 import os
 import warnings
@@ -8,14 +13,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from eager_graphs import use_eager_graphs
 from hub_client import make_predictor
 from models import batch, make_model, with_lora
+from peft import LoHaConfig, get_peft_model
 from test_trainer import SPARSE, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.cuda_graphs import MOST_GRAPHS
+from lemo_hf.report_callback import ReportCallback
 
 STEPS = 5  # as ever, recorded, replayed thrice
+GRAPHS = replace(SPARSE, cuda_graphs=True)
+gpu = pytest.mark.gpu
+FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "phi3", "granite", "olmo2"]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        use_eager_graphs(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def warned(caplog):
+    """What is warned of."""
+    caplog.set_level(logging.WARNING, "lemo_hf.cuda_graphs")
+    name = "lemo_hf.cuda_graphs"
+    return lambda: [r.getMessage() for r in caplog.records if r.name == name]
 
 
 @pytest.mark.parametrize(
@@ -38,11 +64,10 @@ def test_what_the_host_must_act_for_is_refused(field, value):
         LeMoConfig(cuda_graphs=1)
 
 
-def test_on_a_cpu_passes_run_as_ever(tmp_path, caplog):
+def test_without_a_gpu_passes_run_as_ever(tmp_path, warned):
     expected = losses(make_trainer(tmp_path, SPARSE))
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        assert losses(make_trainer(tmp_path, replace(SPARSE, cuda_graphs=True))) == expected
-    assert [record.getMessage() for record in caplog.records] == [
+    assert losses(make_trainer(tmp_path, GRAPHS)) == expected
+    assert warned() == [
         "cuda_graphs: a batch ran without one, since it needs input_ids on a GPU. Said once."
     ]
 
@@ -53,9 +78,14 @@ def graphs_of(model):
     return len(vars(base)["_call_impl"].__func__.args[1]._graphs)
 
 
-def batches(tokens=70, rows=2, steps=STEPS):
+def tiny(device, family="llama", lora=True, **options):
+    model = make_model(family, "sdpa", **options)
+    return (with_lora(model) if lora else model).to(device)
+
+
+def batches(device, tokens=70, rows=2, steps=STEPS):
     torch.manual_seed(3)
-    ids = torch.randint(3, 97, (steps, rows, tokens)).cuda()
+    ids = torch.randint(3, 97, (steps, rows, tokens)).to(device)
     return [{"input_ids": x, "labels": x} for x in ids]
 
 
@@ -73,8 +103,7 @@ def trained(model, config, inputs, lr):
             for p in model.parameters():
                 if p.grad is not None:
                     p.sub_(lr * p.grad)
-        kept = {key: blocks.clone() for key, blocks in lemo.passes.kept_blocks.items()}
-        found.append((loss.item(), grads, kept))
+        found.append((loss.item(), grads, lemo.passes.kept_blocks))
     report, count = lemo.report(), graphs_of(model) if config.cuda_graphs else 0
     remove_lemo(model)
     return found, report, count
@@ -94,22 +123,25 @@ def assert_as_without(make, config, inputs, rtol=1e-4, graphs=1, lr=0.05):
             assert error <= 20 * rtol * grad.double().norm() + 1e-9, name
 
 
-def tiny(family="llama", lora=True, **options):
-    model = make_model(family, "sdpa", **options)
-    return (with_lora(model) if lora else model).cuda()
+def with_twin(device, config=SPARSE):
+    """One model with graphs, and one without."""
+    model, twin = tiny(device), tiny(device)
+    apply_lemo(model, replace(config, cuda_graphs=True))
+    apply_lemo(twin, config)
+    return model, twin
 
 
-gpu = pytest.mark.gpu
-FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "opt", "phi3", "granite", "olmo2"]
+def assert_same_gradients(model, twin):
+    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
-    assert_as_without(lambda: tiny(family), SPARSE, batches())
+def test_every_family(device, family):
+    assert_as_without(lambda: tiny(device, family), SPARSE, batches(device))
 
 
-@gpu
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize(
     "options",
@@ -126,28 +158,26 @@ def test_every_family(family):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_every_setting(options, lora):
+def test_every_setting(device, options, lora):
     config = LeMoConfig(block_size=8, segment_size=40, **options)
-    assert_as_without(lambda: tiny(lora=lora), config, batches())
+    assert_as_without(lambda: tiny(device, lora=lora), config, batches(device))
 
 
-@gpu
-def test_bf16_and_checkpointing():
+def test_bf16_and_checkpointing(device):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
     def make():
-        model = tiny(num_attention_heads=4, **sizes).bfloat16()
+        model = tiny(device, num_attention_heads=4, **sizes).bfloat16()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     # Weights stay: cuDNN adds up gradients in any order, and two runs without graphs drift apart.
     config = LeMoConfig(block_size=64)
-    assert_as_without(make, config, batches(tokens=2048, rows=1), rtol=1e-3, lr=0)
+    assert_as_without(make, config, batches(device, tokens=2048, rows=1), rtol=1e-3, lr=0)
 
 
-@gpu
-def test_predictors():
-    predictor = make_predictor().cuda()
+def test_predictors(device):
+    predictor = make_predictor().to(device)
 
     def run(flag):
         config = LeMoConfig(
@@ -157,34 +187,37 @@ def test_predictors():
             supervise="all",
             cuda_graphs=flag,
         )
-        model = tiny()
+        model = tiny(device)
         apply_lemo(model, config, predictor)
-        found = [model(**inputs).loss.item() for inputs in batches()]
+        found = [model(**inputs).loss.item() for inputs in batches(device)]
         assert not flag or graphs_of(model) == 1
         return found
 
     assert run(True) == pytest.approx(run(False), rel=1e-5)
 
 
-@gpu
-def test_lengths_and_label_counts_have_graphs_of_their_own(caplog):
+def test_lengths_and_label_counts_have_graphs_of_their_own(device, warned):
     """Rows without most labels too: how many there are fixes shapes."""
-    inputs = [x for tokens in (70, 64, 48) for x in batches(tokens=tokens, steps=3)]
-    few = [{**x, "labels": x["labels"].clone()} for x in batches(steps=3)]
+    inputs = [x for tokens in (70, 64, 48) for x in batches(device, tokens=tokens, steps=3)]
+    few = [{**x, "labels": x["labels"].clone()} for x in batches(device, steps=3)]
     for x in few:
         x["labels"][:, :60] = -100
     # Lengths take turns.
     inputs = [x for i in range(3) for x in (inputs[i], inputs[3 + i], inputs[6 + i], few[i])]
-    assert_as_without(tiny, SPARSE, inputs, graphs=4)
-    many = [x for tokens in range(40, 50) for x in batches(tokens=tokens, steps=3)]
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        assert_as_without(tiny, SPARSE, many, graphs=MOST_GRAPHS)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert_as_without(lambda: tiny(device), SPARSE, inputs, graphs=4)
+    many = [x for tokens in range(40, 50) for x in batches(device, tokens=tokens, steps=3)]
+    assert_as_without(lambda: tiny(device), SPARSE, many, graphs=MOST_GRAPHS)
+    assert warned() == [
         f"cuda_graphs: a batch ran without one, since {MOST_GRAPHS} shapes have one. Said once."
     ]
 
 
-@gpu
+def test_a_mask_of_ones_is_no_padding(device):
+    ones = torch.ones(2, 70, dtype=torch.long, device=device)
+    inputs = [{**x, "attention_mask": ones} for x in batches(device)]
+    assert_as_without(lambda: tiny(device), SPARSE, inputs)
+
+
 @pytest.mark.parametrize(
     ("extra", "why"),
     [
@@ -193,29 +226,68 @@ def test_lengths_and_label_counts_have_graphs_of_their_own(caplog):
         ({"labels": lambda x: None}, "no labels"),
     ],
 )
-def test_batches_that_cannot_have_one_run_as_ever(extra, why, caplog):
-    model = tiny()
-    apply_lemo(model, replace(SPARSE, cuda_graphs=True))
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        for inputs in batches():
-            made = {name: make(inputs) for name, make in extra.items()}
-            model(**inputs | {k: v if v is None else v.cuda() for k, v in made.items()})
-    assert graphs_of(model) == 0 and len(caplog.records) == 1
-    assert why in caplog.records[0].getMessage()
+def test_batches_that_cannot_have_one_run_as_ever(device, extra, why, warned):
+    model = tiny(device)
+    apply_lemo(model, GRAPHS)
+    for inputs in batches(device):
+        made = {name: make(inputs) for name, make in extra.items()}
+        model(**inputs | {k: v if v is None else v.to(device) for k, v in made.items()})
+    (message,) = warned()
+    assert graphs_of(model) == 0 and why in message
 
 
-@gpu
-def test_a_mask_of_ones_is_no_padding():
-    ones = torch.ones(2, 70, dtype=torch.long, device="cuda")
-    assert_as_without(tiny, SPARSE, [{**x, "attention_mask": ones} for x in batches()])
+def eager(model):
+    return with_lora(make_model("llama", "eager"))
 
 
-@gpu
-def test_weights_that_moved_are_found():
-    model, twin = tiny(), tiny()
-    apply_lemo(model, replace(SPARSE, cuda_graphs=True))
-    apply_lemo(twin, SPARSE)
-    for step, inputs in enumerate(batches(steps=9)):
+def dynamic_rope(model):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    return with_lora(make_model("llama", "sdpa", rope_parameters=rope))
+
+
+def eight_bits(model):
+    model.get_base_model().is_loaded_in_8bit = True
+    return model
+
+
+def module_dropout(model):
+    options = {"target_modules": ["q_proj"], "module_dropout": 0.5}
+    return get_peft_model(make_model("llama", "sdpa"), LoHaConfig(**options))
+
+
+def router_jitter(model):
+    model = make_model("mixtral", "sdpa", router_jitter_noise=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (eager, "eager attention asks the host; take attn_implementation='sdpa'"),
+        (dynamic_rope, "the host picks the frequencies"),
+        (eight_bits, "outliers of 8-bit weights"),
+        (module_dropout, "which modules are dropped"),
+        (router_jitter, "dropout must be drawn again"),
+        (frozen, "no weight is trained"),
+    ],
+)
+def test_models_that_cannot_have_one_run_as_ever(device, make, why, warned):
+    model = make(tiny(device)).to(device).train()
+    apply_lemo(model, GRAPHS)
+    for inputs in batches(device):
+        model(**inputs)
+    (message,) = warned()
+    assert graphs_of(model) == 0 and why in message
+
+
+def test_weights_that_moved_are_found(device):
+    model, twin = with_twin(device)
+    for step, inputs in enumerate(batches(device, steps=9)):
         if step == 4:
             for weight in model.parameters():
                 weight.data = weight.data.clone()
@@ -228,42 +300,105 @@ def test_weights_that_moved_are_found():
         found, expected = model(**inputs).loss, twin(**inputs).loss
         found.backward(), expected.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert_same_gradients(model, twin)
 
 
-@gpu
-def test_two_losses_before_one_backward():
-    model, twin = tiny(), tiny()
-    apply_lemo(model, replace(SPARSE, cuda_graphs=True))
-    apply_lemo(twin, SPARSE)
-    inputs = batches()
+def test_weights_that_were_replaced_are_found(device):
+    model, twin = with_twin(device)
+    state = {name: x * 1.1 for name, x in model.state_dict().items()}
+    for step, inputs in enumerate(batches(device, steps=7)):
+        if step == 4:
+            for one in (model, twin):
+                one.load_state_dict({k: x.clone() for k, x in state.items()}, assign=True)
+        found, expected = model(**inputs).loss, twin(**inputs).loss
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        if step >= 4:
+            found.backward(), expected.backward()
+    assert graphs_of(model) == 1
+    assert_same_gradients(model, twin)
+
+
+def test_a_copy_of_the_model_is_on_its_own(device, warned):
+    model = tiny(device)
+    lemo = apply_lemo(model, GRAPHS)
+    inputs = batches(device)
+    for x in inputs[:3]:
+        model(**x).loss.backward()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.mul_(1.1)
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    loss = twin(**inputs[3]).loss
+    loss.backward()
+    assert loss.item() != model(**inputs[3]).loss.item()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    same = zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True)
+    assert all(torch.equal(x, y) for x, y in same)
+    assert lemo.passes.counts["real"] == 4 * inputs[3]["input_ids"].numel()
+    assert ["copy of the model" in message for message in warned()] == [True]
+
+
+def test_two_losses_before_one_backward(device):
+    model, twin = with_twin(device)
+    inputs = batches(device)
     for one in (model, twin):
         for x in inputs[:2]:
             one(**x)
         (3 * one(**inputs[2]).loss + 0.5 * one(**inputs[3]).loss).backward()
     assert graphs_of(model) == 1
-    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert_same_gradients(model, twin)
+    loss = model(**inputs[4]).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
 
 
-@gpu
-def test_dropout_is_drawn_anew():
-    model = with_lora(make_model("llama", "sdpa"), lora_dropout=0.5).cuda()
+def test_hooks_on_parameters_and_losses_that_live_on(device):
+    model, twin = with_twin(device)
+    calls = []
+    for one in (model, twin):
+        for name, weight in one.named_parameters():
+            if "lora_A" in name:
+                weight.register_hook(lambda grad: 2 * grad)
+                weight.register_post_accumulate_grad_hook(lambda weight: calls.append(weight.shape))
+    kept = []
+    for inputs in batches(device):
+        for one in (model, twin):
+            kept.append(one(**inputs).loss)
+            kept[-1].backward()
+    assert graphs_of(model) == 1 and len(calls) == 2 * STEPS * sum(
+        "lora_A" in name for name, _ in model.named_parameters()
+    )
+    assert_same_gradients(model, twin)
+
+
+def test_outputs_as_a_tuple(device):
+    model, twin = with_twin(device)
+    found = [model(**x, return_dict=False) for x in batches(device)]
+    expected = [twin(**x, return_dict=False) for x in batches(device)]
+    assert graphs_of(model) == 1
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_drawn_anew(device):
+    model = with_lora(make_model("llama", "sdpa"), lora_dropout=0.5).to(device)
     apply_lemo(model, LeMoConfig(block_size=8, cuda_graphs=True))
-    (inputs,) = batches(steps=1)
+    (inputs,) = batches(device, steps=1)
     found = [model(**inputs).loss.item() for _ in range(6)]
     assert graphs_of(model) == 1 and len(set(found)) == 6
 
 
-@gpu
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=gpu)])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_through_trainer(tmp_path, accumulation, dtype, caplog):
+def test_through_trainer(device, tmp_path, accumulation, dtype, lora, warned):
+    if dtype == "fp16" and device == "cpu":
+        pytest.skip("fp16 is for GPUs")
     options = {
-        "use_cpu": False,
+        "use_cpu": device == "cpu",
         "gradient_accumulation_steps": accumulation,
         "eval_dataset": [{"input_ids": x, "labels": x} for x in batch()["input_ids"]],
         "eval_strategy": "steps",
@@ -272,57 +407,49 @@ def test_through_trainer(tmp_path, accumulation, dtype, caplog):
         "dataloader_num_workers": 1,
         dtype: True,
     }
-    plain = make_trainer(tmp_path, SPARSE, model=tiny(), **options)
-    expected = losses(plain)
-    ours = make_trainer(tmp_path, replace(SPARSE, cuda_graphs=True), model=tiny(), **options)
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        assert losses(ours) == pytest.approx(expected, rel=2e-2)
+    trainers, found, pages = [], [], []
+    for config in (SPARSE, GRAPHS):
+        trainer = make_trainer(
+            tmp_path,
+            config,
+            model=tiny(device, lora=lora),
+            callbacks=[ReportCallback()],
+            **options,
+        )
+        found.append(losses(trainer))
+        trainers.append(trainer)
+        pages.append(json.loads((tmp_path / "lemo_report.json").read_text())["rows"])
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    plain, ours = trainers
     assert graphs_of(ours.model) == (dtype == "bf16")
-    assert bool(caplog.records) == (dtype == "fp16")
+    assert ["float16" in message for message in warned()] == [True] * (dtype == "fp16")
     for log, other in zip(ours.state.log_history, plain.state.log_history, strict=True):
         assert log.keys() == other.keys()
         assert log.get("lemo/attention_retention") == other.get("lemo/attention_retention")
+    for row, other in zip(*pages, strict=True):
+        for name in ("tokens", "attention", "mlp"):
+            assert row[name] == other[name], name
 
 
-@gpu
-def test_eager_attention_runs_as_ever(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, replace(SPARSE, cuda_graphs=True), use_cpu=False)
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        losses(trainer)
-    assert graphs_of(trainer.model) == 0
-    assert "take attn_implementation='sdpa'" in caplog.records[0].getMessage()
-
-
-@gpu
-def test_hooks_on_parameters_and_losses_that_live_on():
-    model, twin = tiny(), tiny()
-    apply_lemo(model, replace(SPARSE, cuda_graphs=True))
-    apply_lemo(twin, SPARSE)
-    calls = []
-    for one in (model, twin):
-        for name, weight in one.named_parameters():
-            if "lora_A" in name:
-                weight.register_hook(lambda grad: 2 * grad)
-                weight.register_post_accumulate_grad_hook(lambda weight: calls.append(weight.shape))
-    kept = []
-    for inputs in batches():
-        for one in (model, twin):
-            kept.append(one(**inputs).loss)
-            kept[-1].backward()
-    assert graphs_of(model) == 1 and len(calls) == 2 * STEPS * sum(
-        "lora_A" in name for name, _ in model.named_parameters()
+def test_a_loss_outside_the_model_runs_as_ever(device, tmp_path, warned):
+    trainer = make_trainer(
+        tmp_path,
+        GRAPHS,
+        model=tiny(device),
+        use_cpu=device == "cpu",
+        label_smoothing_factor=0.1,
     )
-    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    losses(trainer)
+    (message,) = warned()
+    assert graphs_of(trainer.model) == 0 and "the loss is not the model's own" in message
 
 
 @gpu
 def test_a_forked_process_frees_nothing_of_its_parent():
     """A data loader's workers may collect what is left of an earlier model."""
-    model = tiny()
-    apply_lemo(model, replace(SPARSE, cuda_graphs=True))
-    for inputs in batches():
+    model = tiny("cuda")
+    apply_lemo(model, GRAPHS)
+    for inputs in batches("cuda"):
         model(**inputs).loss.backward()
     assert graphs_of(model) == 1
     pinned = [torch.empty(8, pin_memory=True).copy_(torch.empty(8, device="cuda"))]
@@ -339,19 +466,10 @@ def test_a_forked_process_frees_nothing_of_its_parent():
 
 
 @gpu
-def test_a_loss_outside_the_model_runs_as_ever(tmp_path, caplog):
-    config = replace(SPARSE, cuda_graphs=True)
-    trainer = make_trainer(tmp_path, config, use_cpu=False, label_smoothing_factor=0.1)
-    with caplog.at_level(logging.WARNING, "lemo_hf.cuda_graphs"):
-        losses(trainer)
-    assert "no labels" in caplog.records[0].getMessage()
-
-
-@gpu
 def test_the_host_waits_for_counts_alone():
-    model = tiny()
+    model = tiny("cuda")
     apply_lemo(model, LeMoConfig(block_size=8, cuda_graphs=True))
-    inputs = batches()
+    inputs = batches("cuda")
     for x in inputs[:2]:
         model(**x).loss.backward()
     torch.cuda.synchronize()
@@ -373,21 +491,27 @@ def holds_weights(model):
     return lambda *args: args[2] + sum(p.sum() for p in held)
 
 
-@gpu
 @pytest.mark.parametrize(
-    ("hook", "why"), [(reads_the_device, "captur"), (holds_weights, "past the modules")]
+    ("hook", "why"),
+    [
+        pytest.param(reads_the_device, "captur", marks=gpu),
+        (holds_weights, "past the modules"),
+    ],
 )
-def test_a_pass_that_cannot_be_recorded_says_so(hook, why):
-    model = tiny()
+def test_a_pass_that_cannot_be_recorded_says_so(device, hook, why):
+    if hook is reads_the_device and device == "cpu":
+        pytest.skip("a CPU has nothing to wait for")
+    model = tiny(device)
     layer = model.get_base_model().model.layers[1]
     layer.mlp.register_forward_hook(hook(model))
     apply_lemo(model, LeMoConfig(block_size=8, cuda_graphs=True))
-    inputs = batches()
+    inputs = batches(device)
     model(**inputs[0])
     match = rf"cannot become a CUDA graph(.|\n)*{why}(.|\n)*cuda_graphs=False"
     with pytest.raises(RuntimeError, match=match):
         model(**inputs[1])
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    if device == "cuda":
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
     remove_lemo(model)
     apply_lemo(model, LeMoConfig(block_size=8))
     model(**inputs[1]).loss.backward()  # the device still works

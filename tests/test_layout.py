@@ -54,6 +54,7 @@ FLOORS = {
     "passes": 4,
     "layer": 5,
     "cuda_graphs": 5,
+    "recorded_pass": 3,
     "patch": 6,
     "trainer": 7,
     "train_predictor": 7,
