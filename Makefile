@@ -32,7 +32,7 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-# Needs a CUDA GPU; writes benchmarks/results/ and the README's tables.
+# Needs a CUDA GPU; writes benchmarks/results/ and the tables.
 bench:
 	for what in step kernels ablation; do PYTHONPATH=. $(PYTHON) benchmarks/bench_$$what.py \
 		--commit $$(git rev-parse --short HEAD) || exit 1; done

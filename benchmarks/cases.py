@@ -1,4 +1,4 @@
-"""What `bench_step.py` measures: groups of cases, each of which is one table of the README."""
+"""What `bench_step.py` measures: groups of cases, each of which is one table."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The README's table of kernels."""
+"""The tables of kernels."""
 
 # What a cell shows of a row, and what that is.
 KERNELS = {

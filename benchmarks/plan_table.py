@@ -1,4 +1,4 @@
-"""The README's table of the memory plan: peaks that `bench_step.py` measured, and predictions."""
+"""The table of the memory plan: peaks that `bench_step.py` measured, and predictions."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The README's tables of whole steps and of the longest sequences."""
+"""Tables of whole steps and of the longest sequences, in full and as the README has them."""
 
 GROUPS = {
     "plain": "No checkpointing",
@@ -7,6 +7,18 @@ GROUPS = {
     "growth": "Growth (one round; memory in italics is a dry step's)",
     "short": "Short rows, no checkpointing",
     "paper": "The paper's protocol, no checkpointing",
+}
+# What the README shows: group, tokens and steps.
+HEADLINES = {
+    ("short", 1024): ("hf", "liger", "lemo+graph"),
+    ("plain", 16384): ("hf", "liger", "lemo", "lemo+some-mlp"),
+    ("checkpointing", 65536): (
+        "hf+checkpointing",
+        "liger+checkpointing",
+        "lemo+checkpointing",
+        "lemo+offload",
+    ),
+    ("growth", 262144): ("hf+checkpointing", "lemo+checkpointing"),
 }
 NAMES = {
     "hf": "HF + PEFT",
@@ -81,8 +93,8 @@ def step_row(row: dict, lemo: dict | None) -> list[str]:
 
 
 def step_tables(header: dict, rows: list[dict]) -> str:
-    """Markdown: a table a group, the conditions and the commands; all but two groups folded."""
-    parts, folded = [], []
+    """Markdown: a table a group, the conditions and the commands."""
+    parts = []
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
@@ -91,13 +103,23 @@ def step_tables(header: dict, rows: list[dict]) -> str:
             same = [x for x in own if (x["model"], x["tokens"]) == (row["model"], row["tokens"])]
             lemo = [x for x in same if x["provider"].startswith("lemo") and x["status"] == "ok"]
             lines.append(step_row(row, lemo[0] if lemo else None))
-        shown = parts if group in ("plain", "checkpointing") else folded
-        shown += [f"**{GROUPS.get(group, group)}**", markdown(lines)]
+        parts += [f"**{GROUPS.get(group, group)}**", markdown(lines)]
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    summary = "Offload, growth, short rows, the paper's protocol"
-    folded = [f"<details>\n<summary>{summary}</summary>", *folded]
-    folded += [step_conditions(header, rows), f"```bash\n{commands}\n```", "</details>"]
-    return "\n\n".join([*parts, *folded])
+    return "\n\n".join([*parts, step_conditions(header, rows), f"```bash\n{commands}\n```"])
+
+
+def step_headlines(header: dict, rows: list[dict]) -> str:
+    """Markdown: the rows of `HEADLINES`, and the conditions in short."""
+    found = {(row["group"], row["tokens"], row["provider"]): row for row in rows}
+    lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
+    for (group, tokens), providers in HEADLINES.items():
+        measured = [row for name in providers if (row := found.get((group, tokens, name)))]
+        lines += [step_row(row, None)[:7] for row in measured]
+    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    return (
+        f"{markdown(lines)}\n\n{header['gpu']}, {versions}, commit `{header['commit']}`, "
+        f"{header['date']}, `benchmarks/bench_step.py`."
+    )
 
 
 def step_conditions(header: dict, rows: list[dict]) -> str:
@@ -122,8 +144,8 @@ def step_conditions(header: dict, rows: list[dict]) -> str:
 WEIGHTS = {"nf4": "4 bits (NF4, double quantisation)", "int8": "8 bits (LLM.int8)"}
 
 
-def longest_tables(header: dict, rows: list[dict]) -> str:
-    """Markdown: longest lengths by cap, real steps, how good dry steps are."""
+def longest_table(rows: list[dict]) -> str:
+    """Markdown: longest lengths by cap."""
     found = [row for row in rows if row["part"] == "longest"]
     caps = list(dict.fromkeys(row["cap"] for row in found))
     heads = [("whole card" if cap == "whole" else f"{cap} GiB") for cap in caps]
@@ -133,7 +155,13 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
     for provider, retention in kept.items():
         values = [cells.get((provider, cap), "not run") for cap in caps]
         lines.append([name_of(provider), f"{retention:g}", *values])
-    parts = [markdown(lines)]
+    return markdown(lines)
+
+
+def longest_tables(header: dict, rows: list[dict]) -> str:
+    """Markdown: longest lengths by cap, real steps, how good dry steps are."""
+    found = [row for row in rows if row["part"] == "longest"]
+    parts = [longest_table(rows)]
     real = [row for row in rows if row["part"] == "real"]
     if real:
         lines = [["real step", "retention", "tokens", "cap", "s", "peak GiB"]]

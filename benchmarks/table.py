@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/QUALITY.md, from the JSON of the benchmarks and of the demo.
+"""The tables of the README and of docs/, from the JSON of the benchmarks and of the demo.
 
 Without an option the tables are printed; ``--write`` puts them into the pages between the markers
 of their name, ``--check`` fails if a page differs from them.
@@ -10,20 +10,28 @@ from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
-from step_table import longest_tables, scaling_table, step_tables
+from step_table import (
+    longest_table,
+    longest_tables,
+    scaling_table,
+    step_headlines,
+    step_tables,
+)
 
 from benchmarks.quality.tables import all_tables, summary_table
 
 HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent / "docs" / "BENCHMARKS.md"
 QUALITY = HERE.parent / "docs" / "QUALITY.md"
 README = HERE.parent / "README.md"
 DEMO = HERE.parent / "docs" / "demo" / "report.json"
+QUALITY_RUN = "bench_quality"
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
-def quality_table(header: dict, rows: list[dict]) -> str:
-    """Markdown: the headline settings beside dense and other ways to save."""
-    table = summary_table(rows, ("headline", "equal_time", "controls"))
+def quality_table(header: dict, rows: list[dict], *groups: str) -> str:
+    """Markdown: settings of ``groups`` beside dense."""
+    table = summary_table(rows, groups)
     return (
         f"{table}\n\n{header['gpu']}, torch {header['torch']}, transformers "
         f"{header['transformers']}, commit `{header['commit']}`, {header['date']}; means over "
@@ -72,40 +80,45 @@ def demo_table(report: dict) -> str:
 
 
 def blocks() -> dict[str, str]:
+    """Every generated block of docs/BENCHMARKS.md by the name of its markers."""
+    makers = {
+        "bench_step": step_tables,
+        "bench_longest": longest_tables,
+        "bench_kernels": kernel_tables,
+        "bench_ablation": ablation_table,
+        "bench_predictor": predictor_table,
+        "bench_scaling": scaling_table,
+    }
+    found = {}
+    for name, make in makers.items():
+        files = results(f"{name}*" if name == "bench_longest" else name)
+        found[name] = "\n\n".join(make(*content) for content in files)
+    return {**found, "plan": plan_table()}
+
+
+def results(name: str) -> list[tuple[dict, list[dict]]]:
+    """Header and rows of each GPU's file of that name."""
+    files = sorted(HERE.glob(f"results/*/{name}.json"))
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [(content["header"], content["rows"]) for content in contents]
+
+
+def readme_blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    steps, longest, kernels, ablations, quality, predictors, scaling = ([] for _ in range(7))
-    for file in sorted(HERE.glob("results/*/*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if file.name == "bench_step.json":
-            steps.append(step_tables(content["header"], content["rows"]))
-        elif file.name.startswith("bench_longest"):
-            longest.append(longest_tables(content["header"], content["rows"]))
-        elif file.name == "bench_kernels.json":
-            kernels.append(kernel_tables(content["header"], content["rows"]))
-        elif file.name == "bench_ablation.json":
-            ablations.append(ablation_table(content["header"], content["rows"]))
-        elif file.name == "bench_quality.json":
-            quality.append(quality_table(content["header"], content["rows"]))
-        elif file.name == "bench_scaling.json":
-            scaling.append(scaling_table(content["header"], content["rows"]))
-        elif file.name == "bench_predictor.json":
-            predictors.append(predictor_table(content["header"], content["rows"]))
+    quality = [quality_table(*found, "headline", "equal_time") for found in results(QUALITY_RUN)]
     return {
-        "bench_step": "\n\n".join(steps),
-        "bench_longest": "\n\n".join(longest),
-        "bench_kernels": "\n\n".join(kernels),
-        "bench_ablation": "\n\n".join(ablations),
-        "bench_quality": "\n\n".join(quality),
-        "bench_predictor": "\n\n".join(predictors),
-        "bench_scaling": "\n\n".join(scaling),
-        "plan": plan_table(),
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
+        "steps": "\n\n".join(step_headlines(*found) for found in results("bench_step")),
+        "longest": "\n\n".join(longest_table(rows) for _, rows in results("bench_longest")),
+        "quality": "\n\n".join(quality),
     }
 
 
 def quality_blocks() -> dict[str, str]:
     """Every generated block of docs/QUALITY.md by the name of its markers."""
-    found = {}
+    groups = ("headline", "equal_time", "controls")
+    summaries = [quality_table(*found, *groups) for found in results(QUALITY_RUN)]
+    found = {"summary": "\n\n".join(summaries)}
     for file in sorted(HERE.glob("results/*/bench_quality*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         found[file.stem] = all_tables(content["header"], content["rows"])
@@ -130,7 +143,8 @@ def main() -> None:
     how.add_argument("--write", action="store_true", help="put the tables into the pages")
     how.add_argument("--check", action="store_true", help="fail if a page has others")
     args = parser.parse_args()
-    for page, found in ((README, blocks()), (QUALITY, quality_blocks())):
+    pages = ((README, readme_blocks()), (BENCHMARKS, blocks()), (QUALITY, quality_blocks()))
+    for page, found in pages:
         text = new = page.read_text(encoding="utf-8")
         for name, block in found.items():
             new = insert(new, name, block)

@@ -166,9 +166,11 @@ def measured_rows():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from table import blocks as tables
+        from table import quality_blocks
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    return {name: cells(text) for name, text in tables().items()}
+    found = {**tables(), "bench_quality": quality_blocks()["summary"]}
+    return {name: cells(text) for name, text in found.items()}
 
 
 def cells(text):
@@ -185,7 +187,7 @@ def in_order(few, many):
 
 
 def test_tables_of_figures_are_the_benchmarks():
-    """A table behind ``<!-- from NAME -->`` has rows, or parts of rows, of the README's NAME."""
+    """A table behind ``<!-- from NAME -->`` has rows, or parts of rows, of that benchmark."""
     sources, checked = measured_rows(), 0
     for page in DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
