@@ -100,8 +100,6 @@ def row_of(
         row |= {"dry_peak_gib": dry.peak_gib, "dry_host_gib": dry.host_gib, "flops": dry.flops}
         if dry.uncalibrated:
             row["uncalibrated"] = dry.uncalibrated
-        if dry.levels is not None:
-            row["levels"] = dry.levels
         if row["status"] == "ok":
             row["tflops"] = round(1e-9 * dry.flops / row["ms_median"], 1)
             row["share_of_matmul"] = round(row["tflops"] / header["matmul_tflops"], 3)

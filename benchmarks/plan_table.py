@@ -33,8 +33,6 @@ def plannable(row: dict) -> bool:
 def predicted(header: dict, row: dict) -> float:
     """GiB that the plan expects where ``row`` was measured."""
     config = row["config"]
-    if "levels" in row:  # as they were, by what was free then
-        config = {**config, "recompute": row["levels"]}
     checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
     expected = plan(

@@ -102,7 +102,6 @@ class Dry:
         host_blocks: How many pinned blocks of each size, in bytes.
         flops: Operations of the products and of attention.
         uncalibrated: Attention operators whose own memory is not in the peak.
-        levels: Of LeMo's layers: what each computed again.
     """
 
     status: str
@@ -112,17 +111,6 @@ class Dry:
     host_blocks: dict[int, int]
     flops: int
     uncalibrated: list[str]
-    levels: list[str] | None
-
-
-def levels_of(lemo: LeMo) -> list[str]:
-    """What each layer has computed again."""
-    kept = next(iter(lemo.passes.keep_attention.values()), None)
-    given = lemo.config.recompute_levels(len(lemo.rules))
-    if kept is None:
-        return [level or "none" for level in given]
-    own = ["selective" if keeps else "full" for keeps in kept]
-    return [level or chosen for level, chosen in zip(given, own, strict=True)]
 
 
 def allocated(device: torch.device) -> int:
@@ -214,13 +202,12 @@ class Bench:
             self.models.twin  # noqa: B018 - made before what is there is noted down
         before = storages(self.device)
         kernels = DryKernels(self.device)
-        sample, levels = {"peak_gib": 0.0, "reserved_gib": 0.0}, None
+        sample = {"peak_gib": 0.0, "reserved_gib": 0.0}
         with numbers_kept(self.optimizer), counted_host(self._rounding) as host:
             try:
-                with provider_on(self.models, provider, self.options) as (model, lemo), kernels:
+                with provider_on(self.models, provider, self.options) as (model, _), kernels:
                     step = partial(train_step, model, self.optimizer, tokens)
                     sample = measure(step, self.device)
-                    levels = None if lemo is None else levels_of(lemo)
                 status = "ok"
             except Exception as error:
                 status = why(error)
@@ -235,7 +222,7 @@ class Bench:
         names = sorted({name for name, *_ in kernels.uncalibrated})
         peaks = (round(sample[k], 3) for k in ("peak_gib", "reserved_gib"))
         host_gib, blocks = round(host.most / GIB, 3), dict(host.blocks)
-        return Dry(status, *peaks, host_gib, blocks, kernels.flops, names, levels)
+        return Dry(status, *peaks, host_gib, blocks, kernels.flops, names)
 
     def close(self) -> None:
         """Make room for the next model."""

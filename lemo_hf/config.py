@@ -74,8 +74,7 @@ class LeMoConfig:
             entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``: everything but
             attention, stored are a layer's kept rows and attention's output. ``"full"``: all of
             it, stored are the kept rows alone. ``None`` follows the model's gradient checkpointing:
-            ``"none"`` without it; with it ``"selective"`` in as many layers as the memory
-            allows, else ``"full"``.
+            ``"none"`` without it; with it ``"selective"`` where the memory allows, else ``"full"``.
         offload_gib: Pinned host memory for what ``"selective"`` and ``"full"`` store, in GiB;
             copies hide behind the computation. ``None``: nothing is offloaded.
         sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a

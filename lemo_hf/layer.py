@@ -184,7 +184,7 @@ def _sparse_forward(
         with using(kernels), heads_shared(module, share):
             return call_attention(module, positions, unread, **inputs)
 
-    level = plan.recompute or _level(layer, plan, x)
+    level = plan.recompute or _level(layer, plan, x, kept if share is None else share.work)
     attention = attention_sublayer(layer, plan.family, attend)
     mlp = mlp_sublayer(layer, plan.family, again=level != "none")
     if level == "mlp" and not mlp.again:
@@ -239,11 +239,11 @@ def _update(
     return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
 
 
-def _level(layer: nn.Module, plan: LayerPlan, x: Tensor) -> str:
+def _level(layer: nn.Module, plan: LayerPlan, x: Tensor, kept: KeptSet) -> str:
     """What the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
-    return "selective" if plan.passes.keeps_attention(plan.index, layer, x) else "full"
+    return "selective" if plan.passes.attention_fits(layer, x, kept) else "full"
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:

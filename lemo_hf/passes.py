@@ -25,8 +25,9 @@ from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import segment_loss, shifted, supervised_targets
-from lemo_hf.memory import layers_with_room
+from lemo_hf.memory import attention_fits
 from lemo_hf.offload import HostMemory
+from lemo_hf.selection import KeptSet
 from lemo_hf.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,
@@ -96,8 +97,6 @@ class Passes:
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
         dtype: Of products in the last sparse pass.
-        keep_attention: Whether each layer keeps attention's output, by the stream's shape, where
-            gradient checkpointing leaves it to free memory.
         deliver: Is given what a pass has kept; `add`, unless it is not to be counted here.
         listeners: Are given the same, when it has been counted.
         last: The last sparse layer.
@@ -129,7 +128,7 @@ class Passes:
         self.listeners: list[Callable[[Seen], None]] = []
         self.reset_counts()
         self._warned = False
-        self.keep_attention: dict[tuple, tuple[bool, ...]] = {}
+        self._fits: dict[tuple, bool] = {}
         self._promised: Labels | None = None
         self._loss: Tensor | None = None
         self._for_this_pass: list = []
@@ -283,19 +282,14 @@ class Passes:
 
         self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
 
-    def keeps_attention(self, index: int, layer: nn.Module, x: Tensor) -> bool:
-        """Whether layer ``index`` may keep attention's output; decided once for a shape."""
-        if x.shape not in self.keep_attention:
-            assert self.step is not None  # a layer of a sparse pass asks
-            rules = self.config.layer_rules(len(self._layers))
-            rows = [self.step.most_rows(rule and rule[0]) for rule in rules]
-            if self.group is not None:
-                rows = [-(-count // self.group.size) for count in rows]
+    def attention_fits(self, layer: nn.Module, x: Tensor, kept: KeptSet) -> bool:
+        """Whether all layers may keep attention's output; decided once for a shape."""
+        if x.shape not in self._fits:
             trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
-            self.keep_attention[x.shape] = layers_with_room(
-                layer, self.family, x, rows, trained, self.host
+            self._fits[x.shape] = attention_fits(
+                layer, self.family, x, kept.index.numel(), len(self._layers), trained, self.host
             )
-        return self.keep_attention[x.shape][index]
+        return self._fits[x.shape]
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""

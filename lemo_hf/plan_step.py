@@ -1,6 +1,6 @@
 """What is alive at the moments of an optimizer step at which it may be at its peak."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -8,7 +8,7 @@ import torch
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import WHOLE, choose_segment_size
-from lemo_hf.memory import choose_layers
+from lemo_hf.memory import bytes_needed
 from lemo_hf.offload import GIB, SLAB
 from lemo_hf.plan_kept import ATTENTION, MLP, SUMS, Kept, kept_layer
 from lemo_hf.plan_layer import (
@@ -91,24 +91,26 @@ class PlannedStep:
         levels = self.lemo.recompute_levels(self.model.layers)
         if not self.checkpointing or None not in levels:
             return [level or "none" for level in levels]
-        chosen = ["selective" if keeps else "full" for keeps in self._keep_attention()]
-        return [level or own for level, own in zip(levels, chosen, strict=True)]
+        rule = self.rules[levels.index(None)]
+        chosen = "selective" if self._attention_fits(self.kept(rule and rule[0])) else "full"
+        return [level or chosen for level in levels]
 
-    def _keep_attention(self) -> Sequence[bool]:
+    def _attention_fits(self, rows: int) -> bool:
         """What the first layer that asks decides in the first step, before optimizer states."""
         if self.room is None:
-            return [True] * self.model.layers
-        states = self._always["optimizer states"]
-        there = sum(self._always.values()) - states + self._stream
-        return choose_layers(
-            (self.batch, self.tokens, self.model.hidden),
+            return True
+        stream = (self.batch, self.tokens, self.model.hidden)
+        needed = bytes_needed(
+            stream,
             self.trained.weight,
-            [self.kept(rule and rule[0]) for rule in self.rules],
+            rows,
             self.model.query,
-            states // 2,
+            self.model.layers,
+            self._always["optimizer states"] // 2,
             self._host,
-            int(self.room - there),
         )
+        there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
+        return needed <= self.room - there
 
     @property
     def _host(self) -> int:

@@ -239,15 +239,6 @@ class Step:
             self.kept_blocks[layer_index, name] = kept.blocks
         return kept
 
-    def most_rows(self, rule: KeepRule | None) -> int:
-        """Rows of the batch that a layer of this rule keeps, at most; None keeps all of them."""
-        if rule is None or rule.retention is None:
-            return self.batch * self.tokens
-        size = self.config.block_size
-        blocks = [row.num_blocks(rule.retention) for row in self.rows]
-        kept = [min(row.tokens, n * size) for row, n in zip(self.rows, blocks, strict=True)]
-        return self.batch * max(kept)
-
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
         if rule.threshold is None:
             assert rule.retention is not None  # one of the two is set

@@ -81,50 +81,33 @@ def test_the_log_line_names_it():
     assert "attention by sdpa;" in lemo.describe()
 
 
-def test_outputs_are_kept_where_they_fit(monkeypatch):
-    """Of as many layers as there is room for, those with most rows first."""
+@pytest.mark.parametrize("free", [0.5, 1.5])
+def test_outputs_are_kept_where_everything_fits(free, monkeypatch):
+    """``free`` is in units of what the formula asks for."""
     layer = make_model("llama", "sdpa").model.layers[0]
-    shape, size = (1, 4096, 32), 4
+    shape, rows, size = (1, 4096, 32), 2048, 4
     x = SimpleNamespace(
         device=torch.device("cuda"), shape=torch.Size(shape), element_size=lambda: size
     )
-    rows = (2048, 4096, 2048, 4096)
-    # Rows, sums, and attention's output of 4 heads of 8.
-    all_rows, more = sum(rows) * 32 * size, [n * (32 + 32) * size for n in rows]
-    # The stream's gradient, and an MLP at work.
-    working = (1 + 5) * 4096 * 32 * size + 2 * memory.TILE_BYTES + memory.RESERVE
-
-    def kept(free, trained=0, host=None):
-        free += free // (memory.SPARE - 1) + 1
-        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-        return memory.layers_with_room(layer, FAMILIES["llama"], x, rows, trained, host)
-
-    least = all_rows + working
-    assert kept(least + more[1] - 9) == (False,) * 4
-    assert kept(least + more[1]) == (False, True, False, False)
-    assert kept(least + more[1] + more[3]) == (False, True, False, True)
-    assert kept(least + sum(more) - 9) == (True, True, False, True)
-    assert kept(least + sum(more)) == (True,) * 4
-    # Gradients and optimizer states to come.
-    assert kept(least + sum(more), trained=3) == (True, True, False, True)
-    everything = HostMemory(1.1 * (all_rows + sum(more)) / GIB + 0.1, 31)
-    # None stays, but for two layers' on their way.
-    way = 2 * 4096 * (32 + 64) * size
-    assert kept(working + way, host=everything) == (True,) * 4
-    assert kept(working + way - 9, host=everything) == (False,) * 4
+    stored = 32 * rows * (2 * 32 + 32) * size  # rows, sums, and attention's output of 4 heads of 8
+    working = memory.WORKING_ROWS * 4096 * 32 * size + 2 * memory.TILE_BYTES + memory.RESERVE
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * (stored + working)))
+    ask = (layer, FAMILIES["llama"], x, rows, 32)
+    assert memory.attention_fits(*ask, 0, None) == (free > 1)
+    assert not memory.attention_fits(*ask, working, None)  # gradients and optimizer states to come
+    assert memory.attention_fits(*ask, 0, HostMemory(1.1 * stored / GIB + 0.1, 31))  # none stays
 
 
 def test_too_little_memory_means_that_attention_runs_again(monkeypatch):
     model = make_model("llama", "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     lemo = apply_lemo(model, LeMoConfig(block_size=8))
-    chosen = (False, True, False, False)
-    monkeypatch.setattr("lemo_hf.passes.layers_with_room", lambda *_: chosen)
+    monkeypatch.setattr("lemo_hf.passes.attention_fits", lambda *_: False)
     levels = []
     monkeypatch.setattr(
         "lemo_hf.layer.checkpointed",
         lambda run, rows, level, *_: (levels.append(level), run(rows))[1],
     )
     model(**batch(1, 64)).loss.backward()
-    assert levels == ["full", "selective", "full", "full"]
-    assert list(lemo.passes.keep_attention.values()) == [chosen]  # asked once for a shape
+    assert levels == ["full"] * 4
+    assert list(lemo.passes._fits.values()) == [False]  # asked once for a shape
