@@ -209,16 +209,16 @@ def _key(kwargs: dict[str, Any], rows: list[RowCounts]) -> tuple:
     return ids.device, ids.shape, tuple(rows), given, plain, low
 
 
-def _places(model: nn.Module) -> Iterator[tuple[int, bool]]:
-    """Where each weight and buffer is, and whether it is trained."""
+def _places(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
+    """Each weight and buffer, where it is, and whether it is trained."""
     for part in model.modules():
         for held in (part._parameters, part._buffers):
             for tensor in held.values():
                 if tensor is not None:
                     # Subclasses of tensors may have no memory of their own.
                     plain = type(tensor) in (Tensor, nn.Parameter)
-                    place = tensor.data_ptr() if plain else id(tensor)
-                    yield place, tensor.requires_grad
+                    place = tensor.data_ptr() if plain else 0
+                    yield id(tensor), place, tensor.requires_grad
 
 
 def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:

@@ -283,13 +283,21 @@ class Passes:
         self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
 
     def attention_fits(self, layer: nn.Module, x: Tensor, kept: KeptSet) -> bool:
-        """Whether all layers may keep attention's output; decided once for a shape."""
-        if x.shape not in self._fits:
-            trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
-            self._fits[x.shape] = attention_fits(
-                layer, self.family, x, kept.index.numel(), len(self._layers), trained, self.host
-            )
-        return self._fits[x.shape]
+        """Whether all layers may keep attention's output: what the first that asks is told.
+
+        Decided once for a shape and as many rows as that layer keeps.
+        """
+        step = self.step
+        assert step is not None  # a layer of a sparse pass asks
+        if step.attention_fits is None:
+            rows = kept.index.numel()
+            if (x.shape, rows) not in self._fits:
+                trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
+                self._fits[x.shape, rows] = attention_fits(
+                    layer, self.family, x, rows, len(self._layers), trained, self.host
+                )
+            step.attention_fits = self._fits[x.shape, rows]
+        return step.attention_fits
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""

@@ -151,6 +151,7 @@ class Step:
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
+        self.attention_fits: bool | None = None  # until a layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
     @cached_property

@@ -303,13 +303,25 @@ def test_weights_that_moved_are_found(device):
     assert_same_gradients(model, twin)
 
 
-def test_weights_that_were_replaced_are_found(device):
-    model, twin = with_twin(device)
+def in_place(model):
+    for part in model.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None and weight.requires_grad:
+                part._parameters[name] = torch.nn.Parameter(weight.data)
+
+
+def elsewhere(model):
     state = {name: x * 1.1 for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("replace_weights", [in_place, elsewhere])
+def test_weights_that_were_replaced_are_found(device, replace_weights):
+    model, twin = with_twin(device)
     for step, inputs in enumerate(batches(device, steps=7)):
         if step == 4:
             for one in (model, twin):
-                one.load_state_dict({k: x.clone() for k, x in state.items()}, assign=True)
+                replace_weights(one)
         found, expected = model(**inputs).loss, twin(**inputs).loss
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
         if step >= 4:
