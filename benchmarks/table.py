@@ -97,10 +97,15 @@ def blocks() -> dict[str, str]:
 
 
 def results(name: str) -> list[tuple[dict, list[dict]]]:
-    """Header and rows of each GPU's file of that name."""
+    """Header and rows of each GPU's files of that name, which may be a pattern."""
+    return list(named_results(name).values())
+
+
+def named_results(name: str) -> dict[Path, tuple[dict, list[dict]]]:
+    """The same, by file."""
     files = sorted(HERE.glob(f"results/*/{name}.json"))
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return [(content["header"], content["rows"]) for content in contents]
+    contents = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file: (content["header"], content["rows"]) for file, content in contents.items()}
 
 
 def readme_blocks() -> dict[str, str]:
@@ -119,9 +124,8 @@ def quality_blocks() -> dict[str, str]:
     groups = ("headline", "equal_time", "controls")
     summaries = [quality_table(*found, *groups) for found in results(QUALITY_RUN)]
     found = {"summary": "\n\n".join(summaries)}
-    for file in sorted(HERE.glob("results/*/bench_quality*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found[file.stem] = all_tables(content["header"], content["rows"])
+    for file, content in named_results(f"{QUALITY_RUN}*").items():
+        found[file.stem] = all_tables(*content)
     return found
 
 

@@ -59,7 +59,8 @@ class CudaGraphs:
         self._graphs: dict[tuple, RecordedPass] = {}
         self._once: deque[tuple] = deque(maxlen=REMEMBERED)
         self._pool: Any = None  # one for all: no two graphs run at a time
-        self._places: list | None = None
+        self._watched: _Watched | None = None
+        self._state: list = []
         self._never: str | None = None
         self._said: set[str] = set()
 
@@ -132,12 +133,13 @@ class CudaGraphs:
 
     def _notice_changes(self, model: PreTrainedModel) -> None:
         """Graphs read and write where weights and buffers were."""
-        places = [_checkpoints(model), *_places(model)]
-        if places != self._places:
-            self._places, self._never = places, _why_never(model, self.passes.config)
-            self._graphs.clear()
-            self._once.clear()
-            self._pool = None  # it is gone with the last of its graphs
+        if self._watched is not None and self._watched.state() == self._state:
+            return
+        self._watched = _Watched(model)
+        self._state, self._never = self._watched.state(), _why_never(model, self.passes.config)
+        self._graphs.clear()
+        self._once.clear()
+        self._pool = None  # it is gone with the last of its graphs
 
     def _record(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> RecordedPass:
         device = kwargs["input_ids"].device
@@ -209,16 +211,31 @@ def _key(kwargs: dict[str, Any], rows: list[RowCounts]) -> tuple:
     return ids.device, ids.shape, tuple(rows), given, plain, low
 
 
-def _places(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
-    """Each weight and buffer, where it is, and whether it is trained."""
-    for part in model.modules():
-        for held in (part._parameters, part._buffers):
+class _Watched:
+    """What graphs take for granted of a model: asked at each batch, so that parts are found once.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module):
+        parts = list(model.modules())
+        self._children = [part._modules for part in parts]
+        self._tensors = [held for part in parts for held in (part._parameters, part._buffers)]
+        self._layers = [part for part in parts if hasattr(part, "gradient_checkpointing")]
+
+    def state(self) -> list:
+        """Its modules; its weights and buffers, where they are, whether they are trained; and which
+        layers are checkpointed. Equal as long as graphs hold."""
+        state: list = [layer.gradient_checkpointing for layer in self._layers]
+        state += [id(part) for children in self._children for part in children.values()]
+        for held in self._tensors:
             for tensor in held.values():
                 if tensor is not None:
                     # Subclasses of tensors may have no memory of their own.
                     plain = type(tensor) in (Tensor, nn.Parameter)
-                    place = tensor.data_ptr() if plain else 0
-                    yield id(tensor), place, tensor.requires_grad
+                    state += (id(tensor), tensor.data_ptr() if plain else 0, tensor.requires_grad)
+        return state
 
 
 def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
@@ -239,17 +256,14 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
         return "bitsandbytes asks the host about outliers of 8-bit weights"
     if not runs_own_forward(model):
         return "the loss is not the model's own"
-    if _host_draws(model):
-        return "the host draws which modules are dropped"
-    again = _checkpoints(model) or config.recompute not in (None, "none")
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "module_dropout", 0) for adapter in adapters):
+        return "the host draws which of PEFT's modules are dropped"
+    checkpoints = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    again = checkpoints or config.recompute not in (None, "none")
     if again and _draws(model):
         return "dropout must be drawn again where layers are computed again"
     return None
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    """Whether the model's gradient checkpointing is on, in any layer."""
-    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def _rope_types(model: nn.Module) -> Iterator[str]:
@@ -257,13 +271,6 @@ def _rope_types(model: nn.Module) -> Iterator[str]:
     for part in model.modules():
         kind = getattr(part, "rope_type", None)
         yield from kind.values() if isinstance(kind, dict) else [kind or "default"]
-
-
-def _host_draws(model: PreTrainedModel) -> bool:
-    """Whether whole modules are dropped: OPT's ``layerdrop``, PEFT's ``module_dropout``."""
-    adapters = getattr(model, "peft_config", {}).values()
-    dropped = any(getattr(adapter, "module_dropout", 0) for adapter in adapters)
-    return dropped or bool(getattr(model.config, "layerdrop", 0))
 
 
 def _draws(model: PreTrainedModel) -> bool:

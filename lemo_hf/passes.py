@@ -10,7 +10,6 @@ which the targets of eliminated tokens are struck once the last sparse layer has
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,8 +22,8 @@ from lemo_hf.families import Family
 from lemo_hf.fused import final_norm
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
-from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.loss import segment_loss, shifted, supervised_targets
+from lemo_hf.labels import Labels
+from lemo_hf.loss import segment_loss, shifted
 from lemo_hf.memory import attention_fits
 from lemo_hf.offload import HostMemory
 from lemo_hf.selection import KeptSet
@@ -37,54 +36,6 @@ from lemo_hf.sequence_parallel import Shards, sequence_group
 from lemo_hf.step import RowCounts, Seen, Step
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Labels:
-    """What a pass is to predict.
-
-    Attributes:
-        name: The argument they came by; ``"shift_labels"`` stand where they are predicted.
-        tensor: ``[B, T]`` int64, a copy that may be changed.
-        num_items: fp32 scalar tensor that may be changed, or None.
-    """
-
-    name: str
-    tensor: Tensor
-    num_items: Tensor | None
-
-    @classmethod
-    def copy_of(
-        cls, tensor: Tensor, num_items: Tensor | int | None, name: str = "labels"
-    ) -> "Labels":
-        """Labels that the pass may change; the caller's stay as they are."""
-        if num_items is not None:
-            num_items = torch.as_tensor(num_items, device=tensor.device).float().clone()
-        return cls(name, tensor.clone(), num_items)
-
-    @classmethod
-    def in_call(cls, kwargs: dict[str, Any]) -> "Labels | None":
-        """The labels among the arguments of the model, if there are any."""
-        for name in ("shift_labels", "labels"):
-            if kwargs.get(name) is not None:
-                return cls.copy_of(kwargs[name], kwargs.get("num_items_in_batch"), name)
-        return None
-
-    def targets(self) -> Tensor:
-        """``[B, T]``: the token each position must predict."""
-        return self.tensor if self.name == "shift_labels" else shifted(self.tensor)
-
-    def strike(self, step: Step) -> None:
-        """Ignore what eliminated tokens would have to predict; take it out of the item count."""
-        before = self.targets()
-        after, _ = supervised_targets(before, step)
-        if self.num_items is not None:
-            count = (before != IGNORE_INDEX).sum().clamp_min(1)
-            self.num_items.mul_((after != IGNORE_INDEX).sum() / count)
-        if self.name == "shift_labels":
-            self.tensor.copy_(after)
-        else:
-            self.tensor[:, 1:] = after[:, :-1]
 
 
 class Passes:

@@ -30,7 +30,8 @@ _LEMO = "_lemo"
 
 # A data loader's workers collect garbage that their parent left. Pinned memory and CUDA graphs in
 # it are freed by asking CUDA, which aborts a forked process: it must never collect them.
-os.register_at_fork(after_in_child=gc.freeze)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def apply_lemo(

@@ -139,6 +139,7 @@ def aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
 
     Autograd ties a parameter to the stream of the first pass that used it, for as long as anything
     of that pass lives (a loss from before, DDP). No other stream may wait for a captured one.
+    `torch.func.functional_call` would put them back before the backward runs layers again.
     """
     alias = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
     places = [
