@@ -196,6 +196,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         cases = list(dict.fromkeys(Case(**value) for value in values))
     args.cases, args.deadline = cases, time.monotonic() + args.time_budget
     args.command = command_line("bench_scaling.py", argv)
+    if "WORLD_SIZE" in os.environ:
+        launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}"
+        args.command = args.command.replace("python", launcher, 1)
     return args
 
 

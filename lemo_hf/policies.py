@@ -110,7 +110,8 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     middles = _middles(step, size)
     positions = inputs.position_embeddings
     if positions is not None:
-        positions = (positions[0][:, middles], positions[1][:, middles])
+        cos, sin = (torch.take_along_dim(x, middles[..., None], 1) for x in positions)
+        positions = (cos, sin)
     captured = _query_key(inputs, means, positions)
     return block_scores(
         captured.query,
@@ -118,7 +119,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
         1,
         captured.scaling,
         valid=step.real,
-        documents=None if step.documents is None else step.documents[:, middles],
+        documents=_of_middles(step.documents, middles),
         window=captured.window and max(1, captured.window // size),
         softcap=captured.softcap,
         normalize=config.normalize_scores,
@@ -132,7 +133,7 @@ def random(inputs: ScoreInputs) -> Tensor:
 
 def window(inputs: ScoreInputs) -> Tensor:
     """Neighbours from a random place on, which is fixed as the random policy's scores are."""
-    return window_scores(inputs.step.keys, inputs.step.num_blocks, *_salts(inputs))
+    return window_scores(inputs.step.keys, inputs.step.real, *_salts(inputs))
 
 
 def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
@@ -150,7 +151,7 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     step, network = inputs.step, inputs.predictor
     assert network is not None  # see `check_predictors`
     size = step.config.block_size
-    documents = None if step.documents is None else step.documents[:, _middles(step, size)]
+    documents = _of_middles(step.documents, _middles(step, size))
     module = _input_norm(inputs)
     norm = norm_of(module, inputs.family.norm)
     if _by_kernel(inputs, network, known=module is None or norm is not None):
@@ -201,9 +202,21 @@ def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
 
 
 def _middles(step: Step, size: int) -> Tensor:
-    """The position in the middle of each block, ``[N]``."""
-    middles = torch.arange(step.num_blocks, device=step.device) * size + size // 2
-    return middles.clamp_max(step.tokens - 1)
+    """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` where rows are padded.
+
+    In a block that is cut short it is a token's, whether the sequence ends there or padding begins.
+    """
+    middles = torch.arange(step.num_blocks, device=step.device)[None] * size + size // 2
+    if step.valid is None:
+        return middles.clamp_max(step.tokens - 1)
+    first = step.valid.int().argmax(1, keepdim=True)
+    last = step.tokens - 1 - step.valid.flip(1).int().argmax(1, keepdim=True)
+    return middles.clamp(first, last)
+
+
+def _of_middles(documents: Tensor | None, middles: Tensor) -> Tensor | None:
+    """``[B, T]`` to the documents ``[B, N]`` that blocks' middles belong to."""
+    return None if documents is None else torch.take_along_dim(documents, middles, 1)
 
 
 POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {

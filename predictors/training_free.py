@@ -57,18 +57,20 @@ def random_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor
     return _mix(keys[:, None] ^ blocks).double().div(2**32).float()
 
 
-def window_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor:
+def window_scores(keys: Tensor, real: Tensor, *salts: Tensor | int) -> Tensor:
     """Blocks that follow a random one, the nearest first; the first block follows the last.
 
     So the best of them are one window, or the end and the beginning of a row, and every block is
-    as likely as every other to be among them.
+    as likely as every other to be among them. Blocks of padding, ``~real [B, N]``, are no part of
+    the round.
 
     Returns:
-        ``[B, num_blocks]`` fp32; ``keys [B]`` and ``salts`` as for `random_scores`.
+        ``[B, N]`` fp32; ``keys [B]`` and ``salts`` as for `random_scores`.
     """
-    start = (random_scores(keys, 1, *salts) * num_blocks).long()
-    behind = (torch.arange(num_blocks, device=keys.device) - start) % num_blocks
-    return (num_blocks - 1 - behind).float()
+    counts = real.sum(1, keepdim=True).clamp_min(1)
+    start = (random_scores(keys, 1, *salts) * counts).long()
+    behind = (real.cumsum(1) - 1 - start) % counts
+    return (counts - 1 - behind).float()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_key
 from lemo_hf.step import Step
 
 
-def score(model, policy, sublayer="attention", block_size=8, attention_mask=None, **options):
+def score(
+    model, policy, sublayer="attention", block_size=8, attention_mask=None, tokens=70, **options
+):
     """Scores of layer 1, whose input is captured from the stock model."""
     config = LeMoConfig(policy="recent", block_size=block_size, **options)
-    ids = batch()["input_ids"]
+    ids = batch()["input_ids"][:, :tokens]
     seen = {}
 
     def capture(_, args, kwargs):
@@ -142,7 +144,8 @@ def test_random_scores_depend_on_all_they_should_and_nothing_else():
 
 
 def test_a_window_is_neighbours_on_a_ring_and_every_place_is_as_likely():
-    scores = window_scores(torch.arange(20_000), 16, 0, 5)
+    keys, real = torch.arange(20_000), torch.ones(20_000, 16, dtype=torch.bool)
+    scores = window_scores(keys, real, 0, 5)
     assert scores.sort(1).values.eq(torch.arange(16)).all()
     best = scores >= 8  # of half of the blocks
     edges = (best != best.roll(1, 1)).sum(1)
@@ -150,7 +153,21 @@ def test_a_window_is_neighbours_on_a_ring_and_every_place_is_as_likely():
     assert (best.float().mean(0) - 0.5).abs().max() < 0.02  # 5 standard deviations
     start = scores.argmax(1)
     assert (start.bincount(minlength=16) / 20_000 - 1 / 16).abs().max() < 0.01
-    assert (window_scores(torch.arange(20_000), 16, 0, 6).argmax(1) != start).float().mean() > 0.9
+    assert (window_scores(keys, real, 0, 6).argmax(1) != start).float().mean() > 0.9
+    padded = torch.nn.functional.pad(real, (2, 5))
+    assert torch.equal(window_scores(keys, padded, 0, 5)[:, 2:-5], scores)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "predictor"])
+@pytest.mark.parametrize("tokens", [33, 38, 40])
+def test_padding_beside_a_row_moves_no_score(policy, tokens):
+    """Else what a row keeps would depend on the rows it is batched with."""
+    model = make_model("llama")
+    alone, _ = score(model, policy, tokens=tokens)
+    mask = (torch.arange(70) < tokens).long().expand(2, -1)
+    padded, inputs = score(model, policy, attention_mask=mask)
+    assert inputs.step.real.sum(1).eq(5).all()
+    torch.testing.assert_close(padded[:, :5], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):
