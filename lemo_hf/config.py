@@ -11,7 +11,8 @@ from lemo_hf.version import __version__
 
 POLICIES = ("oracle", "pooled", "random", "recent", "window", "predictor")
 SUPERVISE = ("kept", "all")
-LEVELS = ("none", "mlp", "selective", "full")  # of recomputation
+LEVELS = ("none", "mlp", "selective", "lean", "full")  # of recomputation
+UNITS = ("selective", "lean", "full")  # at which a layer is run again as a whole
 # Fields that say how much is kept, and the value at which that is everything.
 _KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
 
@@ -72,11 +73,13 @@ class LeMoConfig:
             states and head take.
         recompute: What is not stored but computed again in the backward, for all layers or one
             entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``: everything but
-            attention, stored are a layer's kept rows and attention's output. ``"full"``: all of
-            it, stored are the kept rows alone. ``None`` follows the model's gradient checkpointing:
-            ``"none"`` without it; with it ``"selective"`` where the memory allows, else ``"full"``.
-        offload_gib: Pinned host memory for what ``"selective"`` and ``"full"`` store, in GiB;
-            copies hide behind the computation. ``None``: nothing is offloaded.
+            attention and its output projection, stored are a layer's kept rows, attention's output
+            and their sum behind it. ``"lean"``: everything but attention, without that sum.
+            ``"full"``: all of it, stored are the kept rows alone. ``None`` follows the model's
+            gradient checkpointing: ``"none"`` without it, with it the first of ``"selective"``,
+            ``"lean"`` and ``"full"`` that the memory allows.
+        offload_gib: Pinned host memory for what the last three store, in GiB; copies hide behind
+            the computation. ``None``: nothing is offloaded.
         sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a
             shard of the stream, works on an equal share of the kept rows, and attends with some of
             the heads. Training only; 1: each process has sequences of its own.

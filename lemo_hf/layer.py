@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo_hf.attention import fastest_attention, using
-from lemo_hf.config import KeepRule
+from lemo_hf.config import UNITS, KeepRule
 from lemo_hf.families import Family
 from lemo_hf.fused import call_attention
 from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
@@ -184,7 +184,7 @@ def _sparse_forward(
         with using(kernels), heads_shared(module, share):
             return call_attention(module, positions, unread, **inputs)
 
-    level = plan.recompute or _level(layer, plan, x, kept if share is None else share.work)
+    level = plan.recompute or _level(layer, plan, x)
     attention = attention_sublayer(layer, plan.family, attend)
     mlp = mlp_sublayer(layer, plan.family, again=level != "none")
     if level == "mlp" and not mlp.again:
@@ -220,7 +220,7 @@ def _update(
 ) -> Tensor:
     """``sublayers`` on the kept rows of the stream, stored back into it."""
     # What is computed again begins with the rows, so that nothing but they is stored.
-    again = level in ("selective", "full")
+    again = level in UNITS
     late = again or share is not None or sublayers[0].again
     norm = None if late else sublayers[0].fused_norm()
     index = kept.index if share is None else share.index
@@ -239,11 +239,11 @@ def _update(
     return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
 
 
-def _level(layer: nn.Module, plan: LayerPlan, x: Tensor, kept: KeptSet) -> str:
+def _level(layer: nn.Module, plan: LayerPlan, x: Tensor) -> str:
     """What the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
-    return "selective" if plan.passes.attention_fits(layer, x, kept) else "full"
+    return plan.passes.fitting_level(layer, x)
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:

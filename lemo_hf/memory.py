@@ -1,13 +1,17 @@
-"""Whether what ``"selective"`` stores fits the device beside everything else a step needs."""
+"""How much layers may store: the level of recomputation that fits the device beside all else."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lemo_hf.families import Family
-from lemo_hf.offload import GIB, HostMemory
+from lemo_hf.config import UNITS
+from lemo_hf.offload import GIB, leaving
 from lemo_hf.recompute import TILE_BYTES
+
+# Rows that a layer stores for its attention, and for an MLP with a kept set of its own (or None).
+LayerRows = tuple[int, int | None]
 
 # Rows of the stream that the backward of an attention holds for each row it works on: rows, their
 # norm, queries, keys, values, output, the gradients of those (keys and values by query head), and
@@ -16,72 +20,56 @@ WORKING_ROWS = 16
 RESERVE = GIB  # for the segments of the loss, ids and fragmentation
 
 
-def attention_fits(
-    layer: nn.Module,
-    family: Family,
-    x: Tensor,
-    rows: int,
-    num_layers: int,
-    trained: int,
-    host: HostMemory | None,
-) -> bool:
-    """Whether all layers may keep attention's output and the sum behind it until the backward.
-
-    What a step then needs at most (`bytes_needed`) is compared with what is free when the first
-    layer that asks begins.
-
-    Args:
-        layer: That layer.
-        family: Where its attention is.
-        x: Its stream, ``[B, T, H]``.
-        rows: That it keeps, in the whole batch.
-        num_layers: Of the model.
-        trained: Bytes of the parameters that are trained.
-        host: Takes all of it as far as its budget goes, or None.
-    """
-    if x.device.type != "cuda":
-        return True
-    attention = getattr(layer, family.attention)
-    head = getattr(attention, "head_dim", 0)
-    width = attention.config.num_attention_heads * head or x.shape[2]
-    budget = 0 if host is None else host.most_bytes
-    batch, tokens, hidden = x.shape
-    needed = bytes_needed(
-        (batch, tokens, hidden), x.element_size(), rows, width, num_layers, trained, budget
-    )
-    return needed <= free_bytes(x.device)
-
-
-def bytes_needed(
-    stream: tuple[int, int, int],
-    size: int,
-    rows: int,
+def fitting_level(
+    rows: Sequence[LayerRows],
+    stream: Sequence[int],
     width: int,
-    num_layers: int,
+    size: int,
     trained: int,
-    host: int,
-) -> int:
-    """A bound from above of what a selective step takes beside its weights and its stream.
+    slabs: int,
+    room: int,
+) -> str:
+    """The first of `UNITS` whose step fits, by a bound from above; the last one if none does.
 
     Args:
+        rows: Of each layer, in the whole batch.
         stream: Its shape, ``(B, T, H)``.
-        size: Bytes of an element.
-        rows: That a layer keeps, in the whole batch.
-        width: Of all query heads.
-        num_layers: Of the model.
+        width: Of all query heads together, elements.
+        size: Of an element, bytes.
         trained: Bytes of the parameters that are trained. Their gradients and Adam's two states
             may be still to come in a first step.
-        host: Bytes of host memory that may be taken.
-
-    Returns:
-        Bytes; 0 if host memory takes all that layers store.
+        slabs: Of host memory that may be taken.
+        room: Bytes of the device that weights, the stream and what else is there have left.
     """
-    # A layer's rows, attention's output, and their sum.
-    stored = num_layers * rows * (2 * stream[2] + width) * size
-    if stored <= host:
-        return 0
     working = WORKING_ROWS * prod(stream) * size + 2 * TILE_BYTES
-    return stored - host + working + RESERVE + 3 * trained
+    left = room - working - RESERVE - 3 * trained
+    for level in UNITS[:-1]:
+        if stored_bytes(rows, level, stream[2] * size, width * size, slabs) <= left:
+            return level
+    return UNITS[-1]
+
+
+def stored_bytes(rows: Sequence[LayerRows], level: str, row: int, output: int, slabs: int) -> int:
+    """Bytes that layers store on the device; ``row`` and ``output`` are bytes of a row of each."""
+    layers: list[list[tuple[str, int]]] = []
+    for attention, mlp in rows:
+        layers.append([("rows", attention * row)])
+        if level != "full":
+            layers[-1].append(("output", attention * output))
+        if level == "selective" and mlp is None:
+            layers[-1].append(("sum", attention * row))
+    gone = leaving(layers, slabs)
+    own = sum(mlp * row for _, mlp in rows if mlp is not None)  # they stay
+    return (
+        own
+        + sum(size for parts in layers for _, size in parts)
+        - sum(size for parts in gone for _, size in parts)
+    )
+
+
+def local_bytes(parameter: Tensor) -> int:
+    """Of a parameter, or of this process's part of it."""
+    return getattr(parameter, "_local_tensor", parameter).nbytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ Source: LeMo, arXiv:2501.09767, "sparsity-sensitive offload".
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ from torch import Tensor
 GIB = 2**30
 SLAB = 64 * 2**20  # bytes: large enough for full speed, small enough to waste little
 SMALL = 2**20  # bytes: less than this is not worth a copy
+
+
+def leaving(layers: Sequence[Sequence[tuple[str, int]]], slabs: int) -> list[list[tuple[str, int]]]:
+    """What `HostMemory` of so many slabs takes of what layers store: names and bytes, by layer."""
+    taken: list[list[tuple[str, int]]] = []
+    for parts in layers[:-1]:
+        taken.append([])
+        for part, size in parts:
+            count = -(-size // SLAB)
+            if size >= SMALL and count <= slabs:
+                taken[-1].append((part, size))
+                slabs -= count
+    return [*taken, []]
 
 
 class _Slab:
@@ -55,6 +69,9 @@ class HostMemory:
     Args:
         budget_gib: Pinned memory to take at most, GiB.
         last: The unit that stays on the device.
+
+    Attributes:
+        most: Slabs that may be taken.
     """
 
     def __init__(self, budget_gib: float, last: int):
@@ -71,11 +88,6 @@ class HostMemory:
     def pinned_bytes(self) -> int:
         """Pinned memory taken so far."""
         return self._made * SLAB
-
-    @property
-    def most_bytes(self) -> int:
-        """Pinned memory that may be taken."""
-        return self.most * SLAB
 
     def put(self, tensor: Tensor, unit: int) -> Tensor | Stored:
         """Store ``tensor`` of ``unit``; itself if it stays on the device."""

@@ -9,7 +9,7 @@ which the targets of eliminated tokens are struck once the last sparse layer has
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_call, check_sharded_head
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import UNITS, LeMoConfig
 from lemo_hf.families import Family
 from lemo_hf.fused import final_norm
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.labels import Labels
 from lemo_hf.loss import segment_loss, shifted
-from lemo_hf.memory import attention_fits
+from lemo_hf.memory import LayerRows, fitting_level, free_bytes, local_bytes
 from lemo_hf.offload import HostMemory
-from lemo_hf.selection import KeptSet
 from lemo_hf.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,
@@ -79,7 +78,7 @@ class Passes:
         self.listeners: list[Callable[[Seen], None]] = []
         self.reset_counts()
         self._warned = False
-        self._fits: dict[tuple, bool] = {}
+        self._levels: dict[tuple, str] = {}
         self._promised: Labels | None = None
         self._loss: Tensor | None = None
         self._for_this_pass: list = []
@@ -233,22 +232,30 @@ class Passes:
 
         self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
 
-    def attention_fits(self, layer: nn.Module, x: Tensor, kept: KeptSet) -> bool:
-        """Whether all layers may keep attention's output: what the first that asks is told.
+    def fitting_level(self, layer: nn.Module, x: Tensor) -> str:
+        """What all layers that follow gradient checkpointing compute again: one of `UNITS`.
 
-        Decided once for a shape and as many rows as that layer keeps.
+        Decided by the first that asks, once for a shape and as many rows as layers keep.
         """
         step = self.step
         assert step is not None  # a layer of a sparse pass asks
-        if step.attention_fits is None:
-            rows = kept.index.numel()
-            if (x.shape, rows) not in self._fits:
-                trained = sum(p.nbytes for p in self._parameters() if p.requires_grad)
-                self._fits[x.shape, rows] = attention_fits(
-                    layer, self.family, x, rows, len(self._layers), trained, self.host
-                )
-            step.attention_fits = self._fits[x.shape, rows]
-        return step.attention_fits
+        if step.level is None:
+            rows = tuple(step.stored_rows(len(self._layers)))
+            if (x.shape, rows) not in self._levels:
+                self._levels[x.shape, rows] = self._fitting_level(layer, x, rows)
+            step.level = self._levels[x.shape, rows]
+        return step.level
+
+    def _fitting_level(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows]) -> str:
+        if x.device.type != "cuda":
+            return UNITS[0]
+        attention = getattr(layer, self.family.attention)
+        head = getattr(attention, "head_dim", 0)
+        width = attention.config.num_attention_heads * head or x.shape[2]
+        trained = sum(local_bytes(p) for p in self._parameters() if p.requires_grad)
+        slabs = 0 if self.host is None else self.host.most
+        room = free_bytes(x.device)
+        return fitting_level(rows, x.shape, width, x.element_size(), trained, slabs, room)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lemo_hf.config import UNITS
 from lemo_hf.plan_layer import (
     FP32,
     LayerBytes,
@@ -75,18 +76,18 @@ def kept_layer(model: ModelShapes, trained: Trained, kept: Kept) -> LayerBytes:
     held_inputs = rows * int8_inputs(model, trained, mlp=False)
     stored = {"stored rows": rows * row, "inputs of 8-bit linears": held_inputs}
     leaves = [("stored rows", rows * row)]
-    if kept.level == "selective":
+    if kept.level in ("selective", "lean"):
         stored["attention outputs"] = outputs
         output = rows * model.query * trained.attention
         leaves += [("attention outputs", output), ("attention outputs", outputs - output)]
-        if not kept.apart:
+        if kept.level == "selective" and not kept.apart:
             stored[SUMS] = rows * row
             leaves.append((SUMS, rows * row))
     # Rows that stand below the recomputed ones, in the norm or as what projections read.
     reads = not kept.frozen and (not model.norms_behind or trained.shares(ATTENTION_INPUTS))
     shared = (rows * row if reads else 0) + stored.get("attention outputs", 0)
     again = max(0, attention - shared)
-    unit = kept.level in ("selective", "full")
+    unit = kept.level in UNITS
     below = stored if unit else {"attention rows": attention}
     whole = below | {"recomputed layer": again} if unit else below
     own = rows * row  # the gradient of the rows

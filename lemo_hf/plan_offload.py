@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lemo_hf.offload import SLAB, SMALL
+from lemo_hf.offload import SLAB, leaving
 from lemo_hf.plan_layer import LayerBytes
 
 
@@ -27,16 +27,7 @@ class Offload:
         """Part and bytes of what leaves, by layer."""
         if self.stock:
             return [list(layer.may_leave[:1]) for layer in self.layers]
-        left = self.slabs
-        leaving: list[list[tuple[str, int]]] = []
-        for layer in self.layers[:-1]:
-            leaving.append([])
-            for part, size in layer.may_leave:
-                count = -(-size // SLAB)
-                if size >= SMALL and count <= left:
-                    leaving[-1].append((part, size))
-                    left -= count
-        return [*leaving, []]
+        return leaving([layer.may_leave for layer in self.layers], self.slabs)
 
     @property
     def pinned(self) -> int:

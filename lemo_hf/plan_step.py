@@ -6,9 +6,9 @@ from functools import cache, cached_property
 
 import torch
 
-from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.config import UNITS, KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import WHOLE, choose_segment_size
-from lemo_hf.memory import bytes_needed
+from lemo_hf.memory import fitting_level
 from lemo_hf.offload import GIB, SLAB
 from lemo_hf.plan_kept import ATTENTION, MLP, SUMS, Kept, kept_layer
 from lemo_hf.plan_layer import (
@@ -91,32 +91,34 @@ class PlannedStep:
         levels = self.lemo.recompute_levels(self.model.layers)
         if not self.checkpointing or None not in levels:
             return [level or "none" for level in levels]
-        rule = self.rules[levels.index(None)]
-        chosen = "selective" if self._attention_fits(self.kept(rule and rule[0])) else "full"
+        chosen = self._fitting_level()
         return [level or chosen for level in levels]
 
-    def _attention_fits(self, rows: int) -> bool:
+    def _fitting_level(self) -> str:
         """What the first layer that asks decides in the first step, before optimizer states."""
         if self.room is None:
-            return True
-        stream = (self.batch, self.tokens, self.model.hidden)
-        needed = bytes_needed(
-            stream,
-            self.trained.weight,
-            rows,
-            self.model.query,
-            self.model.layers,
-            self._always["optimizer states"] // 2,
-            self._host,
-        )
+            return UNITS[0]
+        own = [rule[1] if rule is not None else None for rule in self.rules]
+        rows = [
+            (self.kept(rule and rule[0]), None if mlp is None else self.kept(mlp))
+            for rule, mlp in zip(self.rules, own, strict=True)
+        ]
         there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
-        return needed <= self.room - there
+        return fitting_level(
+            rows,
+            (self.batch, self.tokens, self.model.hidden),
+            self.model.query,
+            self.trained.weight,
+            self._always["optimizer states"] // 2,
+            self._slabs,
+            int(self.room - there),
+        )
 
     @property
-    def _host(self) -> int:
-        """Bytes of pinned memory that may be taken."""
+    def _slabs(self) -> int:
+        """Of pinned memory that may be taken."""
         budget = self.lemo and self.lemo.offload_gib
-        return int(budget * GIB) // SLAB * SLAB if budget else 0
+        return int(budget * GIB) // SLAB if budget else 0
 
     @cached_property
     def layers(self) -> list[LayerBytes]:
@@ -147,8 +149,8 @@ class PlannedStep:
     @cached_property
     def offload(self) -> Offload:
         """What leaves the device."""
-        stock = self.stock_offload and self.checkpointing and not self._host
-        return Offload(self.layers, self._host // SLAB, stock)
+        stock = self.stock_offload and self.checkpointing and not self._slabs
+        return Offload(self.layers, self._slabs, stock)
 
     @property
     def _stream(self) -> int:

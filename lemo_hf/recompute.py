@@ -4,12 +4,13 @@ Levels, from most stored to least (bytes a kept row of Llama-3 8B in bf16, LoRA 
 
 - ``"none"``: what autograd stores (100 KiB).
 - ``"mlp"``: the MLP is computed again, a tile of rows at a time (44 KiB).
-- ``"selective"``: everything but attention is (24 KiB: the rows, attention's output before its
-  projection, and the sum of rows and update after it).
+- ``"selective"``: everything but attention and its output projection is (24 KiB: the rows,
+  attention's output before that projection, and the sum of rows and update after it).
+- ``"lean"``: everything but attention is (16 KiB: without that sum).
 - ``"full"``: everything is (8 KiB: the rows).
 
-At the last two a layer is one `torch.utils.checkpoint` unit around its kept rows. The MLP inside is
-not run when the unit is run again: it needs nothing but its input there (`rerun_rows`), and
+At the last three a layer is one `torch.utils.checkpoint` unit around its kept rows. The MLP inside
+is not run when the unit is run again: it needs nothing but its input there (`rerun_rows`), and
 takes its own backward a tile at a time, so that no more than a tile of its activations exists.
 """
 
@@ -52,12 +53,12 @@ def checkpointed(
     host: HostMemory | None,
     unit: int,
 ) -> Any:
-    """``function(rows)``, of which ``rows`` are stored, and at ``"selective"`` attention's output.
+    """``function(rows)``, of which ``rows`` are stored, and but for ``"full"`` attention's output.
 
     Args:
         function: Of the rows alone.
         rows: ``[B, K, H]``.
-        level: ``"selective"`` or ``"full"``.
+        level: One of `UNITS`.
         model_checkpoint: The model's own checkpoint function, or None for PyTorch's.
         host: Where to store, or None for the device. Replaces the model's own function, which may
             offload as well.
@@ -83,13 +84,14 @@ def value_free() -> bool:
 
 
 class _Unit:
-    """What one unit keeps besides its rows: attention's output, and its sum with the rows.
+    """What one unit keeps besides its rows: attention's output, and the sum of rows and update.
 
     It is the state of the unit's two contexts: one while it runs, one whenever it runs again.
     """
 
     def __init__(self, level: str, host: HostMemory | None, number: int):
-        self.selective, self.host, self.number = level == "selective", host, number
+        self.keeps_attention, self.keeps_sum = level != "full", level == "selective"
+        self.host, self.number = host, number
         self.attentions: list[list] = []
         self.sums: list = []
         self.again = False
@@ -114,7 +116,7 @@ class _Running:
         _thread.unit = self.unit
         self.unit.again = self.again
         self.mode = None
-        if self.unit.selective:
+        if self.unit.keeps_attention:
             self.mode = (_ReuseAttention if self.again else _KeepAttention)(self.unit)
             self.mode.__enter__()
 
@@ -190,7 +192,7 @@ class _Rerun(Function):
         else:
             total = add_update(rows, update, scale)
             total = total.detach() if update is None else total.to(rows.dtype)
-            if unit is not None and unit.selective and unit.attentions:
+            if unit is not None and unit.keeps_sum and unit.attentions:
                 unit.sums.append(unit.put(total))
         ctx.save_for_backward(total)
         ctx.run, ctx.tile, ctx.parameters = run, tile, parameters

@@ -1,6 +1,6 @@
 """What one forward pass knows about its batch, and what its layers keep of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.memory import LayerRows
 from lemo_hf.predictors.training_free import row_keys
 from lemo_hf.selection import (
     KeptSet,
@@ -38,6 +39,10 @@ class RowCounts:
 
     def num_blocks(self, retention: float) -> int:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
+
+    def most_tokens(self, blocks: int, size: int) -> int:
+        """In so many blocks: padding may cut required ones short, all others count ``size``."""
+        return self.required_tokens + (blocks - self.required_blocks) * size
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class Step:
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
-        self.attention_fits: bool | None = None  # until a layer asks
+        self.level: str | None = None  # of recomputation, once a layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
     @cached_property
@@ -240,6 +245,22 @@ class Step:
             self.kept_blocks[layer_index, name] = kept.blocks
         return kept
 
+    def stored_rows(self, num_layers: int) -> Iterator[LayerRows]:
+        """Of each layer of the model, in the whole batch; this process's, where several share it.
+
+        Known before a layer has chosen. Layers that thresholds choose for may keep every row.
+        """
+        for rule in self.config.layer_rules(num_layers):
+            attention, mlp = (None, None) if rule is None else rule
+            yield self._rows_of(attention), None if mlp is None else self._rows_of(mlp)
+
+    def _rows_of(self, rule: KeepRule | None) -> int:
+        if rule is None or rule.retention is None:
+            rows = self.batch * self.tokens
+        else:
+            rows = self.batch * max(1, *self._slots(rule.retention))
+        return rows if self.shards is None else -(-rows // self.shards.group.size)
+
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
         if rule.threshold is None:
             assert rule.retention is not None  # one of the two is set
@@ -266,7 +287,6 @@ class Step:
         self, retention: float, score: Callable[[], Tensor]
     ) -> tuple[Tensor, list[int], bool]:
         """The best share of blocks ``[B, N]``, each row's slots, and whether it fills them all."""
-        size = self.config.block_size
         budgets = [row.num_blocks(retention) for row in self.rows]
         self._note_excess(retention)
         everything = all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True))
@@ -274,13 +294,17 @@ class Step:
             blocks = self.real
         else:
             blocks = keep_blocks(score(), self.real, self.required, self._column(budgets))
-        # A row's required blocks may be cut short by padding; all others count block_size tokens.
-        slots, exact = [], True
-        for k, row in zip(budgets, self.rows, strict=True):
-            full = row.required_tokens + (row.blocks - row.required_blocks) * size
-            slots.append(min(row.tokens, row.required_tokens + (k - row.required_blocks) * size))
-            exact &= full == row.tokens
-        return blocks, slots, exact
+        exact = all(
+            row.tokens == row.most_tokens(row.blocks, self.config.block_size) for row in self.rows
+        )
+        return blocks, self._slots(retention), exact
+
+    def _slots(self, retention: float) -> list[int]:
+        """That each row needs."""
+        size = self.config.block_size
+        return [
+            min(row.tokens, row.most_tokens(row.num_blocks(retention), size)) for row in self.rows
+        ]
 
     def _column(self, numbers: list[int]) -> Tensor | int:
         """``[B, 1]`` on the device, or the number that all of them are."""

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend
 
 from lemo_hf import LeMoConfig, apply_lemo, attention, memory
 from lemo_hf.attention import fastest_attention, using
-from lemo_hf.families import FAMILIES
-from lemo_hf.offload import GIB, HostMemory
+from lemo_hf.config import UNITS
+from lemo_hf.step import Step
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
@@ -81,28 +81,64 @@ def test_the_log_line_names_it():
     assert "attention by sdpa;" in lemo.describe()
 
 
-@pytest.mark.parametrize("free", [0.5, 1.5])
-def test_outputs_are_kept_where_everything_fits(free, monkeypatch):
-    """``free`` is in units of what the formula asks for."""
-    layer = make_model("llama", "sdpa").model.layers[0]
-    shape, rows, size = (1, 4096, 32), 2048, 4
-    x = SimpleNamespace(
-        device=torch.device("cuda"), shape=torch.Size(shape), element_size=lambda: size
+STREAM, WIDTH, SIZE = (1, 4096, 32), 64, 4  # twice as wide as the stream: rows, sum 32, output 64
+HALF, ALL = 2048, 4096
+WORKING = memory.WORKING_ROWS * 4096 * 32 * SIZE + 2 * memory.TILE_BYTES + memory.RESERVE
+
+
+def level_of(rows, room, trained=0, slabs=0):
+    return memory.fitting_level(rows, STREAM, WIDTH, SIZE, trained, slabs, room)
+
+
+@pytest.mark.parametrize(
+    ("rows", "selective", "lean"),
+    [
+        ([(HALF, None)] * 4, 4 * HALF * 128, 4 * HALF * 96),
+        ([(ALL, None), (HALF, None)], (ALL + HALF) * 128, (ALL + HALF) * 96),
+        # An MLP with a set of its own stores its rows at every level, and no sum.
+        ([(HALF, 1000)] * 3, 3 * (HALF * 96 + 1000 * 32), 3 * (HALF * 96 + 1000 * 32)),
+    ],
+)
+def test_what_fits_is_kept(rows, selective, lean):
+    """Elements that layers store, dense ones and others, against the room there is."""
+    found = [level_of(rows, WORKING + SIZE * stored) for stored in (selective, lean)]
+    assert found == ["selective", "selective" if selective == lean else "lean"]
+    assert level_of(rows, WORKING + SIZE * lean - 1) == "full"
+    # Gradients and optimizer states may be still to come.
+    room = WORKING + SIZE * selective + 30
+    assert level_of(rows, room, trained=10) == "selective" != level_of(rows, room, trained=11)
+
+
+def test_host_memory_takes_whole_slabs_of_all_but_the_last_layer():
+    """Rows and sum of a layer are 16 MiB each and its output 32: a slab of 64 for any of them."""
+    rows, layer = [(64 * HALF, None)] * 4, SIZE * 64 * HALF * 128
+    assert level_of(rows, WORKING + layer, slabs=9) == "selective"
+    assert level_of(rows, WORKING + layer, slabs=8) == "lean"  # 6 of 8 are enough
+    assert level_of(rows, WORKING + layer, slabs=4) == "full"
+
+
+def test_layers_say_what_they_store_before_they_choose():
+    config = LeMoConfig(
+        retention=(1.0, 0.5, 0.25), block_size=8, agree_across_layers=False, dense_first_layers=1
     )
-    stored = 32 * rows * (2 * 32 + 32) * size  # rows, sums, and attention's output of 4 heads of 8
-    working = memory.WORKING_ROWS * 4096 * 32 * size + 2 * memory.TILE_BYTES + memory.RESERVE
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * (stored + working)))
-    ask = (layer, FAMILIES["llama"], x, rows, 32)
-    assert memory.attention_fits(*ask, 0, None) == (free > 1)
-    assert not memory.attention_fits(*ask, working, None)  # gradients and optimizer states to come
-    assert memory.attention_fits(*ask, 0, HostMemory(1.1 * stored / GIB + 0.1, 31))  # none stays
+    mask = torch.ones(2, 64, dtype=torch.long)
+    mask[1, 20:] = 0  # 3 blocks, of which at least first and last are kept
+    step = Step(config, (2, 64), torch.device("cpu"), attention_mask=mask)
+    assert list(step.stored_rows(3)) == [(128, None), (64, None), (32, None)]
+    config = LeMoConfig(threshold=1.0, mlp_retention=0.25, block_size=8, agree_across_layers=False)
+    step = Step(config, (2, 64), torch.device("cpu"))
+    assert list(step.stored_rows(1)) == [(128, 32)]
 
 
-def test_too_little_memory_means_that_attention_runs_again(monkeypatch):
+@pytest.mark.parametrize("level", UNITS)
+def test_layers_follow_what_fits(level, monkeypatch):
     model = make_model("llama", "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     lemo = apply_lemo(model, LeMoConfig(block_size=8))
-    monkeypatch.setattr("lemo_hf.passes.attention_fits", lambda *_: False)
+    asked = []
+    monkeypatch.setattr(
+        "lemo_hf.passes.Passes._fitting_level", lambda *ask: (asked.append(ask[3]), level)[1]
+    )
     levels = []
     monkeypatch.setattr(
         "lemo_hf.layer.checkpointed",
@@ -111,8 +147,9 @@ def test_too_little_memory_means_that_attention_runs_again(monkeypatch):
     inputs = batch(1, 64)
     for _ in range(2):
         model(**inputs).loss.backward()
-    assert levels == ["full"] * 8
-    assert list(lemo.passes._fits.values()) == [False]  # asked once for a shape and its rows
+    assert levels == [level] * 8
+    assert asked == [((32, None),) * 4]  # once for a shape and its rows
     inputs["labels"][:, :8] = inputs["labels"][:, 16:32] = -100  # the others are kept
     model(**inputs).loss.backward()
-    assert len(lemo.passes._fits) == 2
+    kept = lemo.passes.kept_blocks[0, "attention"].sum().item() * 8
+    assert asked[1:] == [((kept, None),) * 4] and kept > 32

@@ -12,6 +12,7 @@ from test_trainer import SPARSE, Trainer, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.attention import _tried as fastest_attention
+from lemo_hf.config import LEVELS, UNITS
 from lemo_hf.families import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -182,7 +183,7 @@ def step_of(model, ids, **options):
         remove_lemo(model)
 
 
-@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("level", UNITS)
 @pytest.mark.parametrize("budget", [1 / 16, 1])
 def test_host_memory_changes_nothing(level, budget):
     """Rows that went through pinned memory, all of them or as many as the budget takes."""
@@ -202,7 +203,7 @@ def test_levels_agree():
     ids = torch.randint(3, 97, (2, 4096), device="cuda")
     loss, gradients = step_of(model, ids, recompute="none")
     norm = sum(g.square().sum() for g in gradients.values()).sqrt()
-    for level in ("mlp", "selective", "full"):
+    for level in LEVELS[1:]:
         other, grads = step_of(model, ids, recompute=level)
         assert other == pytest.approx(loss, rel=1e-3)
         error = sum((grads[n] - g).square().sum() for n, g in gradients.items()).sqrt()
@@ -245,7 +246,7 @@ def test_the_host_never_waits_for_what_a_step_computes(options):
     assert lemo.report()["kept_tokens"] > 0
 
 
-@pytest.mark.parametrize(("level", "runs"), [("mlp", 1), ("selective", 2), ("full", 2)])
+@pytest.mark.parametrize(("level", "runs"), [("mlp", 1), *((level, 2) for level in UNITS)])
 def test_a_unit_runs_again_once(level, runs):
     fastest_attention.cache_clear()  # a trial of kernels must stay outside of the unit
     model = wide_model()

@@ -8,6 +8,7 @@ from models import make_model, with_lora
 from test_recompute import assert_same, run
 
 from lemo_hf import LeMoConfig, apply_lemo, offload, remove_lemo
+from lemo_hf.config import UNITS
 from lemo_hf.offload import GIB, HostMemory, Stored
 
 
@@ -78,7 +79,7 @@ def test_small_tensors_slices_and_the_last_unit_stay():
     assert torch.is_tensor(host.put(torch.randn(1000), 3))
 
 
-@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("level", UNITS)
 @pytest.mark.parametrize("slabs", [20, 10_000])
 def test_training_is_the_same(level, slabs, monkeypatch):
     """With room for everything, and with room for a part."""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.config import LEVELS
+from lemo_hf.config import LEVELS, UNITS
 from lemo_hf.measure import saved_bytes
 from lemo_hf.offload import GIB
 from lemo_hf.plan import longest, plan
@@ -274,15 +274,14 @@ def test_tiles(rows, targets, level, launched, monkeypatch):
     check_step({"retention": 0.5, "recompute": level}, targets=targets)
 
 
-@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("level", UNITS)
 @pytest.mark.parametrize("slabs", [2, 5, 1000])
 def test_offload(level, slabs, launched, monkeypatch):
     """Host memory is the CPU's own here, and takes whole slabs."""
     slab = 30011
     for module in ("offload", "plan_offload", "plan_step"):
         monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
-    for module in ("offload", "plan_offload"):
-        monkeypatch.setattr(f"lemo_hf.{module}.SMALL", 10000)
+    monkeypatch.setattr("lemo_hf.offload.SMALL", 10000)
     lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}
     lemo |= {"dense_first_layers": 3}
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
@@ -370,16 +369,19 @@ def test_free_memory_chooses_the_level():
         return plan(LLAMA, config, 65536, **settings).levels
 
     assert levels(None) == levels(100) == ("selective",) * 32
-    assert levels(60) == ("full",) * 32 != levels(60, offload_gib=60)
+    assert levels(60) == ("selective",) * 32
+    assert levels(48) == ("lean",) * 32 != levels(48, recompute="selective")
+    assert levels(40) == ("full",) * 32 != levels(40, offload_gib=60)
     assert levels(30, offload_gib=100) == ("selective",) * 32
-    assert levels(60, recompute="selective") == ("selective",) * 32
     mixed = ("none",) * 16 + ("full",) * 16
     assert levels(60, recompute=mixed) == mixed
-    # All layers as many rows as the first, which is dense: rows, outputs and sums, 0.5 GiB each;
-    # 16 times the rows, two tiles, and one in reserve.
+    # Rows, outputs and sums, 0.5 GiB each of a dense layer and 0.25 of the others; 16 times the
+    # rows, two tiles, and one in reserve.
     there = 12.6 + 0.06 + 0.03 + 0.06 + 0.5  # weights, adapters, workspaces, ids, stream
-    needed = there + 32 * 3 * 0.5 + 16 * 0.5 + 2 + 1
-    assert levels(needed - 0.5) != levels(needed + 0.5)
+    for parts, above, below in ((3, "selective", "lean"), (2, "lean", "full")):
+        needed = there + parts * (4 * 0.5 + 28 * 0.25) + 16 * 0.5 + 2 + 1
+        assert levels(needed + 0.5) == (above,) * 32
+        assert levels(needed - 0.5) == (below,) * 32
 
 
 def test_longest_rows_by_level():
@@ -388,7 +390,8 @@ def test_longest_rows_by_level():
         level: longest(LLAMA, LeMoConfig(recompute=level), 60, gradient_checkpointing=True)
         for level in (*LEVELS, None)
     }
-    assert found["none"] < found["mlp"] < found["selective"] < found["full"] == found[None]
+    assert list(found.values()) == sorted(found.values())
+    assert found["none"] < found["selective"] < found["lean"] < found["full"] == found[None]
     offloaded = LeMoConfig(recompute="full", offload_gib=1000)
     assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
 

@@ -9,6 +9,7 @@ from test_plan import LLAMA, QKVO, Allocations, launched, tiny  # noqa: F401 - a
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.config import LEVELS
 from lemo_hf.plan import longest, plan
 from lemo_hf.plan_model import PLANNED
 
@@ -72,7 +73,7 @@ def test_weights_to_the_byte(family, kind, kbit_training, tmp_path):
 
 
 WAYS = [
-    *({"retention": 0.5, "recompute": level} for level in ("none", "mlp", "selective", "full")),
+    *({"retention": 0.5, "recompute": level} for level in LEVELS),
     None,
     "checkpointing",
 ]

@@ -87,7 +87,7 @@ def test_adapters_on_some_linears(options, level):
 
 
 def test_levels_of_their_own(model):
-    mixed = ("none", "mlp", "selective", "full")
+    mixed = ("none", "mlp", "lean", "full")
     expected = run(model, recompute="none")
     calls = []
     for index, layer in enumerate(model.get_base_model().model.layers):
@@ -99,25 +99,35 @@ def test_levels_of_their_own(model):
 
 
 @pytest.mark.parametrize(
-    ("level", "projections", "attentions"),
-    [("none", 1, 1), ("mlp", 1, 1), ("selective", 2, 1), ("full", 2, 2)],
+    ("level", "projections", "attentions", "outputs"),
+    [
+        ("none", 1, 1, 1),
+        ("mlp", 1, 1, 1),
+        ("selective", 2, 1, 1),
+        ("lean", 2, 1, 2),
+        ("full", 2, 2, 2),
+    ],
 )
-def test_what_runs_again(model, level, projections, attentions):
+def test_what_runs_again(model, level, projections, attentions, outputs):
     """Attention runs again at "full" alone; the MLP never more than twice, nor its last product."""
     layer = model.get_base_model().model.layers[1]
-    calls = {"q": 0, "gate": 0, "attention": 0, "down": 0}
+    calls = {"q": 0, "gate": 0, "attention": 0, "down": 0, "output": 0}
     layer.mlp.down_proj = torch.nn.Linear(48, 32, bias=False).requires_grad_(False)
+    output = layer.self_attn.o_proj
+    weights = {"down": layer.mlp.down_proj.weight, "output": output.base_layer.weight}
 
     class Attention(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
             products = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul")
-            down = layer.mlp.down_proj.weight
-            # Its transpose is a view: forward products read it, the gradient's read the weight.
-            calls["down"] += name in products and any(
-                torch.is_tensor(x) and x.data_ptr() == down.data_ptr() and x.shape == down.mT.shape
-                for x in args
-            )
+            for what, weight in weights.items():
+                # A transpose is a view: forward products read it, the gradient's read the weight.
+                calls[what] += name in products and any(
+                    torch.is_tensor(x)
+                    and x.data_ptr() == weight.data_ptr()
+                    and x.stride() == weight.mT.stride()
+                    for x in args
+                )
             calls["attention"] += "scaled_dot_product" in name and "backward" not in name
             return func(*args, **(kwargs or {}))
 
@@ -130,6 +140,7 @@ def test_what_runs_again(model, level, projections, attentions):
     assert calls["q"] == projections
     assert calls["gate"] == (1 if level == "none" else 2)
     assert calls["down"] == 1
+    assert calls["output"] == outputs
     assert calls["attention"] == 4 * attentions
 
 

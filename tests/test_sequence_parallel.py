@@ -12,6 +12,7 @@ from training_cases import CHECKPOINTED, ROWS_A_STEP, assert_same, make_trainer,
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.checks import check_trainer
+from lemo_hf.config import LEVELS
 from lemo_hf.predictors.block_predictor import BlockPredictor
 
 EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
@@ -28,7 +29,7 @@ PASSES = {
     "all_labels": ("llama", {"supervise": "all"}),
     "some_labels": ("llama", EACH),
     **{f"recompute_{level}": ("llama", {**RECENT, "recompute": level})
-       for level in ("mlp", "selective", "full")},
+       for level in LEVELS[1:]},
     "offload": ("llama", {**EACH, "recompute": "selective", "offload_gib": 1}),
     "qwen3": ("qwen3", EACH),
     "granite": ("granite", {**EACH, "recompute": "full"}),

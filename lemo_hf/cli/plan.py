@@ -27,7 +27,9 @@ def plan(
     ] = None,
     recompute: Annotated[
         str | None,
-        typer.Option(help="none, mlp, selective or full. Default: as gradient checkpointing says."),
+        typer.Option(
+            help="none, mlp, selective, lean or full. Default: as gradient checkpointing says."
+        ),
     ] = None,
     offload_gib: Annotated[
         float | None, typer.Option(help="Pinned host memory for what layers store.")
