@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.app import app
+from lemo_hf.config import LEVELS
 from lemo_hf.plan import plan
 
 ROOT = Path(__file__).parent.parent
@@ -205,7 +206,7 @@ def test_the_picture_of_recomputation_is_the_plan():
     text = (DOCS / "assets" / "recompute.svg").read_text(encoding="utf-8")
     shown = [int(kib) for kib in re.findall(r">(\d+) KiB<", text)]
     tokens, stored = 16384, []
-    for level in ("none", "mlp", "selective", "full"):
+    for level in LEVELS:
         config = LeMoConfig(retention=0.5, recompute=level)
         parts = []
         for layers in (32, 64):

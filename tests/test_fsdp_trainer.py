@@ -87,6 +87,7 @@ SAVED = {
 START = """
 import os
 from pathlib import Path
+from lemo_hf.memory import local_bytes
 from test_fsdp_trainer import ALL, SAVED, one_pass
 from training_cases import make_trainer, outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -106,6 +107,8 @@ for name, case in ALL.items():
     trainer.train()
     assert trainer.accelerator.is_fsdp2, trainer.accelerator.distributed_type
     assert type(trainer.model.get_output_embeddings()).__name__.startswith("FSDP")
+    parameters = list(trainer.model.parameters())  # of which a process counts its half
+    assert sum(map(local_bytes, parameters)) < 0.6 * sum(p.nbytes for p in parameters)
     write(folder, name, outcome(trainer), process)
 bf16 = sharded(**{**ALL["full-answers"], "bf16": True})
 write(folder, "bf16", train(folder / "bf16", **bf16), process)

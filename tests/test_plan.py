@@ -286,7 +286,8 @@ def test_offload(level, slabs, launched, monkeypatch):
     lemo |= {"dense_first_layers": 3}
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
     assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
-    check_step(lemo, layers=6, existing=planned.pinned)
+    # The CPU's copies are never in flight, which the plan counts.
+    check_step(lemo, layers=6, existing=planned.pinned, within=0.02)
 
 
 def test_rows_and_lengths(launched):
