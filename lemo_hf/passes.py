@@ -36,6 +36,8 @@ from lemo_hf.step import RowCounts, Seen, Step
 
 logger = logging.getLogger(__name__)
 
+MOST_SHAPES = 1024  # whose levels of recomputation are remembered
+
 
 class Passes:
     """The forward passes of one model: the one under way, and counts of those that ended.
@@ -241,9 +243,19 @@ class Passes:
         assert step is not None  # a layer of a sparse pass asks
         if step.level is None:
             rows = tuple(step.stored_rows(len(self._layers)))
-            if (x.shape, rows) not in self._levels:
-                self._levels[x.shape, rows] = self._fitting_level(layer, x, rows)
-            step.level = self._levels[x.shape, rows]
+            step.level = self._levels.get((x.shape, rows))
+            if step.level is None:
+                step.level = self._fitting_level(layer, x, rows)
+                if step.level not in self._levels.values():
+                    logger.info(
+                        "recompute=%r is what fits beside batches of %d x %d tokens",
+                        step.level,
+                        step.batch,
+                        step.tokens,
+                    )
+                if len(self._levels) == MOST_SHAPES:
+                    self._levels.clear()
+                self._levels[x.shape, rows] = step.level
         return step.level
 
     def _fitting_level(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows]) -> str:

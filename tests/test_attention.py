@@ -131,7 +131,7 @@ def test_layers_say_what_they_store_before_they_choose():
 
 
 @pytest.mark.parametrize("level", UNITS)
-def test_layers_follow_what_fits(level, monkeypatch):
+def test_layers_follow_what_fits(level, monkeypatch, caplog):
     model = make_model("llama", "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     lemo = apply_lemo(model, LeMoConfig(block_size=8))
@@ -145,11 +145,16 @@ def test_layers_follow_what_fits(level, monkeypatch):
         lambda run, rows, level, *_: (levels.append(level), run(rows))[1],
     )
     inputs = batch(1, 64)
-    for _ in range(2):
-        model(**inputs).loss.backward()
+    with caplog.at_level("INFO", "lemo_hf.passes"):
+        for _ in range(2):
+            model(**inputs).loss.backward()
     assert levels == [level] * 8
+    assert caplog.messages == [f"recompute={level!r} is what fits beside batches of 1 x 64 tokens"]
     assert asked == [((32, None),) * 4]  # once for a shape and its rows
     inputs["labels"][:, :8] = inputs["labels"][:, 16:32] = -100  # the others are kept
     model(**inputs).loss.backward()
     kept = lemo.passes.kept_blocks[0, "attention"].sum().item() * 8
     assert asked[1:] == [((kept, None),) * 4] and kept > 32
+    monkeypatch.setattr("lemo_hf.passes.MOST_SHAPES", 2)
+    model(**batch(1, 48)).loss.backward()
+    assert len(lemo.passes._levels) == 1
