@@ -1,7 +1,7 @@
 """Optimizer steps by `LeMoTrainer` and `Trainer` on one and several GPUs, as users launch them.
 
     CUDA_VISIBLE_DEVICES=0 python benchmarks/bench_scaling.py            # one GPU
-    torchrun --nproc_per_node 2 benchmarks/bench_scaling.py --append     # two of them
+    torchrun --nproc_per_node 4 benchmarks/bench_scaling.py --append     # four of them
 
 The second run finds the first one's rows in the file and says how its own compare (`compared`).
 Every case makes its model anew on each GPU, since FSDP2 cannot be taken off one.

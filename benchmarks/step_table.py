@@ -18,7 +18,8 @@ HEADLINES = {
         "lemo+checkpointing",
         "lemo+offload",
     ),
-    ("growth", 262144): ("hf+checkpointing", "lemo+checkpointing"),
+    ("growth", 262144): ("hf+checkpointing", "lemo+checkpointing", "lemo+offload"),
+    ("growth", 524288): ("lemo+offload",),
 }
 NAMES = {
     "hf": "HF + PEFT",
