@@ -9,9 +9,7 @@ from torch import Tensor
 from lemo_hf.config import UNITS
 from lemo_hf.offload import GIB, leaving
 from lemo_hf.recompute import TILE_BYTES
-
-# Rows that a layer stores for its attention, and for an MLP with a kept set of its own (or None).
-LayerRows = tuple[int, int | None]
+from lemo_hf.selection import LayerRows
 
 # Rows of the stream that the backward of an attention holds for each row it works on: rows, their
 # norm, queries, keys, values, output, the gradients of those (keys and values by query head), and

@@ -24,8 +24,9 @@ from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.labels import Labels
 from lemo_hf.loss import segment_loss, shifted
-from lemo_hf.memory import LayerRows, fitting_level, free_bytes, local_bytes
+from lemo_hf.memory import fitting_level, free_bytes, local_bytes
 from lemo_hf.offload import HostMemory
+from lemo_hf.selection import LayerRows
 from lemo_hf.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,

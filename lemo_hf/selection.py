@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Rows that a layer keeps for its attention, and for an MLP with a kept set of its own (or None).
+LayerRows = tuple[int, int | None]
+
 
 @dataclass
 class KeptSet:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.memory import LayerRows
 from lemo_hf.predictors.training_free import row_keys
 from lemo_hf.selection import (
     KeptSet,
+    LayerRows,
     block_any,
     blocks_above,
     keep_blocks,
