@@ -25,7 +25,8 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.passes import Passes, runs_own_forward
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
-from lemo_hf.step import RowCounts, Seen
+from lemo_hf.row_counts import RowCounts
+from lemo_hf.step import Seen
 
 logger = logging.getLogger(__name__)
 

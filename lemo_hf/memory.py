@@ -5,6 +5,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lemo_hf.config import UNITS
 from lemo_hf.offload import GIB, leaving
@@ -48,12 +49,13 @@ def fitting_level(
 
 
 def stored_bytes(rows: Sequence[LayerRows], level: str, row: int, output: int, slabs: int) -> int:
-    """Bytes that layers store on the device; ``row`` and ``output`` are bytes of a row of each."""
+    """Bytes that layers store on the device at ``"selective"`` or ``"lean"``.
+
+    ``row`` and ``output`` are bytes of a row of the stream and of attention's output.
+    """
     layers: list[list[tuple[str, int]]] = []
     for attention, mlp in rows:
-        layers.append([("rows", attention * row)])
-        if level != "full":
-            layers[-1].append(("output", attention * output))
+        layers.append([("rows", attention * row), ("output", attention * output)])
         if level == "selective" and mlp is None:
             layers[-1].append(("sum", attention * row))
     gone = leaving(layers, slabs)
@@ -67,7 +69,7 @@ def stored_bytes(rows: Sequence[LayerRows], level: str, row: int, output: int, s
 
 def local_bytes(parameter: Tensor) -> int:
     """Of a parameter, or of this process's part of it."""
-    return getattr(parameter, "_local_tensor", parameter).nbytes
+    return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -26,6 +26,7 @@ from lemo_hf.labels import Labels
 from lemo_hf.loss import segment_loss, shifted
 from lemo_hf.memory import fitting_level, free_bytes, local_bytes
 from lemo_hf.offload import HostMemory
+from lemo_hf.row_counts import RowCounts
 from lemo_hf.selection import LayerRows
 from lemo_hf.sequence_checks import (
     check_sequence_call,
@@ -33,7 +34,7 @@ from lemo_hf.sequence_checks import (
     check_sequence_model,
 )
 from lemo_hf.sequence_parallel import Shards, sequence_group
-from lemo_hf.step import RowCounts, Seen, Step
+from lemo_hf.step import Seen, Step
 
 logger = logging.getLogger(__name__)
 

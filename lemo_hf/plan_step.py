@@ -23,7 +23,7 @@ from lemo_hf.plan_layer import (
 from lemo_hf.plan_model import MLP_INPUTS, ModelShapes
 from lemo_hf.plan_offload import Offload
 from lemo_hf.plan_quantized import dequantized_bytes, layer_bytes, other_parameters
-from lemo_hf.selection import num_kept_blocks
+from lemo_hf.selection import LayerRows, num_kept_blocks
 
 INT64 = 8
 SIXTEEN_BIT = 2
@@ -94,18 +94,18 @@ class PlannedStep:
         chosen = self._fitting_level()
         return [level or chosen for level in levels]
 
+    @cached_property
+    def _layer_rows(self) -> list[LayerRows]:
+        pairs = [(None, None) if rule is None else rule for rule in self.rules]
+        return [(self.kept(one), None if own is None else self.kept(own)) for one, own in pairs]
+
     def _fitting_level(self) -> str:
         """What the first layer that asks decides in the first step, before optimizer states."""
         if self.room is None:
             return UNITS[0]
-        own = [rule[1] if rule is not None else None for rule in self.rules]
-        rows = [
-            (self.kept(rule and rule[0]), None if mlp is None else self.kept(mlp))
-            for rule, mlp in zip(self.rules, own, strict=True)
-        ]
         there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
         return fitting_level(
-            rows,
+            self._layer_rows,
             (self.batch, self.tokens, self.model.hidden),
             self.model.query,
             self.trained.weight,
@@ -132,10 +132,9 @@ class PlannedStep:
             return [made[0], *made[1:] * (model.layers - 1)]
         make = cache(lambda how: kept_layer(model, trained, how))
         layers = []
-        for index, (rule, level) in enumerate(zip(self.rules, self.levels, strict=True)):
-            apart = rule is not None and rule[1] is not None
-            attention = self.kept(rule and rule[0])
-            mlp = self.kept(rule[1]) if rule is not None and apart else attention
+        for index, (rows, level) in enumerate(zip(self._layer_rows, self.levels, strict=True)):
+            attention, own = rows
+            mlp, apart = (attention, False) if own is None else (own, True)
             layers.append(make(Kept(attention, mlp, apart, level, self._frozen and index == 0)))
         return layers
 

@@ -107,10 +107,9 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     means = _whole(inputs, torch.cat(parts, 1))
     if inputs.sublayer == "mlp":
         return _mlp_activity(inputs, means, normed=True)
-    middles = _middles(step, size)
     positions = inputs.position_embeddings
     if positions is not None:
-        cos, sin = (torch.take_along_dim(x, middles[..., None], 1) for x in positions)
+        cos, sin = (torch.take_along_dim(x, step.middles[..., None], 1) for x in positions)
         positions = (cos, sin)
     captured = _query_key(inputs, means, positions)
     return block_scores(
@@ -119,7 +118,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
         1,
         captured.scaling,
         valid=step.real,
-        documents=_of_middles(step.documents, middles),
+        documents=step.block_documents,
         window=captured.window and max(1, captured.window // size),
         softcap=captured.softcap,
         normalize=config.normalize_scores,
@@ -151,7 +150,6 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     step, network = inputs.step, inputs.predictor
     assert network is not None  # see `check_predictors`
     size = step.config.block_size
-    documents = _of_middles(step.documents, _middles(step, size))
     module = _input_norm(inputs)
     norm = norm_of(module, inputs.family.norm)
     if _by_kernel(inputs, network, known=module is None or norm is not None):
@@ -163,7 +161,7 @@ def predictor(inputs: ScoreInputs) -> Tensor:
             longest=network.longest,
             normalize=network.normalize,
             valid=step.valid,
-            documents=documents,
+            documents=step.block_documents,
         )
     else:
         parts = [
@@ -171,7 +169,7 @@ def predictor(inputs: ScoreInputs) -> Tensor:
             for part, valid in _chunks(inputs)
         ]
         embedded = Embedded(*(_whole(inputs, x) for x in Embedded.join(parts)))
-        scores = network.score(embedded, documents)
+        scores = network.score(embedded, step.block_documents)
     return (scores - scores.amax(1, keepdim=True)).exp()
 
 
@@ -199,24 +197,6 @@ def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
     """``[B, N, ...]`` of the whole sequence, of which this process may have made a part."""
     shards = inputs.step.shards
     return blocks if shards is None else shards.gather_blocks(blocks)
-
-
-def _middles(step: Step, size: int) -> Tensor:
-    """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` where rows are padded.
-
-    In a block that is cut short it is a token's, whether the sequence ends there or padding begins.
-    """
-    middles = torch.arange(step.num_blocks, device=step.device)[None] * size + size // 2
-    if step.valid is None:
-        return middles.clamp_max(step.tokens - 1)
-    first = step.valid.int().argmax(1, keepdim=True)
-    last = step.tokens - 1 - step.valid.flip(1).int().argmax(1, keepdim=True)
-    return middles.clamp(first, last)
-
-
-def _of_middles(documents: Tensor | None, middles: Tensor) -> Tensor | None:
-    """``[B, T]`` to the documents ``[B, N]`` that blocks' middles belong to."""
-    return None if documents is None else torch.take_along_dim(documents, middles, 1)
 
 
 POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.predictors.training_free import row_keys
+from lemo_hf.row_counts import Counts, RowCounts
 from lemo_hf.selection import (
     KeptSet,
     LayerRows,
@@ -24,25 +25,6 @@ from lemo_hf.sequence_parallel import Shards, Share
 # Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
 # that is masked like padding) still count as labels on the whole sequence.
 WHOLE_SEQUENCE = 0.9
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """Host-side counts of one row, which fix how many slots it needs."""
-
-    tokens: int  # that are no padding
-    blocks: int  # with at least one such token
-    required_blocks: int
-    required_tokens: int  # in required blocks
-    label_blocks: int
-    labels: int
-
-    def num_blocks(self, retention: float) -> int:
-        return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
-
-    def most_tokens(self, blocks: int, size: int) -> int:
-        """In so many blocks: padding may cut required ones short, all others count ``size``."""
-        return self.required_tokens + (blocks - self.required_blocks) * size
 
 
 @dataclass(frozen=True)
@@ -70,31 +52,6 @@ class Seen:
             {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.kept_tokens.items()},
             {key: sets[id(blocks)] for key, blocks in self.kept_blocks.items()},
         )
-
-
-class _Counts:
-    """Counts of rows, one `RowCounts` each, on their way from the device to the host.
-
-    Shapes depend on them. They set out before the first layer is launched and are asked for at the
-    first choice, so that the device has work while the host waits.
-    """
-
-    def __init__(self, table: Tensor, known: list[RowCounts] | None):
-        self.on_device = table
-        self._copy, self._arrived = table, None
-        if known is not None:
-            self.on_host = known
-        elif table.is_cuda:
-            self._copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-            self._copy.copy_(table, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(table.device).record_event()
-
-    @cached_property
-    def on_host(self) -> list[RowCounts]:
-        """Waits for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [RowCounts(*row) for row in self._copy.tolist()]
 
 
 class Step:
@@ -150,7 +107,7 @@ class Step:
             self.documents = restarts.cumsum(1).expand(self.batch, -1)
         self._input_ids = input_ids
         self.real, self.required, table = self._blocks(targets)
-        self._counts = _Counts(table, rows)
+        self._counts = Counts(table, rows)
         self._tokens = self._counts.on_device[:, :1]
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -165,6 +122,27 @@ class Step:
         if self._input_ids is None:
             return torch.arange(self.batch, device=self.device)
         return row_keys(self._input_ids, self.valid)
+
+    @cached_property
+    def middles(self) -> Tensor:
+        """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` if rows are padded.
+
+        In a block that is cut short it is a token's, whether the row ends there or padding begins.
+        """
+        size = self.config.block_size
+        middles = torch.arange(self.num_blocks, device=self.device)[None] * size + size // 2
+        if self.valid is None:
+            return middles.clamp_max(self.tokens - 1)
+        first = self.valid.int().argmax(1, keepdim=True)
+        last = self.tokens - 1 - self.valid.flip(1).int().argmax(1, keepdim=True)
+        return middles.clamp(first, last)
+
+    @cached_property
+    def block_documents(self) -> Tensor | None:
+        """The document of each block's middle, ``[B, N]``; None if rows are not packed."""
+        if self.documents is None:
+            return None
+        return torch.take_along_dim(self.documents, self.middles, 1)
 
     @property
     def rows(self) -> list[RowCounts]:

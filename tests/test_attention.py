@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import batch, make_model
+from models import batch, make_model, with_lora
 from torch.nn.attention import SDPBackend
 
 from lemo_hf import LeMoConfig, apply_lemo, attention, memory
@@ -115,6 +115,25 @@ def test_host_memory_takes_whole_slabs_of_all_but_the_last_layer():
     assert level_of(rows, WORKING + layer, slabs=9) == "selective"
     assert level_of(rows, WORKING + layer, slabs=8) == "lean"  # 6 of 8 are enough
     assert level_of(rows, WORKING + layer, slabs=4) == "full"
+
+
+@pytest.mark.parametrize("offload_gib", [None, 1])
+def test_what_a_model_asks_for(offload_gib, monkeypatch):
+    """Heads twice as wide as the stream, adapters and host memory; the GPU is pretended."""
+    model = with_lora(make_model("llama", "sdpa", head_dim=16))
+    lemo = apply_lemo(model, LeMoConfig(block_size=8, offload_gib=offload_gib))
+    x = SimpleNamespace(
+        device=torch.device("cuda"), shape=torch.Size(STREAM), element_size=lambda: SIZE
+    )
+    rows = [(64 * HALF, None)] * 4
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    slabs = 0 if offload_gib is None else 16
+    found = []
+    for room in range(WORKING, WORKING + 2**28 + 2**26, 2**23):
+        monkeypatch.setattr("lemo_hf.passes.free_bytes", lambda _, room=room: room + 3 * trained)
+        found.append(lemo.passes._fitting_level(model.get_base_model().model.layers[1], x, rows))
+        assert found[-1] == level_of(rows, room, slabs=slabs)
+    assert found[0] == "full" and found[-1] == "selective"
 
 
 def test_layers_say_what_they_store_before_they_choose():

@@ -40,6 +40,7 @@ FLOORS = {
     "sequence_attention": 2,
     "sequence_checks": 2,
     "checks": 2,
+    "row_counts": 1,
     "step": 2,
     "fused": 2,
     "recompute": 1,

@@ -21,12 +21,7 @@ pytestmark = [
 ENGINES = {
     "ddp": test_ddp.ALL,
     "fsdp": test_fsdp_trainer.ALL,
-    # But for rows of 21 tokens, of which four processes could not have a block each.
-    "sequence": {
-        name: case
-        for name, case in test_sequence_parallel.ALL.items()
-        if case.get("data") != "padded"
-    },
+    "sequence": test_sequence_parallel.ALL,
     # DDP too, whose buckets are filled by gradients that come all at once.
     "graphs": {
         "lora" if lora else "full": {

@@ -286,8 +286,9 @@ def test_offload(level, slabs, launched, monkeypatch):
     lemo |= {"dense_first_layers": 3}
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
     assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
-    # The CPU's copies are never in flight, which the plan counts.
-    check_step(lemo, layers=6, existing=planned.pinned, within=0.02)
+    # No copy of the CPU's is on its way out while others are made.
+    monkeypatch.setattr("lemo_hf.plan_offload.Offload.going", lambda *_: 0)
+    check_step(lemo, layers=6, existing=planned.pinned)
 
 
 def test_rows_and_lengths(launched):
@@ -385,14 +386,33 @@ def test_free_memory_chooses_the_level():
         assert levels(needed - 0.5) == (below,) * 32
 
 
+@pytest.mark.parametrize("offload_gib", [None, 30, 100])
+@pytest.mark.parametrize("mlp_retention", [None, 0.5, 1.0])
+def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
+    """The formula is a bound: the plan, which knows every tensor, never says more."""
+    options = {"mlp_retention": mlp_retention, "offload_gib": offload_gib}
+    settings = {"gradient_checkpointing": True, "adapter_dtype": "bfloat16", "autocast": False}
+    chosen = set()
+    for dense, retention in ((0, 0.3), (4, 0.5), (4, 0.8)):
+        config = LeMoConfig(
+            retention=retention, dense_first_layers=dense, agree_across_layers=False, **options
+        )
+        for memory in (24, 40, 80, 140):
+            for tokens in (16000, 33000, 65536, 131072, 200000, 262144):
+                found = plan(LLAMA, config, tokens, memory_gib=memory, **settings)
+                chosen.add(found.levels[-1])
+                assert found.levels[-1] == "full" or found.peak <= memory * GIB
+    assert {"selective", "full"} <= chosen
+
+
 def test_longest_rows_by_level():
     """Full goes furthest, and is what free memory chooses there."""
     found = {
         level: longest(LLAMA, LeMoConfig(recompute=level), 60, gradient_checkpointing=True)
         for level in (*LEVELS, None)
     }
-    assert list(found.values()) == sorted(found.values())
-    assert found["none"] < found["selective"] < found["lean"] < found["full"] == found[None]
+    assert found["none"] < found["mlp"] < found["selective"] < found["lean"] < found["full"]
+    assert found["full"] == found[None]
     offloaded = LeMoConfig(recompute="full", offload_gib=1000)
     assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
 

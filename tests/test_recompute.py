@@ -86,8 +86,9 @@ def test_adapters_on_some_linears(options, level):
     assert_same(run(model, recompute=level), run(model, recompute="none"))
 
 
-def test_levels_of_their_own(model):
-    mixed = ("none", "mlp", "lean", "full")
+@pytest.mark.parametrize("third", ["selective", "lean"])
+def test_levels_of_their_own(model, third):
+    mixed = ("none", "mlp", third, "full")
     expected = run(model, recompute="none")
     calls = []
     for index, layer in enumerate(model.get_base_model().model.layers):

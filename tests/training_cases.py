@@ -19,7 +19,7 @@ ROWS_A_STEP = 4
 # Labels of a step's rows, of 64 tokens: two processes have 14 and 114 of them, or 0 and 114.
 # Where 50 tokens have one, more than half of the blocks are kept.
 ANSWERS = [[10, 4, 64, 50], [0, 0, 64, 50]]
-LENGTHS = [21, 40, 64, 33]
+LENGTHS = [29, 40, 64, 33]  # the first has a block of 8 for each of four processes
 CHECKPOINTED = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
