@@ -33,7 +33,6 @@ LOSS = [
     (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),
     (KERNELS + "segment_cross_entropy.plain_weight", lambda *_: None),
 ]
-SCORES = [(KERNELS + "block_scores.use_triton", lambda _: False)]
 WITHOUT = {
     "all kernels": [],
     "without norms": NORMS,
@@ -43,14 +42,12 @@ WITHOUT = {
     "without segment_cross_entropy": LOSS,
     "without LoRA in one product": ADAPTERS,
     "without choice of attention": ATTENTION,
-    "none of these": NORMS + MOVEMENT + ROTARY + GATED + LOSS + SCORES + ADAPTERS + ATTENTION,
+    "none of these": NORMS + MOVEMENT + ROTARY + GATED + LOSS + ADAPTERS + ATTENTION,
 }
-ORACLE = {"oracle scores": [], "oracle scores, without block_scores": SCORES}
 # Provider, tokens, options of LeMoConfig, variants.
 CASES = [
     ("lemo", 16384, {}, WITHOUT),
     ("lemo+checkpointing", 32768, {}, WITHOUT),
-    ("lemo", 16384, {"policy": "oracle"}, ORACLE),
 ]
 
 

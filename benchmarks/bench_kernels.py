@@ -26,7 +26,6 @@ RESULTS = Path(__file__).parent / "results"
 KERNELS = {
     "rows": kernel_cases.row_cases,
     "movement": kernel_cases.movement_cases,
-    "block_scores": matmul_cases.score_cases,
     "gated_activation": kernel_cases.gated_cases,
     "rotary": kernel_cases.rotary_cases,
     "segment_cross_entropy": matmul_cases.loss_cases,

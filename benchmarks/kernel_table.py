@@ -11,10 +11,6 @@ KERNELS = {
         "out of the stream, norm, back into it: ms, memory beside the inputs (naive: the update is "
         "scattered into zeros, which are added)",
     ),
-    "block_scores": (
-        ("ms_median", "extra_mib"),
-        "`block_scores`: ms, memory beside the inputs",
-    ),
     "segment_cross_entropy": (
         ("ms_median", "peak_mib", "extra_mib", "grad_error", "weight_error"),
         "`segment_cross_entropy`: ms, peak memory, of it beside the inputs, error of the gradient "

@@ -1,77 +1,19 @@
-"""What `bench_kernels.py` measures of kernels around matrix products: block scores and the loss."""
+"""What `bench_kernels.py` measures of the kernel around matrix products: the loss."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
-from kernel_cases import DEVICE, HEAD_DIM, HEADS, KEY_HEADS, Call, Case, DoesNotFit, normal
+from kernel_cases import DEVICE, Call, Case, normal
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lemo_hf.kernels.block_scores import block_scores
 from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy
 
-LENGTHS = {16384: (64, 16, 512), 65536: (64,), 131072: (64,)}  # tokens: sizes of a block
-ROOM = 100e9  # bytes of scores that still fit
 ROWS, WIDTH = 32768, 4096
 VOCABULARIES = (128256, 32000)
 PEAK = 9.0  # target's weight added to a row of hidden: most of the softmax falls on the target
 CHECKED = 256  # rows of each gradient that are compared with fp64
 CHUNK = 1024  # rows of fp64 logits
-
-
-def all_scores(query: Tensor, key: Tensor, block_size: int, scaling: float) -> Tensor:
-    """The definition of `block_scores` with fp32 scores ``[heads, T, T]`` of one sequence."""
-    if query.is_cuda:
-        pairs = torch.bmm(query[0], key[0].mT, out_dtype=torch.float32)
-    else:
-        pairs = query[0].float() @ key[0].float().mT
-    mean = pairs.mul_(scaling).clamp_min_(0).mean(0).tril_()
-    blocks = len(mean) // block_size
-    return mean.view(blocks, block_size, blocks, block_size).amax((1, 3)).sum(0)
-
-
-def score_cases() -> Iterator[Case]:
-    """Scores against the whole matrix of them, and against an attention over the same tokens."""
-    shape = f"{HEADS} query and {KEY_HEADS} key heads of {HEAD_DIM}"
-    scaling = HEAD_DIM**-0.5
-    for tokens, sizes in LENGTHS.items():
-        query = normal(1, tokens, HEADS, HEAD_DIM).transpose(1, 2)
-        key, value = (normal(1, tokens, KEY_HEADS, HEAD_DIM).transpose(1, 2) for _ in range(2))
-        wide_key, wide_value = (
-            part.repeat_interleave(HEADS // KEY_HEADS, 1) for part in (key, value)
-        )
-        scores_bytes = 4 * HEADS * tokens**2
-
-        def materialised(block_size, query=query, key=wide_key, scores_bytes=scores_bytes) -> Call:
-            if scores_bytes > ROOM:
-                raise DoesNotFit(f"does not fit: {scores_bytes / 2**30:,.0f} GiB of scores")
-            return partial(all_scores, query, key, block_size, scaling)
-
-        def attention(backend, query=query, key=wide_key, value=wide_value) -> Call:
-            def attend() -> Tensor:
-                with sdpa_kernel(backend):
-                    attend = nn.functional.scaled_dot_product_attention
-                    return attend(query, key, value, is_causal=True)
-
-            return attend
-
-        causal = HEADS * HEAD_DIM * tokens**2  # operations of QK^T, half of the pairs
-        for block_size in sizes:
-            ours = partial(block_scores, query, key, block_size, scaling)
-            providers = {
-                "lemo": lambda ours=ours: ours,
-                "all scores": partial(materialised, block_size),
-            }
-            if block_size == sizes[0]:  # attention knows no blocks
-                providers["FlashAttention"] = partial(attention, SDPBackend.FLASH_ATTENTION)
-                providers["cuDNN attention"] = partial(attention, SDPBackend.CUDNN_ATTENTION)
-            flops = {**dict.fromkeys(providers, 2 * causal), "lemo": causal}
-            size = {"materialised_mib": scores_bytes // 2**20}
-            name = f"T = {tokens:,}, b = {block_size}"
-            yield Case(
-                "block_scores", shape, name, providers, flops=flops, inspect=lambda _, s=size: s
-            )
 
 
 def loss_cases() -> Iterator[Case]:

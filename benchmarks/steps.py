@@ -27,12 +27,20 @@ LEFT_BEHIND = 2**26  # bytes; more than this of an earlier trial would spoil a p
 FIRST_TOKENS = 512  # of the first steps, which no dry step may come before
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int) -> Tensor:
-    """One optimizer step on fresh random tokens, labels the same; the loss, detached."""
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int, answers: int | None = None
+) -> Tensor:
+    """One optimizer step on fresh random tokens; the loss, detached.
+
+    The labels are the tokens; only the last ``answers`` of them, if that is given.
+    """
     device = next(model.parameters()).device
     ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+    labels = ids.clone()
+    if answers is not None:
+        labels[:, :-answers] = -100
     optimizer.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     optimizer.step()
     return loss.detach()

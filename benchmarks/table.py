@@ -18,45 +18,29 @@ from step_table import (
     step_tables,
 )
 
-from benchmarks.quality.tables import all_tables, summary_table
+from benchmarks.quality.tables import all_tables, headline_table
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "docs" / "BENCHMARKS.md"
 QUALITY = HERE.parent / "docs" / "QUALITY.md"
 README = HERE.parent / "README.md"
 DEMO = HERE.parent / "docs" / "demo" / "report.json"
-QUALITY_RUN = "bench_quality"
+QUALITY_RUN = "quality"
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
-def quality_table(header: dict, rows: list[dict], *groups: str) -> str:
-    """Markdown: settings of ``groups`` beside dense."""
-    table = summary_table(rows, groups)
-    return (
-        f"{table}\n\n{header['gpu']}, torch {header['torch']}, transformers "
-        f"{header['transformers']}, commit `{header['commit']}`, {header['date']}; means over "
-        "seeds, in brackets the range of the change; step time and memory alone on a GPU."
-    )
-
-
 def predictor_table(header: dict, rows: list[dict]) -> str:
-    """Markdown: recall of each reported predictor and of other rankings, mean (least layer)."""
-    policies = ("predictor", "position", "previous", "pooled", "random")
-    lines = [["scores", "documents", "retention", *policies], ["---"] * (3 + len(policies))]
-    cells = {}
+    """Markdown: what one layer's scores cost."""
+    lines = [["tokens", "labels", "policy", "GPU, ms", "with the host, ms", "memory"], ["---"] * 6]
     for row in rows:
-        if row["part"] == "recall" and row["model"] == "base":
-            key = (row["training"], row["head"], row["documents"], row["retention"])
-            cells.setdefault(key, {})[row["policy"]] = f"{row['mean']:.3f} ({row['least']:.2f})"
-    for (training, head, documents, retention), found in cells.items():
-        if set(policies) <= set(found):
-            named = training if head == "attention" else "MLP activation"
-            lines.append([named, documents, f"{retention:g}", *(found[name] for name in policies)])
+        numbers = [f"{row[name]:.2f}" for name in ("ms_kernels", "ms_median")]
+        memory = f"+ {row['extra_mib']:,} MiB"
+        lines.append([f"{row['tokens']:,}", row["labels"], row["policy"], *numbers, memory])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n{header['gpu']}, torch {header['torch']}, transformers "
-        f"{header['transformers']}, commit `{header['commit']}`, {header['date']}, "
-        f"{header['tokens']:,} tokens, `benchmarks/bench_predictor.py`."
+        f"{header['transformers']}, commit `{header['commit']}`, {header['date']}, one layer of "
+        "Llama-3 8B's sizes, `benchmarks/bench_predictor.py`."
     )
 
 
@@ -98,35 +82,26 @@ def blocks() -> dict[str, str]:
 
 def results(name: str) -> list[tuple[dict, list[dict]]]:
     """Header and rows of each GPU's files of that name, which may be a pattern."""
-    return list(named_results(name).values())
-
-
-def named_results(name: str) -> dict[Path, tuple[dict, list[dict]]]:
-    """The same, by file."""
     files = sorted(HERE.glob(f"results/*/{name}.json"))
-    contents = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    return {file: (content["header"], content["rows"]) for file, content in contents.items()}
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [(content["header"], content["rows"]) for content in contents]
 
 
 def readme_blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
-    quality = [quality_table(*found, "headline", "equal_time") for found in results(QUALITY_RUN)]
-    return {
+    found = {
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
         "steps": "\n\n".join(step_headlines(*found) for found in results("bench_step")),
         "longest": "\n\n".join(longest_table(rows) for _, rows in results("bench_longest")),
-        "quality": "\n\n".join(quality),
     }
+    if quality := results(QUALITY_RUN):
+        found["quality"] = "\n\n".join(headline_table(*content) for content in quality)
+    return found
 
 
 def quality_blocks() -> dict[str, str]:
     """Every generated block of docs/QUALITY.md by the name of its markers."""
-    groups = ("headline", "equal_time", "controls")
-    summaries = [quality_table(*found, *groups) for found in results(QUALITY_RUN)]
-    found = {"summary": "\n\n".join(summaries)}
-    for file, content in named_results(f"{QUALITY_RUN}*").items():
-        found[file.stem] = all_tables(*content)
-    return found
+    return {"quality": "\n\n".join(all_tables(*found) for found in results(QUALITY_RUN))}
 
 
 def insert(text: str, name: str, block: str) -> str:

@@ -5,8 +5,8 @@
 
 As it stands it takes the repository's small model and a few rows of a book, less than a minute on
 a CPU. For the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
---block-size 64 --units 128 --rows 1000 --epochs 1: the length, block size and kind of text that
-you will train with. `lemo train-predictor` does the same in a shell.
+--block-size 64 --rows 1000 --epochs 1: the length, block size and kind of text that you will
+train with. `lemo train-predictor` does the same in a shell.
 """
 
 import argparse
@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="length of a row")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--rows", type=int, default=68, help="of which 4 are held out for recall")
-    parser.add_argument("--units", type=int, default=32, help="ReLU units a layer")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--push", metavar="REPOSITORY", help="upload it there; needs hf auth login")
     parser.add_argument("--output", default="out/predictor")
@@ -42,21 +41,19 @@ def main() -> None:
         args.model, dtype=torch.bfloat16 if gpu else torch.float32
     ).to("cuda" if gpu else "cpu")
     rows = token_rows(load_documents(args.data), tokenizer, args.tokens, max_rows=args.rows)
-    ids = [row["input_ids"] for row in rows]
 
     how = PredictorTraining(
-        block_size=args.block_size,
-        units=args.units,
-        epochs=args.epochs,
-        batch_size=4,
-        learning_rate=5e-3,
+        block_size=args.block_size, epochs=args.epochs, batch_size=4, learning_rate=5e-3
     )
-    predictor = train_predictor(model, ids[:-4], how, provenance={"datasets": [args.data]})
+    predictor = train_predictor(model, rows[:-4], how, provenance={"datasets": [args.data]})
 
-    # The share of the blocks the oracle would keep that the predictor, or a rule, keeps too.
-    table = recall_table(model, predictor, {"held-out rows": ids[-4:]})
+    # The share of the blocks the model looks at most that the predictor, or a rule, keeps too.
+    table = recall_table(model, predictor, {"held-out rows": rows[-4:]})
     for row in table:
-        print(f"recall of {row['policy']:9} at retention {row['retention']}: {row['mean']:.3f}")
+        print(
+            f"layer {row['layer']}, retention {row['retention']}: recall of {row['policy']:9} "
+            f"{row['recall']:.3f}"
+        )
     predictor = predictor.with_recall(table)  # into the model card
     predictor.save_pretrained(args.output, repo_id=args.push)
     print(f"train with {LeMoConfig.from_pretrained(args.output)}")

@@ -5,6 +5,7 @@ query and 8 key heads of 128, forward and backward). Other implementations (``fl
 ``flash_attention_3``, the kernels hub) are the user's choice by ``attn_implementation``.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TOKENS = 4096  # of the trial
+TOKENS = 4096  # of the trial, for queries as wide as WIDE; more where they are narrower
+WIDE = 4096
 _CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 _ANY = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
@@ -62,8 +64,13 @@ def _tried(
 def _milliseconds(
     backend: SDPBackend, heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """The faster of two runs, forward and backward, after one that is not timed."""
-    shapes = [(1, TOKENS, count, size) for count in (heads, keys, keys)]
+    """The faster of two runs, forward and backward, after one that is not timed.
+
+    As much work for any model, or the host's launches would be what is timed: for a model of 135 M
+    parameters one trial in two took the kernel that is slower by half.
+    """
+    tokens = TOKENS * max(1, math.ceil(math.sqrt(WIDE / (heads * size))))
+    shapes = [(1, tokens, count, size) for count in (heads, keys, keys)]
     tensors = [torch.randn(s, device=device, dtype=dtype).transpose(1, 2) for s in shapes]
     query, key, value = (x.requires_grad_() for x in tensors)
     best = float("inf")

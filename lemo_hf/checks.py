@@ -1,6 +1,6 @@
 """What LeMo refuses, said before training starts: the value, and the way out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -74,17 +74,16 @@ def check_attention(config: Any) -> None:
 
 def check_predictors(
     config: LeMoConfig,
-    heads: Mapping[str, Sequence | None],
+    predictors: Sequence | None,
     rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
 ) -> None:
     """Raises ValueError unless predictors, policy and sparse layers go together.
 
     Args:
         config: The user's choice.
-        heads: Predictors of ``"attention"`` and ``"mlp"``, one a layer or None; or None.
+        predictors: One a layer or None; or None.
         rules: `LeMoConfig.layer_rules`.
     """
-    predictors = heads["attention"]
     if config.policy != "predictor":
         if predictors is not None:
             raise ValueError(
@@ -96,27 +95,24 @@ def check_predictors(
         raise ValueError(
             f"policy='predictor' needs one predictor a layer: the model has {len(rules)} layers, "
             f"given: {given}. Set LeMoConfig(predictor=...), pass predictors=[...], or use "
-            "policy='pooled', which needs none."
+            "policy='overlap', which needs none."
         )
-    for place, (sublayer, head) in enumerate(heads.items()):
-        choosing = [i for i, pair in enumerate(rules) if pair and _leaves_out(pair[place])]
-        if config.agree_across_layers:
-            choosing = choosing[:1]
-        if not choosing:
-            continue
-        if head is None:
-            field = "mlp_retention" if config.mlp_threshold is None else "mlp_threshold"
+    for field in ("mlp_retention", "mlp_threshold"):
+        if any(pair and _leaves_out(pair[1]) for pair in rules) and getattr(config, field):
             raise ValueError(
-                f"{field}={getattr(config, field)} lets MLPs choose for themselves, but the "
-                f"predictors have no MLP head: set {field}=None (the MLP keeps what attention "
-                "keeps), or use predictors with one."
+                f"{field}={getattr(config, field)} lets MLPs choose for themselves, but predictors "
+                f"choose for attention: set {field}=None (the MLP keeps what attention keeps), or "
+                "use policy='pooled'."
             )
-        missing = [i for i in choosing if head[i] is None]
-        if missing:
-            raise ValueError(
-                f"layer {missing[0]} has no {sublayer} predictor, it is to stay dense, but by the "
-                f"LeMoConfig it leaves tokens out: {_way_to_dense(missing[0], head)}."
-            )
+    choosing = [i for i, pair in enumerate(rules) if pair and _leaves_out(pair[0])]
+    if config.agree_across_layers:
+        choosing = choosing[:1]
+    missing = [i for i in choosing if predictors[i] is None]
+    if missing:
+        raise ValueError(
+            f"layer {missing[0]} has no predictor but leaves tokens out by the LeMoConfig: "
+            f"{_way_to_dense(missing[0], predictors)}."
+        )
 
 
 def _leaves_out(rule: KeepRule | None) -> bool:

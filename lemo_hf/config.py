@@ -9,10 +9,24 @@ from typing import Any
 from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.version import __version__
 
-POLICIES = ("oracle", "pooled", "random", "recent", "window", "predictor")
+POLICIES = (
+    "auto",
+    "overlap",
+    "chunks",
+    "recent",
+    "window",
+    "random",
+    "pooled",
+    "oracle",
+    "predictor",
+)
 SUPERVISE = ("kept", "all")
 LEVELS = ("none", "mlp", "selective", "lean", "full")  # of recomputation
 UNITS = ("selective", "lean", "full")  # at which a layer is run again as a whole
+# By "auto": share of the steps, at the end, that keep all of rows that are labelled throughout.
+AUTO_FINISH = 0.1
+# And share of the blocks kept by overlap that are drawn by chance: three seeds, docs/QUALITY.md.
+AUTO_CHANCE = 0.25
 # Fields that say how much is kept, and the value at which that is everything.
 _KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
 
@@ -37,7 +51,7 @@ class LeMoConfig:
     Args:
         retention: Share of the token blocks each attention keeps, in (0, 1]. One number, or one
             per decoder layer (the dense first and last layers' entries must then be 1). ``None``
-            is 0.5, unless ``threshold`` takes its place.
+            is 0.3, unless ``threshold`` takes its place.
         threshold: Instead of a share: a block is kept where its score is at least ``threshold``
             times the mean score of its row's blocks. Being relative to the row's own mean, it
             depends neither on the length of the row nor on the scale of the scores; 0 keeps
@@ -49,21 +63,32 @@ class LeMoConfig:
             layer's attention keeps.
         mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
-        policy: What ranks the blocks. ``"recent"``: the last ones first (the best retrieval
-            measured, ``docs/QUALITY.md``). ``"window"``: neighbours from a random place on (the
-            best perplexity). ``"pooled"``: attention scores of mean-pooled queries and keys, no
-            training needed. ``"oracle"``: the paper's score from the layer's real queries and keys;
-            exact and slow. ``"random"``: a baseline. ``"predictor"``: the learned ones of
-            ``predictor``, or those given to `apply_lemo`. ``None``: ``"predictor"`` if one is
-            given, ``"pooled"`` if a threshold is, else ``"recent"``.
+        policy: What ranks the blocks; within each document, where rows are packed.
+            ``"overlap"``: those that share rare word pairs with the blocks that hold labels, for
+            rows whose labels cover only a part. ``"chunks"``: runs of ``chunk_size`` neighbouring
+            tokens, others at each step, for rows that are labelled throughout. ``"auto"``: of each
+            row the one of these two that fits it. ``"recent"``: the last ones first, which is what
+            cutting the row does. ``"window"``: neighbours from a random place on. ``"random"``:
+            blocks by chance. ``"pooled"``: how much blocks with labels attend to a block, by
+            mean-pooled queries and keys. ``"oracle"``: the same from the layer's real queries and
+            keys; exact and slow. ``"predictor"``: the learned ones of ``predictor``, or those given
+            to `apply_lemo`. ``None``: ``"predictor"`` if one is given, ``"pooled"`` if a threshold
+            is, else ``"auto"``.
+        chunk_size: Neighbouring tokens that ``"chunks"`` keeps together; whole blocks of them.
+        random_share: Share of the kept blocks that ``"overlap"`` and ``"predictor"`` leave to
+            ``"chunks"``, so that what is not needed is seen too, in [0, 1). ``None``: 0.25 under
+            ``"auto"``, else 0.
+        dense_finish: Share of the optimizer steps, at the end, that keep ``finish_retention`` of
+            every row, in [0, 1]: it repairs what sparse training leaves. ``None``: 0.1 for rows
+            that are labelled throughout under ``"auto"``, else 0. Trainers know how many steps
+            there are; in a loop of your own call `LeMo.begin_step`.
+        finish_retention: Share of blocks kept in these steps; below 1 where a dense step does not
+            fit the memory.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
-            those that are registered for the model's name.
+            those that the Hub has for the model.
         predictor_revision: Branch, tag or commit of that repository.
         agree_across_layers: One kept set for all sparse layers, chosen at the first of them;
             otherwise each layer chooses its own.
-        normalize_scores: Divide a block's score by the number of query blocks that can see it.
-            On plain text that keeps mostly the most recent blocks, whatever the text says; it
-            costs less perplexity and leaves out far context. ``False`` is the paper's sum.
         dense_first_layers: Layers at the bottom that keep every token.
         dense_last_layers: Layers at the top that keep every token.
         supervise: ``"kept"``: a token that is eliminated more often than the average of its
@@ -86,7 +111,7 @@ class LeMoConfig:
         cuda_graphs: Train by CUDA graphs, on a GPU: from the third batch of a shape on, forward and
             backward are launched as one, so that short rows do not wait for the host. See
             `CudaGraphs` for which batches can.
-        seed: Of the random policy.
+        seed: Of what is drawn by chance.
 
     Raises:
         ValueError: A value is out of range; the message names the field and the value.
@@ -100,10 +125,13 @@ class LeMoConfig:
     mlp_threshold: float | tuple[float, ...] | None = None
     block_size: int = 64
     policy: str | None = None
+    chunk_size: int = 512
+    random_share: float | None = None
+    dense_finish: float | None = None
+    finish_retention: float = 1.0
     predictor: str | None = None
     predictor_revision: str | None = None
     agree_across_layers: bool = True
-    normalize_scores: bool = False
     dense_first_layers: int = 0
     dense_last_layers: int = 0
     supervise: str = "kept"
@@ -138,9 +166,10 @@ class LeMoConfig:
                     f"say how much is kept: set one of them to None."
                 )
         if self.retention is None and self.threshold is None:
-            object.__setattr__(self, "retention", 0.5)
+            object.__setattr__(self, "retention", 0.3)
         for name, least in (
             ("block_size", 1),
+            ("chunk_size", 1),
             ("segment_size", 1),
             ("dense_first_layers", 0),
             ("dense_last_layers", 0),
@@ -154,14 +183,54 @@ class LeMoConfig:
         for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("agree_across_layers", "normalize_scores", "cuda_graphs"):
+        for name in ("agree_across_layers", "cuda_graphs"):
             value = getattr(self, name)
             if type(value) is not bool:
                 raise ValueError(f"{name} must be one of (True, False), got {value!r}")
+        self._check_schedule()
         self._check_memory()
         self._check_graphs()
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+    def _check_schedule(self) -> None:
+        for name, interval, inside in (
+            ("dense_finish", "[0, 1], or be None", lambda x: 0 <= x <= 1),
+            ("finish_retention", "(0, 1]", lambda x: 0 < x <= 1),
+            ("random_share", "[0, 1), or be None", lambda x: 0 <= x < 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "finish_retention":
+                continue
+            if not (_is_number(value) and inside(value)):
+                raise ValueError(f"{name} must lie in {interval}, got {value!r}")
+        if self.random_share and self.policy not in ("auto", "overlap", "predictor"):
+            raise ValueError(
+                f"random_share={self.random_share} and policy={self.policy!r}: only 'overlap' and "
+                "'predictor' (and 'auto') leave a share to chance. Set random_share=0."
+            )
+
+        for name in ("threshold", "mlp_threshold"):
+            if getattr(self, name) is not None and (self.random_share or self.policy == "auto"):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} compares scores, and policy={self.policy!r} "
+                    f"with random_share={self.random_share} only ranks: use policy='overlap', "
+                    "'pooled' or 'predictor' without a random_share, or a retention."
+                )
+
+    @property
+    def chance(self) -> float:
+        """Share of the blocks kept by score that are left to chance."""
+        if self.random_share is not None:
+            return self.random_share
+        return AUTO_CHANCE if self.policy == "auto" else 0.0
+
+    @property
+    def finish(self) -> float:
+        """Share of the optimizer steps that are the finish."""
+        if self.dense_finish is not None:
+            return self.dense_finish
+        return AUTO_FINISH if self.policy == "auto" else 0.0
 
     def _check_memory(self) -> None:
         value = self.recompute
@@ -228,9 +297,9 @@ class LeMoConfig:
                 "predictor='organisation/name'."
             )
         if self.policy is None:
-            # A threshold compares scores, and those of recent blocks are but their places.
+            # A threshold compares scores, and those of "auto" are but ranks.
             by_score = self.threshold is not None or self.mlp_threshold is not None
-            policy = "pooled" if by_score else "recent"
+            policy = "pooled" if by_score else "auto"
             object.__setattr__(self, "policy", "predictor" if self.predictor else policy)
         elif self.predictor is not None and self.policy != "predictor":
             raise ValueError(

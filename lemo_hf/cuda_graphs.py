@@ -133,11 +133,13 @@ class CudaGraphs:
             logger.warning("cuda_graphs: a batch ran without one, since %s. Said once.", why)
 
     def _notice_changes(self, model: PreTrainedModel) -> None:
-        """Graphs read and write where weights and buffers were."""
-        if self._watched is not None and self._watched.state() == self._state:
+        """Graphs read and write where weights and buffers were, and keep what they kept."""
+        retention = self.passes.retention
+        if self._watched is not None and [retention, *self._watched.state()] == self._state:
             return
         self._watched = _Watched(model)
-        self._state, self._never = self._watched.state(), _why_never(model, self.passes.config)
+        self._state = [retention, *self._watched.state()]
+        self._never = _why_never(model, self.passes.config)
         self._graphs.clear()
         self._once.clear()
         self._pool = None  # it is gone with the last of its graphs

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
+from lemo_hf.loss import shifted
 from lemo_hf.measure import sparse_evaluation
 from lemo_hf.modes import evaluating
 from lemo_hf.observe import observe
@@ -34,8 +35,7 @@ class Inspection:
         tokens: Length of the text.
         block_size: Tokens a block.
         config: LeMo's settings, as a dictionary.
-        informativeness: ``[L][N]``, a layer's score of each block of the dense pass; see
-            ``normalize_scores`` of `LeMoConfig`.
+        informativeness: ``[L][N]``, a layer's oracle score of each block of the dense pass.
         kept: ``"attention"`` and ``"mlp"``: ``[L][N]`` bool, what the sparse pass kept.
         retention: Likewise ``[L]``: share of the blocks.
         recall: ``[L]``: share of the blocks the oracle would keep that the config's policy ranks as
@@ -64,6 +64,7 @@ def inspect_text(
     config: LeMoConfig,
     lengths: Sequence[int] | None = None,
     progress: bool = True,
+    labels: Sequence[int] | None = None,
 ) -> Inspection:
     """Look at what ``model`` needs of a text, and what ``config`` keeps of it.
 
@@ -72,8 +73,10 @@ def inspect_text(
         input_ids: Of the text.
         config: What LeMo leaves out.
         lengths: Beginnings of the text, in tokens, for ``sparsity``; None halves the text down to
-            eight blocks.
+            eight blocks. Of a text with ``labels`` they are its ends, where answers stand.
         progress: Show a progress bar.
+        labels: As many as ids, -100 for none; blocks with labels are those that ask. None: all ids
+            are labels.
 
     Raises:
         ValueError: The text has fewer than two blocks, a length does not fit, or model and config
@@ -98,13 +101,17 @@ def inspect_text(
     lengths = sorted({*lengths, len(input_ids)})
     inner = transformers_model(model)
     ids = torch.as_tensor(input_ids, device=input_device(model)).long()[None]
+    asked = ids if labels is None else torch.as_tensor(labels, device=ids.device).long()[None]
     with tqdm(total=len(lengths) + 1, desc="passes", disable=not progress) as bar:
-        lemo, kept = _sparse_pass(model, ids, config)
+        lemo, kept = sparse_pass(model, ids, config, asked)
         bar.update()
         shares = {name: [sum(row) / len(row) for row in rows] for name, rows in kept.items()}
         sparsity = {}
         for length in lengths:
-            scores, recalls = _dense_pass(inner, ids[:, :length], lemo, shares["attention"])
+            part = slice(length) if labels is None else slice(len(input_ids) - length, None)
+            scores, recalls = _dense_pass(
+                inner, ids[:, part], asked[:, part], lemo, shares["attention"]
+            )
             small = scores < SMALL * scores.amax(1, keepdim=True)
             sparsity[length] = small.float().mean(1).tolist()
             bar.update()
@@ -120,15 +127,25 @@ def inspect_text(
     )
 
 
-def _sparse_pass(
-    model: nn.Module, ids: Tensor, config: LeMoConfig
+def sparse_pass(
+    model: nn.Module, ids: Tensor, config: LeMoConfig, labels: Tensor
 ) -> tuple[LeMo, dict[str, list[list[bool]]]]:
-    """What a training pass over ``ids`` keeps; layers that are dense keep everything."""
+    """What a training pass keeps; layers that are dense keep everything.
+
+    Args:
+        model: Without LeMo on it; given back as it was.
+        ids: ``[1, T]``.
+        config: What LeMo leaves out.
+        labels: ``[1, T]``, -100 for none.
+
+    Returns:
+        What was on the model; and by ``"attention"`` and ``"mlp"``, ``[L][N]`` bool.
+    """
     # Nothing is stored for a backward here, so there is nothing to compute again or to offload.
     lemo = apply_lemo(model, dataclasses.replace(config, recompute="none", offload_gib=None))
     try:
         with sparse_evaluation(model):
-            model(input_ids=ids, labels=ids, use_cache=False)
+            model(input_ids=ids, labels=labels, use_cache=False)
         sets = lemo.passes.kept_blocks
     finally:
         remove_lemo(model)
@@ -143,13 +160,13 @@ def _sparse_pass(
 
 
 def _dense_pass(
-    model: PreTrainedModel, ids: Tensor, lemo: LeMo, shares: Sequence[float]
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, lemo: LeMo, shares: Sequence[float]
 ) -> tuple[Tensor, list[float | None]]:
     """Each layer's scores ``[L, N]``, and the recall of the config's policy."""
     scores: list[Tensor] = []
     recalls: list[float | None] = []
     config = lemo.config
-    networks = None if lemo.predictor is None else lemo.predictor.heads["attention"]
+    networks = None if lemo.predictor is None else lemo.predictor.layers
 
     def see(inputs: ScoreInputs) -> None:
         layer = inputs.layer_index
@@ -163,5 +180,5 @@ def _dense_pass(
         recalls.append(recall(ranking, target, shares[layer]).item())
 
     with evaluating(model):
-        observe(model, config, ids, see)
+        observe(model, config, ids, see, targets=shifted(labels))
     return torch.stack(scores), recalls

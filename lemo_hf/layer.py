@@ -46,8 +46,7 @@ class LayerPlan:
         mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
         closes: It is the last layer.
         recompute: One of `LEVELS`; None follows the model's gradient checkpointing.
-        predictor: Of its attention, for the predictor policy.
-        mlp_predictor: Of its MLP.
+        predictor: For the predictor policy.
         passes: Knows the forward pass under way.
     """
 
@@ -58,13 +57,7 @@ class LayerPlan:
     closes: bool
     recompute: str | None
     predictor: BlockPredictor | None
-    mlp_predictor: BlockPredictor | None
     passes: Passes
-
-    def predictor_for(self, sublayer: str, device: torch.device) -> BlockPredictor | None:
-        """The predictor of ``sublayer``, moved to where the stream is."""
-        predictor = self.predictor if sublayer == "attention" else self.mlp_predictor
-        return None if predictor is None else predictor.to(device)
 
 
 # A mixin has no base of its own; type checkers are told whose methods it stands before.
@@ -156,7 +149,8 @@ def _sparse_forward(
                     x=x.detach(),
                     position_embeddings=position_embeddings,
                     step=step,
-                    predictor=plan.predictor_for(sublayer, x.device),
+                    # Where the stream is: layers may lie on several devices.
+                    predictor=None if plan.predictor is None else plan.predictor.to(x.device),
                 )
             )
             return scores if step.shards is None else step.shards.agreed(scores)

@@ -23,6 +23,7 @@ def observe(
     see: Callable[[ScoreInputs], None],
     *,
     attention_mask: Tensor | None = None,
+    targets: Tensor | None = None,
     sublayers: Sequence[str] = ("attention",),
 ) -> None:
     """Run the decoder densely and call ``see`` before each sublayer of each layer, in order.
@@ -36,6 +37,7 @@ def observe(
         input_ids: ``[B, T]`` int64.
         see: Gets the layer and its stream before elimination, ``[B, T, H]``.
         attention_mask: ``[B, T]``, 1 = token, or None.
+        targets: ``[B, T]`` token each position must predict, which say what blocks ask; or None.
         sublayers: ``"attention"``, ``"mlp"``, or both.
     """
     family = check_model(model)
@@ -46,6 +48,7 @@ def observe(
         input_ids.device,
         input_ids=input_ids,
         attention_mask=attention_mask,
+        targets=targets,
     )
     looking: list[str] = []
     with ExitStack() as hooks:

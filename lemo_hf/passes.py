@@ -48,9 +48,13 @@ class Passes:
         step: The sparse pass under way, or None.
         global_step: Optimizer steps done, int64 scalar tensor or int.
         rows: Counts of the rows of the next pass, where the host knows them already.
+        retention: What rows keep in passes from now on, whatever the config says; None: what it
+            says.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
         dtype: Of products in the last sparse pass.
+        first: Counts of the rows of the first sparse pass that is none of the finish, and what it
+            kept of each; None before.
         deliver: Is given what a pass has kept; `add`, unless it is not to be counted here.
         listeners: Are given the same, when it has been counted.
         last: The last sparse layer.
@@ -75,13 +79,15 @@ class Passes:
         self.step: Step | None = None
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
+        self.retention: float | None = None
+        self.first: tuple[list[RowCounts], list[int]] | None = None
         self.counts: dict[str, Any] = {}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.dtype: torch.dtype | None = None
         self.deliver: Callable[[Seen], None] = self.add
         self.listeners: list[Callable[[Seen], None]] = []
         self.reset_counts()
-        self._warned = False
+        self._warned = self._begun = False
         self._levels: dict[tuple, str] = {}
         self._promised: Labels | None = None
         self._loss: Tensor | None = None
@@ -166,6 +172,7 @@ class Passes:
             score_always=sharded(self.last),
             shards=shards,
             rows=self.rows,
+            retention=self.retention,
         )
         if shards is not None:
             _take_shard(shards, kwargs, main)
@@ -282,6 +289,8 @@ class Passes:
         if step.exceeded and not self._warned:
             logger.warning("%s. Said once; the logged retention shows how often.", step.exceeded)
             self._warned = True
+        if not self._begun and step.retention is None:  # a run may go on within its finish
+            self.first, self._begun = (step.rows, step.row_slots), True
         self.deliver(step.seen())
         if loss is None:
             return output

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
 from lemo_hf.compiled import compile_all, train_eagerly
-from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.config import LeMoConfig
 from lemo_hf.cuda_graphs import CudaGraphs
+from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
+from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 
@@ -45,8 +47,7 @@ def apply_lemo(
         model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
         config: What to leave out.
         predictors: For ``policy="predictor"``; None loads ``config.predictor``. A `LeMoPredictor`,
-            or one `BlockPredictor` a decoder layer (None for a layer that is to stay dense), for
-            attention and MLP alike.
+            or one `BlockPredictor` a decoder layer, None for a layer that does not choose.
 
     Returns:
         The `LeMo` now on the model. `remove_lemo` takes it off.
@@ -115,17 +116,13 @@ class LeMo:
         rules = config.layer_rules(len(layers))
         check_intermediate(config, family, model.config.model_type)
         if predictors is None and config.predictor is not None:
-            predictors = load_predictor(config, model.config)
+            predictors = load_predictor(config, BaseModel.of_model(model))
         self.predictor: LeMoPredictor | None = None
-        attention: Sequence[BlockPredictor | None] | None = None
-        mlp: Sequence[BlockPredictor | None] | None = None
         if isinstance(predictors, LeMoPredictor):
-            predictors.check(model.config, config)
+            predictors.check(model, config)
             self.predictor = predictors
-            attention, mlp = predictors.heads["attention"], predictors.heads.get("mlp")
-        elif predictors is not None:
-            attention = mlp = predictors
-        check_predictors(config, {"attention": attention, "mlp": mlp}, rules)
+            predictors = predictors.layers
+        check_predictors(config, predictors, rules)
         self.config, self.rules = config, rules
         self._layers = list(layers)
         host = None
@@ -142,8 +139,7 @@ class LeMo:
                 mlp_rule=mlp_rule,
                 closes=i + 1 == len(layers),
                 recompute=level,
-                predictor=None if attention is None else attention[i],
-                mlp_predictor=None if mlp is None else mlp[i],
+                predictor=None if predictors is None else predictors[i],
                 passes=self.passes,
             )
             make_sparse(layers[i], plan)
@@ -161,20 +157,13 @@ class LeMo:
 
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""
-        config, sparse = self.config, self.sparse_layers
-        pairs = [pair for pair in self.rules if pair is not None]
-        attention = [rule for rule, _ in pairs]
-        mlp = [rule for _, rule in pairs if rule is not None]
-        learned = "" if self.predictor is None else f" ({self.predictor.describe()})"
-        mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
-        return (
-            f"LeMo: {len(sparse)} of {len(self.rules)} layers ({sparse[0]} to {sparse[-1]}) "
-            f"are sparse, attention {_span(attention)}, {mlp_text}, "
-            f"{config.block_size}-token blocks by {config.policy!r}{learned}, "
-            f"{'one kept set for all' if config.agree_across_layers else 'a kept set each'}, "
-            f"loss on {config.supervise} tokens, attention by {self._attention()}; the other "
-            "layers, evaluation and generation stay dense."
-        )
+        predictor = None if self.predictor is None else self.predictor.describe()
+        return describe_run(self.config, self.rules, self._attention(), predictor)
+
+    def take_first_batch(self) -> str | None:
+        """One line on what the first sparse pass kept; None before it, and from then on."""
+        first, self.passes.first = self.passes.first, None
+        return None if first is None else describe_batch(self.config, *first)
 
     def _attention(self) -> str:
         layer = self._layers[0]
@@ -183,6 +172,18 @@ class LeMo:
         kernels = fastest_attention(attention, weight.device, weight.dtype)
         name = attention.config._attn_implementation
         return f"{name} ({kernels[0].name.lower()})" if kernels else name
+
+    def begin_step(self, step: int, steps: int | None = None) -> None:
+        """Say which optimizer step comes; trainers do.
+
+        Args:
+            step: Optimizer steps done.
+            steps: Of the whole run; None if nobody knows, then there is no finish.
+        """
+        finish = 0 if steps is None else round(self.config.finish * steps)
+        ends = steps is not None and finish > 0 and step >= steps - finish
+        self.passes.global_step = step
+        self.passes.retention = self.config.finish_retention if ends else None
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.
@@ -234,10 +235,3 @@ class LeMo:
             self.config.save_pretrained(directory)
         else:
             self.predictor.save_files(directory, self.config)
-
-
-def _span(rules: list[KeepRule]) -> str:
-    name = "retention" if rules[0].threshold is None else "threshold"
-    values = [getattr(rule, name) for rule in rules]
-    low, high = min(values), max(values)
-    return f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"

@@ -6,7 +6,7 @@ the peak is taken over the moments of a step at which most of them can be alive.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo_hf.config import LeMoConfig
@@ -66,8 +66,9 @@ def plan(
     stock_offload: bool = False,
     memory_gib: float | None = None,
     reserve_gib: float = 0.0,
+    finish: bool = False,
 ) -> Plan:
-    """Predict the peak memory of a training step on one GPU.
+    """Predict the peak memory of a training step on one GPU: a sparse one, or one of the finish.
 
     It is that of rows without padding and with a label on each token, attention by ``sdpa`` or
     ``flash_attention_2``, LoRA without dropout, and fused AdamW.
@@ -95,6 +96,7 @@ def plan(
         memory_gib: Of the card: where the config leaves ``recompute`` to gradient checkpointing,
             free memory decides between ``"selective"`` and ``"full"``. None: there is enough.
         reserve_gib: What of it is not free to PyTorch.
+        finish: It is a step of the finish, where rows keep ``finish_retention``.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
@@ -108,6 +110,8 @@ def plan(
     for name, kind in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
         if kind not in BYTES:
             raise ValueError(f"{name} must be one of {', '.join(BYTES)}, got {kind!r}.")
+    if finish and lemo_config is None:
+        raise ValueError("finish=True without a lemo_config: the stock model has no finish.")
     if autocast and dtype == "float32":
         raise ValueError(
             "autocast of float32 weights is not predicted: load them in bfloat16, or set "
@@ -133,6 +137,7 @@ def plan(
         gradient_checkpointing,
         stock_offload,
         room,
+        finish,
     )
     highest: dict[str, dict[str, int]] = {}
     for phase, parts in step.moments():
@@ -160,6 +165,61 @@ def _bits(four: bool, eight: bool, lora_rank: int | None, dtype: str) -> int | N
     return 4 if four else 8
 
 
+def plans(
+    model_config: Any, lemo_config: LeMoConfig, tokens: int, **settings: Any
+) -> dict[str, Plan]:
+    """The plan of each phase of a run that has steps: of ``"sparse"`` and of ``"finish"``.
+
+    Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout, as
+    those of the plan are, have a finish.
+
+    Args:
+        model_config: As for `plan`.
+        lemo_config: What LeMo leaves out, and when.
+        tokens: Length of a row.
+        **settings: Keyword arguments of `plan`.
+
+    Raises:
+        ValueError: As for `plan`.
+    """
+    phases = {"sparse": lemo_config.finish < 1, "finish": lemo_config.finish > 0}
+    return {
+        name: plan(model_config, lemo_config, tokens, finish=name == "finish", **settings)
+        for name, there in phases.items()
+        if there
+    }
+
+
+def fitting_finish(
+    model_config: Any,
+    lemo_config: LeMoConfig,
+    tokens: int,
+    memory_gib: float,
+    *,
+    reserve_gib: float = 0.0,
+    **settings: Any,
+) -> float | None:
+    """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does.
+
+    Args:
+        model_config: As for `plan`.
+        lemo_config: As for `plan`, but for its ``finish_retention``.
+        tokens: Length of a row.
+        memory_gib: Of the card.
+        reserve_gib: As for `longest`.
+        **settings: Keyword arguments of `plan`.
+
+    Raises:
+        ValueError: As for `plan`.
+    """
+    settings |= {"memory_gib": memory_gib, "reserve_gib": reserve_gib, "finish": True}
+    for percent in range(100, 0, -1):
+        config = replace(lemo_config, finish_retention=percent / 100)
+        if plan(model_config, config, tokens, **settings).fits(memory_gib - reserve_gib):
+            return percent / 100
+    return None
+
+
 def longest(
     model_config: Any,
     lemo_config: LeMoConfig | None,
@@ -168,14 +228,14 @@ def longest(
     reserve_gib: float = 0.0,
     **settings: Any,
 ) -> int:
-    """The longest row whose `plan` fits.
+    """The longest row that fits: both phases of a run, if it has two (see `plans`).
 
     Args:
         model_config: As for `plan`; its ``max_position_embeddings`` is no limit.
         lemo_config: As for `plan`.
         memory_gib: Of the card.
         reserve_gib: What of it the plan must leave free: see `Plan` for what else needs memory.
-        **settings: Keyword arguments of `plan`.
+        **settings: Keyword arguments of `plan` but ``finish``.
 
     Returns:
         Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window;
@@ -195,7 +255,10 @@ def longest(
     def fits(blocks: int) -> bool:
         if blocks > most:
             return False
-        return plan(model_config, lemo_config, blocks * size, **settings).fits(room)
+        if lemo_config is None:
+            return plan(model_config, None, blocks * size, **settings).fits(room)
+        found = plans(model_config, lemo_config, blocks * size, **settings)
+        return all(phase.fits(room) for phase in found.values())
 
     low, high = 0, 1  # blocks: low fits, high does not
     while fits(high):

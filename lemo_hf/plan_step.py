@@ -46,6 +46,7 @@ class PlannedStep:
         checkpointing: The model's gradient checkpointing is on.
         stock_offload: It offloads, as transformers does.
         room: Bytes of the device; None if that is not known.
+        finish: It is one of the finish, which keeps as much as ``lemo.finish_retention`` says.
     """
 
     model: ModelShapes
@@ -56,6 +57,7 @@ class PlannedStep:
     checkpointing: bool
     stock_offload: bool
     room: float | None
+    finish: bool
 
     @property
     def rows(self) -> int:
@@ -67,7 +69,11 @@ class PlannedStep:
         """What each layer keeps; None for one that keeps everything."""
         if self.lemo is None:
             return [None] * self.model.layers
-        return self.lemo.layer_rules(self.model.layers)
+        rules = self.lemo.layer_rules(self.model.layers)
+        if not self.finish:
+            return rules
+        keep = KeepRule(self.lemo.finish_retention)
+        return [pair and (keep, pair[1] and keep) for pair in rules]
 
     def kept(self, rule: KeepRule | None) -> int:
         """Rows of the batch that a rule keeps; the first and the last block are among them."""
@@ -100,16 +106,18 @@ class PlannedStep:
         return [(self.kept(one), None if own is None else self.kept(own)) for one, own in pairs]
 
     def _fitting_level(self) -> str:
-        """What the first layer that asks decides in the first step, before optimizer states."""
+        """What the first layer that asks decides: in a run's first step before optimizer states."""
         if self.room is None:
             return UNITS[0]
-        there = sum(self._always.values()) - self._always["optimizer states"] + self._stream
+        states = self._always["optimizer states"]
+        later = self.finish and self.lemo is not None and self.lemo.finish < 1
+        there = sum(self._always.values()) + self._stream - (0 if later else states)
         return fitting_level(
             self._layer_rows,
             (self.batch, self.tokens, self.model.hidden),
             self.model.query,
             self.trained.weight,
-            self._always["optimizer states"] // 2,
+            states // 2,
             self._slabs,
             int(self.room - there),
         )

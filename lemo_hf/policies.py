@@ -1,7 +1,6 @@
 """Selection policies: what ranks the blocks of a layer. One function a policy.
 
-Each maps a `ScoreInputs` to block scores ``[B, N]``, at least 0 and without gradient; higher is
-better.
+Each maps a `ScoreInputs` to block scores ``[B, N]`` without gradient; higher is better.
 """
 
 import copy
@@ -12,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils import logging
 
 from lemo_hf.families import Family
-from lemo_hf.fused import norm_of
-from lemo_hf.kernels.block_scores import block_scores
-from lemo_hf.kernels.launch import untouched, use_triton
-from lemo_hf.kernels.predict_blocks import MOST_RANK, MOST_UNITS, predict_blocks
-from lemo_hf.predictors.block_predictor import BlockPredictor, Embedded
+from lemo_hf.predictors.asked_shares import asked_shares, asking_index
+from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
+from lemo_hf.predictors.overlap import overlap_scores
 from lemo_hf.predictors.training_free import (
+    chunk_scores,
+    mix_ranks,
     pool_blocks,
     random_scores,
     recent_scores,
@@ -27,6 +27,10 @@ from lemo_hf.predictors.training_free import (
 )
 from lemo_hf.step import Step
 
+logger = logging.get_logger(__name__)
+
+# Of the blocks that a row with a predictor keeps for its labels: the predictor's part.
+MEANING = 0.5
 # Tokens whose normed rows exist at a time while a whole sequence is scored.
 CHUNK = 8192
 
@@ -72,34 +76,40 @@ def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
 
 
 def oracle(inputs: ScoreInputs) -> Tensor:
-    """The paper's informativeness, from the layer's real queries and keys (or MLP activations)."""
-    config, step = inputs.step.config, inputs.step
-    size = config.block_size
-    if inputs.sublayer == "mlp":
-        tokens = torch.cat(
-            [_mlp_activity(inputs, chunk) for chunk in inputs.x.split(CHUNK, dim=1)], 1
-        )
-        tokens = tokens if step.valid is None else tokens * step.valid
-        padding = -step.tokens % size
-        return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
+    """How much blocks that ask attend to a block, by the layer's real queries and keys.
+
+    An MLP that chooses for itself keeps the blocks with its largest activations.
+    """
+    step, size = inputs.step, inputs.step.config.block_size
+    if inputs.sublayer == "attention":
+        return _summed(oracle_shares(inputs, *_asking(inputs)))
+    tokens = torch.cat([_mlp_activity(inputs, chunk) for chunk in inputs.x.split(CHUNK, dim=1)], 1)
+    tokens = tokens if step.valid is None else tokens * step.valid
+    padding = -step.tokens % size
+    return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
+
+
+def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
+    """What each asking block gives each block by the layer's attention; see `asked_shares`."""
+    step = inputs.step
     captured = _query_key(inputs, sublayer_input(inputs, inputs.x), inputs.position_embeddings)
-    return block_scores(
+    return asked_shares(
         captured.query,
         captured.key,
-        size,
+        index,
+        asks,
+        step.config.block_size,
         captured.scaling,
         valid=step.valid,
         documents=step.documents,
         window=captured.window,
         softcap=captured.softcap,
-        normalize=config.normalize_scores,
     )
 
 
 def pooled(inputs: ScoreInputs) -> Tensor:
     """The same score from one query and one key a block: of the block's mean row, at its middle."""
-    config, step = inputs.step.config, inputs.step
-    size = config.block_size
+    step, size = inputs.step, inputs.step.config.block_size
     parts = [
         pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
         for part, valid in _chunks(inputs)
@@ -112,17 +122,31 @@ def pooled(inputs: ScoreInputs) -> Tensor:
         cos, sin = (torch.take_along_dim(x, step.middles[..., None], 1) for x in positions)
         positions = (cos, sin)
     captured = _query_key(inputs, means, positions)
-    return block_scores(
-        captured.query,
-        captured.key,
-        1,
-        captured.scaling,
-        valid=step.real,
-        documents=step.block_documents,
-        window=captured.window and max(1, captured.window // size),
-        softcap=captured.softcap,
-        normalize=config.normalize_scores,
+    return _summed(
+        asked_shares(
+            captured.query,
+            captured.key,
+            *_asking(inputs),
+            1,
+            captured.scaling,
+            valid=step.real,
+            documents=step.block_documents,
+            window=captured.window and max(1, captured.window // size),
+            softcap=captured.softcap,
+        )
     )
+
+
+def _asking(inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    """The blocks that ask, as `asking_index` gives them."""
+    step = inputs.step
+    most = max(1, *(row.label_blocks or row.blocks for row in step.rows))
+    return asking_index(step.asking_blocks, most)
+
+
+def _summed(shares: Iterator[Tensor]) -> Tensor:
+    """``[B, N]``: what all asking blocks give."""
+    return torch.stack([part.sum(1) for part in shares]).sum(0)
 
 
 def random(inputs: ScoreInputs) -> Tensor:
@@ -132,7 +156,58 @@ def random(inputs: ScoreInputs) -> Tensor:
 
 def window(inputs: ScoreInputs) -> Tensor:
     """Neighbours from a random place on, which is fixed as the random policy's scores are."""
-    return window_scores(inputs.step.keys, inputs.step.real, *_salts(inputs))
+    return window_scores(inputs.step.keys, inputs.step.places, *_salts(inputs))
+
+
+def chunks(inputs: ScoreInputs) -> Tensor:
+    """Runs of neighbouring blocks by chance, fixed as the random policy's scores are."""
+    step = inputs.step
+    chunk = max(1, step.config.chunk_size // step.config.block_size)
+    return chunk_scores(step.keys, step.places, chunk, *_salts(inputs))
+
+
+def overlap(inputs: ScoreInputs) -> Tensor:
+    """Rare words shared with the blocks that hold labels and the one before each.
+
+    Blocks that share nothing come after the others, by chance as in `chunks`: all of a row whose
+    labels cover it.
+    """
+    return _with_chance(inputs, _shared_words(inputs))
+
+
+def _shared_words(inputs: ScoreInputs) -> Tensor:
+    step = inputs.step
+    if step.input_ids is None:
+        raise ValueError(
+            "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
+            "policy='chunks'."
+        )
+    shared = overlap_scores(
+        step.input_ids, step.asking_tokens, step.config.block_size, step.valid, step.documents
+    )
+    return torch.where(shared > 0, 1 + shared, chunks(inputs))
+
+
+def auto(inputs: ScoreInputs) -> Tensor:
+    """`overlap` where a part of a row is labelled, `chunks` where all of it is.
+
+    Of a model that is given ``inputs_embeds`` (prompt tuning) nobody knows the words: chunks.
+    """
+    step = inputs.step
+    if not any(row.label_blocks for row in step.rows):
+        return chunks(inputs)
+    if step.input_ids is None:
+        logger.warning_once(
+            "LeMo: the model is given inputs_embeds, so that no words can be compared: blocks are "
+            "kept by chance (policy 'chunks')."
+        )
+        return chunks(inputs)
+    return overlap(inputs)
+
+
+def _with_chance(inputs: ScoreInputs, scores: Tensor) -> Tensor:
+    share = inputs.step.config.chance
+    return mix_ranks(scores, chunks(inputs), share) if share else scores
 
 
 def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
@@ -146,41 +221,25 @@ def recent(inputs: ScoreInputs) -> Tensor:
 
 
 def predictor(inputs: ScoreInputs) -> Tensor:
-    """Whatever the layer's predictor says, in shares of the row's best block."""
+    """How much the layer's predictor says blocks that ask will look at a block.
+
+    In rows whose labels cover a part, half of the blocks are the best by `overlap`: what one of the
+    two misses the other often finds (docs/predictors.md). Thresholds compare what the predictor
+    says alone.
+    """
     step, network = inputs.step, inputs.predictor
     assert network is not None  # see `check_predictors`
-    size = step.config.block_size
-    module = _input_norm(inputs)
-    norm = norm_of(module, inputs.family.norm)
-    if _by_kernel(inputs, network, known=module is None or norm is not None):
-        scores = predict_blocks(
-            inputs.x,
-            norm,
-            dict(network.named_parameters()),
-            size,
-            longest=network.longest,
-            normalize=network.normalize,
-            valid=step.valid,
-            documents=step.block_documents,
-        )
-    else:
-        parts = [
-            network.embed_rows(sublayer_input(inputs, inputs.x[:, part]), valid)
-            for part, valid in _chunks(inputs)
-        ]
-        embedded = Embedded(*(_whole(inputs, x) for x in Embedded.join(parts)))
-        scores = network.score(embedded, step.block_documents)
-    return (scores - scores.amax(1, keepdim=True)).exp()
-
-
-def _by_kernel(inputs: ScoreInputs, network: BlockPredictor, known: bool) -> bool:
-    """Whether the kernels may stand in for the network's calls; ``known``: they know its norm."""
-    if not (known and use_triton(inputs.x)) or torch.is_grad_enabled():
-        return False
-    if inputs.step.shards is not None:  # they read a whole sequence
-        return False
-    own = type(network) is BlockPredictor and all(map(untouched, network.modules()))
-    return own and network.units <= MOST_UNITS and network.rank <= MOST_RANK
+    parts = [
+        network.project(sublayer_input(inputs, inputs.x[:, part]), valid)
+        for part, valid in _chunks(inputs)
+    ]
+    projected = Projected(*(_whole(inputs, x) for x in Projected.join(parts)))
+    scores = network.score(projected, *_asking(inputs), step.block_documents)
+    asks = any(row.label_blocks for row in step.rows) and step.input_ids is not None
+    if asks and step.config.threshold is None and step.config.mlp_threshold is None:
+        both = mix_ranks(_shared_words(inputs), scores, MEANING)
+        scores = torch.where(step.asks, both, scores)
+    return _with_chance(inputs, scores)
 
 
 def _chunks(inputs: ScoreInputs) -> Iterator[tuple[slice, Tensor | None]]:
@@ -200,11 +259,14 @@ def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
 
 
 POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
-    "oracle": oracle,
-    "pooled": pooled,
-    "random": random,
+    "auto": auto,
+    "overlap": overlap,
+    "chunks": chunks,
     "recent": recent,
     "window": window,
+    "random": random,
+    "pooled": pooled,
+    "oracle": oracle,
     "predictor": predictor,
 }
 

@@ -71,7 +71,8 @@ def _tiles(run: RunFiles, rows: list[dict]) -> dict[str, Any]:
     tiles["evaluation loss"] = _last(history, "eval_loss")
     if tiles["evaluation loss"] is not None:
         tiles["perplexity"] = math.exp(min(tiles["evaluation loss"], 700))
-    tiles["mean retention"] = _last(history, "lemo/attention_retention")
+    shares = [share for _, share in _series(history, "lemo/attention_retention")]
+    tiles["mean retention"] = sum(shares) / len(shares) if shares else None
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
     tiles["tokens a second"] = tokens / seconds if tokens and seconds else None
     tiles["peak GPU memory, GiB"] = _last(history, "lemo/peak_memory_gib")

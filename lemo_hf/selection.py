@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lemo_hf.predictors.training_free import Places, ranks
+
 # Rows that a layer keeps for its attention, and for an MLP with a kept set of its own (or None).
 LayerRows = tuple[int, int | None]
 
@@ -43,8 +45,17 @@ def block_any(tokens: Tensor, block_size: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, block_size)).any(2)
 
 
-def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor | int) -> Tensor:
+def keep_blocks(
+    scores: Tensor,
+    real: Tensor,
+    required: Tensor,
+    budget: Tensor | int,
+    documents: Tensor | None = None,
+) -> Tensor:
     """The best ``budget[b]`` blocks of each row, required ones first.
+
+    Of packed rows each document keeps the same share: blocks compete by their rank within their
+    document, as a share of its blocks.
 
     Args:
         scores: ``[B, N]``; higher is better, ties go to the earlier block. NaN counts as lowest.
@@ -52,6 +63,7 @@ def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor |
         required: ``[B, N]`` bool: always kept.
         budget: ``[B, 1]`` blocks to keep, or their number in each row; at least the row's
             required ones.
+        documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
 
     Returns:
         ``[B, N]`` bool.
@@ -59,20 +71,31 @@ def keep_blocks(scores: Tensor, real: Tensor, required: Tensor, budget: Tensor |
     low, high = -math.inf, math.inf
     scores = scores.float().nan_to_num(nan=low, posinf=torch.finfo(torch.float32).max)
     scores = scores.masked_fill(required, high).masked_fill(~real, low)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return (rank < budget) & real
+    if documents is not None:
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        by_document = documents.gather(1, order).argsort(dim=1, stable=True)
+        places = Places.of(real, documents)  # of blocks in their documents, as many as of ranks
+        rank = torch.empty_like(order).scatter_(1, order.gather(1, by_document), places.place)
+        scores = -(rank + 0.5) / places.size
+        scores = scores.masked_fill(required, high).masked_fill(~real, low)
+    return (ranks(scores) < budget) & real
 
 
-def blocks_above(scores: Tensor, real: Tensor, required: Tensor, threshold: float) -> Tensor:
-    """The blocks that score at least ``threshold`` times the mean of their row's real blocks.
+def blocks_above(
+    scores: Tensor,
+    real: Tensor,
+    required: Tensor,
+    threshold: float,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """The blocks that score at least ``threshold`` times the mean of their document's real blocks.
 
     Args:
         scores: ``[B, N]``, at least 0. NaN counts as 0.
         real: ``[B, N]`` bool, False at blocks of padding alone: never kept, no part of the mean.
         required: ``[B, N]`` bool: always kept.
         threshold: At least 0, which keeps every real block.
+        documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
 
     Returns:
         ``[B, N]`` bool. Rows keep different numbers of blocks.
@@ -81,7 +104,9 @@ def blocks_above(scores: Tensor, real: Tensor, required: Tensor, threshold: floa
     """
     # In fp64 no padding beside a row, and no block beside a block, moves a score over the line.
     scores = scores.double().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max) * real
-    mean = scores.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    places = Places.of(real, documents)
+    sums = torch.zeros_like(scores).scatter_add_(1, places.document, scores)
+    mean = sums.gather(1, places.document) / places.size.clamp_min(1)
     return ((scores >= threshold * mean) | required) & real
 
 

@@ -1,30 +1,24 @@
-"""What one forward pass knows about its batch, and what its layers keep of it."""
+"""One forward pass: what its layers keep of the batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lemo_hf.batch_facts import BatchFacts
 from lemo_hf.config import KeepRule, LeMoConfig
-from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.predictors.training_free import row_keys
-from lemo_hf.row_counts import Counts, RowCounts
 from lemo_hf.selection import (
     KeptSet,
     LayerRows,
-    block_any,
     blocks_above,
     keep_blocks,
     kept_set,
     num_kept_blocks,
 )
 from lemo_hf.sequence_parallel import Shards, Share
-
-# Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
-# that is masked like padding) still count as labels on the whole sequence.
-WHOLE_SEQUENCE = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,23 +48,21 @@ class Seen:
         )
 
 
-class Step:
-    """One forward pass: padding, documents, required blocks, and the kept sets chosen so far.
+class Step(BatchFacts):
+    """One forward pass: the facts of its batch, and the kept sets chosen so far.
 
     Args:
         config: The user's choice.
-        input_ids: ``[B, T]``, or None if the model was given ``inputs_embeds``.
         shape: ``(B, T)``.
         device: Of the batch.
-        attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
-        position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
-            and no attention mask is given, a new document begins: transformers' own rule.
-        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
         global_step: Optimizer steps done, int64 scalar tensor or int; varies the random policy.
         score_always: Score blocks even where there is nothing to choose, as other processes may
             have to, and scoring gathers parameters that all of them hold parts of.
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
-        rows: Counts of each row, where the host knows them already.
+        retention: What rows keep in this pass, whatever the config says: the finish of a run. With
+            policy ``"auto"`` and no ``dense_finish`` of the user's, rows that ask are spared.
+        **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets`` and
+            ``rows``, see `BatchFacts`.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
@@ -82,110 +74,31 @@ class Step:
         shape: tuple[int, int],
         device: torch.device,
         *,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        targets: Tensor | None = None,
         global_step: Tensor | int = 0,
         score_always: bool = False,
         shards: Shards | None = None,
-        rows: list[RowCounts] | None = None,
+        retention: float | None = None,
+        **facts: Any,
     ):
+        super().__init__(config.block_size, shape, device, **facts)
         self.config = config
-        self.batch, self.tokens = shape
-        self.device = device
         self.global_step = global_step
         self.score_always = score_always
         self.shards = shards
-        self.num_blocks = -(-self.tokens // config.block_size)
-        self.valid: Tensor | None = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            self.valid = attention_mask.bool()
-        self.documents = None
-        if position_ids is not None and attention_mask is None:
-            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-            self.documents = restarts.cumsum(1).expand(self.batch, -1)
-        self._input_ids = input_ids
-        self.real, self.required, table = self._blocks(targets)
-        self._counts = Counts(table, rows)
-        self._tokens = self._counts.on_device[:, :1]
+        self.retention = retention
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
+        self.row_slots: list[int] = []  # tokens that the latest choice keeps of each row
         self.level: str | None = None  # of recomputation, once a layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
-        if self._input_ids is None:
-            return torch.arange(self.batch, device=self.device)
-        return row_keys(self._input_ids, self.valid)
-
-    @cached_property
-    def middles(self) -> Tensor:
-        """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` if rows are padded.
-
-        In a block that is cut short it is a token's, whether the row ends there or padding begins.
-        """
-        size = self.config.block_size
-        middles = torch.arange(self.num_blocks, device=self.device)[None] * size + size // 2
-        if self.valid is None:
-            return middles.clamp_max(self.tokens - 1)
-        first = self.valid.int().argmax(1, keepdim=True)
-        last = self.tokens - 1 - self.valid.flip(1).int().argmax(1, keepdim=True)
-        return middles.clamp(first, last)
-
-    @cached_property
-    def block_documents(self) -> Tensor | None:
-        """The document of each block's middle, ``[B, N]``; None if rows are not packed."""
-        if self.documents is None:
-            return None
-        return torch.take_along_dim(self.documents, self.middles, 1)
-
-    @property
-    def rows(self) -> list[RowCounts]:
-        """Counts of each row. The host waits for them once, and never for what layers compute."""
-        return self._counts.on_host
-
-    @property
-    def owns_embeddings(self) -> bool:
-        """Nobody else holds the first layer's input, which may then be updated in place."""
-        return self._input_ids is not None
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens of the batch that are no padding."""
-        return sum(row.tokens for row in self.rows)
 
     @cached_property
     def everything(self) -> KeptSet:
         """All positions, for a layer that is dense."""
         index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1).contiguous()
         return KeptSet(index, None, self._tokens.sum(), self.real, whole=True, cache={})
-
-    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks with tokens ``[B, N]``, blocks always kept ``[B, N]``, and each row's counts."""
-        size = self.config.block_size
-        valid = self.valid
-        if valid is None:
-            valid = torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
-        real = block_any(valid, size)
-        first = real & (real.cumsum(1) == 1)
-        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
-        required = first | last
-        label_blocks, labels = torch.zeros_like(required), torch.zeros_like(required)
-        if targets is not None:
-            labels = targets != IGNORE_INDEX
-            predicts = labels & valid
-            answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
-            partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
-            label_blocks = block_any(predicts | answers, size) & partial[:, None]
-            required = required | label_blocks
-        in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
-        counts = [valid, real, required, in_required, label_blocks, labels]
-        return real, required, torch.stack([count.sum(1) for count in counts], 1)
 
     def seen(self) -> Seen:
         """What layers have kept, once all have chosen."""
@@ -233,55 +146,73 @@ class Step:
             yield self._rows_of(attention), None if mlp is None else self._rows_of(mlp)
 
     def _rows_of(self, rule: KeepRule | None) -> int:
-        if rule is None or rule.retention is None:
+        shares = None if rule is None else self._shares(rule)
+        if shares is None:
             rows = self.batch * self.tokens
         else:
-            rows = self.batch * max(1, *self._slots(rule.retention))
+            rows = self.batch * max(1, *self._slots(shares))
         return rows if self.shards is None else -(-rows // self.shards.group.size)
 
+    def _shares(self, rule: KeepRule) -> list[float] | None:
+        """What each row keeps by ``rule`` in this pass; None where a threshold decides."""
+        if self.retention is None:
+            return None if rule.retention is None else [rule.retention] * self.batch
+        if not self._spares_rows:
+            return [self.retention] * self.batch
+        assert rule.retention is not None  # the policy of thresholds is never "auto"
+        return [rule.retention if row.label_blocks else self.retention for row in self.rows]
+
+    @property
+    def _spares_rows(self) -> bool:
+        """A finish that the user did not ask for holds for rows that are labelled throughout."""
+        return self.config.policy == "auto" and self.config.dense_finish is None
+
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
-        if rule.threshold is None:
-            assert rule.retention is not None  # one of the two is set
-            blocks, slots, exact = self._best(rule.retention, score)
-            tokens = self._tokens_of(blocks)
+        shares = self._shares(rule)
+        if shares is not None:
+            blocks, slots, exact = self._best(shares, score)
+            tokens = self.tokens_of(blocks)
         else:
+            assert rule.threshold is not None  # one of the two is set
             blocks = self.real
             if rule.threshold > 0:
-                blocks = blocks_above(score(), self.real, self.required, rule.threshold)
-            tokens = self._tokens_of(blocks)
+                blocks = blocks_above(
+                    score(), self.real, self.required, rule.threshold, self.block_documents
+                )
+            tokens = self.tokens_of(blocks)
             # The scores fix how many slots there are, so the host waits for them at each choice.
             slots, exact = tokens.sum(1).tolist(), True
         self.times_kept += tokens
+        self.row_slots = slots
         num_slots = max(1, *slots)
         exact &= all(n == num_slots for n in slots)
         return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
 
-    def _tokens_of(self, blocks: Tensor) -> Tensor:
-        """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""
-        tokens = blocks.repeat_interleave(self.config.block_size, 1)[:, : self.tokens]
-        return tokens if self.valid is None else tokens & self.valid
-
     def _best(
-        self, retention: float, score: Callable[[], Tensor]
+        self, shares: list[float], score: Callable[[], Tensor]
     ) -> tuple[Tensor, list[int], bool]:
         """The best share of blocks ``[B, N]``, each row's slots, and whether it fills them all."""
-        budgets = [row.num_blocks(retention) for row in self.rows]
-        self._note_excess(retention)
+        pairs = list(zip(self.rows, shares, strict=True))
+        budgets = [row.num_blocks(share) for row, share in pairs]
+        self._note_excess(shares)
         everything = all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True))
-        if retention == 1 or (everything and not self.score_always):
+        # What is set, not what a batch holds, is the same on all processes.
+        settled = min(shares) == 1 and (self.retention is None or not self._spares_rows)
+        if settled or (everything and not self.score_always):
             blocks = self.real
         else:
-            blocks = keep_blocks(score(), self.real, self.required, self._column(budgets))
-        exact = all(
-            row.tokens == row.most_tokens(row.blocks, self.config.block_size) for row in self.rows
-        )
-        return blocks, self._slots(retention), exact
+            blocks = keep_blocks(
+                score(), self.real, self.required, self._column(budgets), self.block_documents
+            )
+        exact = all(row.tokens == row.most_tokens(row.blocks, self.block_size) for row in self.rows)
+        return blocks, self._slots(shares), exact
 
-    def _slots(self, retention: float) -> list[int]:
+    def _slots(self, shares: list[float]) -> list[int]:
         """That each row needs."""
-        size = self.config.block_size
+        size = self.block_size
         return [
-            min(row.tokens, row.most_tokens(row.num_blocks(retention), size)) for row in self.rows
+            min(row.tokens, row.most_tokens(row.num_blocks(share), size))
+            for row, share in zip(self.rows, shares, strict=True)
         ]
 
     def _column(self, numbers: list[int]) -> Tensor | int:
@@ -291,13 +222,13 @@ class Step:
         # Filled where they are needed: nothing is copied, which the host or a graph would wait for.
         return torch.stack([torch.full((1,), n, device=self.device) for n in numbers])
 
-    def _note_excess(self, retention: float) -> None:
-        for index, row in enumerate(self.rows):
-            budget = num_kept_blocks(retention, row.blocks)
+    def _note_excess(self, shares: list[float]) -> None:
+        for index, (row, share) in enumerate(zip(self.rows, shares, strict=True)):
+            budget = num_kept_blocks(share, row.blocks)
             if row.label_blocks > budget:
                 self.exceeded = (
                     f"row {index} has labels in {row.label_blocks} of its {row.blocks} blocks, "
-                    f"more than retention {retention:g} allows ({budget}): "
+                    f"more than retention {share:g} allows ({budget}): "
                     "all blocks with labels are kept"
                 )
 

@@ -12,27 +12,23 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parq
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 
 
-def load_documents(
-    dataset: str | os.PathLike | Sequence[str | os.PathLike],
-    split: str = "train",
-    text_column: str = "text",
-) -> Iterator[str]:
-    """Texts of a dataset, streamed: what is not asked for is neither read nor downloaded.
+def load_examples(
+    dataset: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
+) -> Iterable[dict[str, Any]]:
+    """Examples of a dataset, streamed: what is not asked for is neither read nor downloaded.
 
     Args:
         dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
             file is a document) or .parquet, compressed or not.
         split: Of a Hub dataset, or of a directory whose files have splits in their names. Files
             that are named one by one have none.
-        text_column: Where the text is; a .txt file has one column, ``"text"``.
 
-    Yields:
-        The documents in the dataset's order.
+    Returns:
+        The examples in the dataset's order, by column; a .txt file has one column, ``"text"``.
 
     Raises:
         OSError: There is no such dataset, or it cannot be reached.
-        ValueError: A format is not known, or there is no such split or column; those that there
-            are are named.
+        ValueError: A format is not known, or there is no such split.
     """
     from datasets import load_dataset
 
@@ -58,10 +54,67 @@ def load_documents(
     if builder == "text":
         arguments["sample_by"] = "document"
     try:
-        stream = load_dataset(**arguments, streaming=True)
+        return load_dataset(**arguments, streaming=True)
     except ValueError as error:
         raise ValueError(f"{', '.join(paths)}, split {split!r}: {error}") from error
-    return _texts(stream, text_column)
+
+
+def load_documents(
+    dataset: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str = "train",
+    text_column: str = "text",
+) -> Iterator[str]:
+    """Texts of a dataset; arguments and errors as of `load_examples`.
+
+    Args:
+        dataset: Hub id, directory, or files.
+        split: Of a Hub dataset.
+        text_column: Where the text is.
+
+    Raises:
+        ValueError: There is no such column; those that there are are named.
+    """
+    return _texts(load_examples(dataset, split), text_column)
+
+
+def labelled_rows(
+    examples: Iterable[dict[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Rows of which a part is labelled, as they are; longer ones than ``tokens`` are left out.
+
+    Args:
+        examples: With ``input_ids`` and ``labels`` (-100: none), or with the texts ``prompt`` and
+            ``completion``, of which the second is labelled and ends with the EOS token.
+        tokenizer: Of the model.
+        tokens: Of the longest row.
+        max_rows: Stop there; None takes all.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}`` a row.
+
+    Raises:
+        ValueError: No row is short enough.
+    """
+    start = start_tokens(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows: list[dict[str, list[int]]] = []
+    for example in examples:
+        if len(rows) == max_rows:
+            break
+        if "input_ids" in example:
+            ids, labels = list(example["input_ids"]), list(example["labels"])
+        else:
+            prompt, completion = (
+                tokenizer(example[name], add_special_tokens=False, verbose=False)["input_ids"]
+                for name in ("prompt", "completion")
+            )
+            ids = [*start, *prompt, *completion, *end]
+            labels = [-100] * (len(start) + len(prompt)) + ids[len(start) + len(prompt) :]
+        if len(ids) <= tokens:
+            rows.append({"input_ids": ids, "labels": labels})
+    if not rows:
+        raise ValueError(f"no row has at most {tokens} tokens: ask for longer rows.")
+    return rows
 
 
 def token_rows(

@@ -97,7 +97,11 @@ class LeMoMixin(_Mixed):
                 print(lemo.describe())
             lemo.passes.reset_counts()
             self._report_started = time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.lemo is not None:
+                self.lemo.passes.retention = None  # passes after the run are no part of its finish
 
     def training_step(
         self,
@@ -107,8 +111,13 @@ class LeMoMixin(_Mixed):
     ) -> Tensor:
         """As Trainer's, telling LeMo which optimizer step this is."""
         if self.lemo is not None:
-            self.lemo.passes.global_step = self.state.global_step
-        return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.lemo.begin_step(self.state.global_step, self.state.max_steps)
+        loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.lemo is not None and self.is_world_process_zero():
+            first = self.lemo.take_first_batch()
+            if first is not None:
+                print(first)
+        return loss
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; processes that share sequences get the same rows."""

@@ -1,10 +1,14 @@
 """Which base model predictors were trained for, and whether another one is the same."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class BaseModel:
         name: Repository it was loaded from; None if it came from a directory, whose path means
             something on one machine only, or was made from scratch.
         commit: Of that repository, or None.
+        fingerprint: Of its weights, see `fingerprint_of`; None if not known.
     """
 
     model_type: str
@@ -43,6 +48,7 @@ class BaseModel:
     vocab_size: int
     name: str | None = None
     commit: str | None = None
+    fingerprint: str | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> "BaseModel":
@@ -62,11 +68,21 @@ class BaseModel:
             commit=getattr(config, "_commit_hash", None) or None,
         )
 
+    @classmethod
+    def of_model(cls, model: Any) -> "BaseModel":
+        """The facts in a transformers model, with the fingerprint of its weights."""
+        facts = cls.from_config(model.config)
+        return dataclasses.replace(facts, fingerprint=fingerprint_of(model))
+
+    def same_architecture(self, model: "BaseModel") -> bool:
+        """Whether predictors for one have the shapes of the other."""
+        return not self._differences(model, _ARCHITECTURE)
+
     def check(self, model: "BaseModel") -> None:
         """Compare with the ``model`` that is to be trained.
 
-        Name, commit and vocabulary may differ (a copy, a fine-tuned model, added tokens): that is
-        logged as a warning.
+        Other weights are a warning, as those of a fine-tuned model may do. Name, commit and
+        vocabulary count where the weights of one of the two are not known.
 
         Raises:
             ValueError: It has another architecture.
@@ -76,13 +92,15 @@ class BaseModel:
             raise ValueError(
                 f"the predictors were trained for another architecture: {wrong}. Use predictors of "
                 f"this model (lemo train-predictor makes them; these are {self.name or 'unnamed'}'"
-                "s), or policy='pooled', which needs none."
+                "s), or policy='overlap', which needs none."
             )
-        other = self._differences(model, _IDENTITY)
+        known = None not in (self.fingerprint, model.fingerprint)
+        other = self._differences(model, ("fingerprint",) if known else _IDENTITY)
         if other:
             logger.warning(
-                "the predictors were trained on another base model: %s. They fit its shapes; "
+                "the predictors were trained on another base model (%s): %s. They fit its shapes; "
                 "whether they choose well is not known.",
+                self.name or "unnamed",
                 other,
             )
 
@@ -97,3 +115,39 @@ class BaseModel:
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON knows them."""
         return dataclasses.asdict(self)
+
+
+def fingerprint_of(model: Any) -> str | None:
+    """A SHA-256 of a sample of a model's weights, which survives casts and most quantisation.
+
+    Sampled are the weights of all norms, and the first 64 numbers of the first 256 embeddings: no
+    usual quantisation touches them, adapters lie beside them, and added tokens come behind. Numbers
+    are rounded to bf16 and then to 1/1024, so that fp32, bf16 and fp16 copies of one checkpoint
+    agree (of fp32 checkpoints, fp16 copies may not).
+
+    Args:
+        model: A transformers model on any device.
+
+    Returns:
+        64 hexadecimal digits; None where weights are not there to be read: on the meta device, or
+        cut up by FSDP or ZeRO-3.
+    """
+    embedding = model.get_input_embeddings().weight
+    norms = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and name.endswith(".weight") and "lora_" not in name
+    ]
+    tensors = [embedding, *norms]
+    if not all(map(_readable, tensors)):
+        return None
+    digest = hashlib.sha256()
+    for tensor in (embedding[:256, :64], *norms):
+        sample = tensor.detach().to(torch.bfloat16).float().mul(1024).round()
+        digest.update(sample.int().cpu().contiguous().numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _readable(tensor: Tensor) -> bool:
+    whole = type(tensor) in (Tensor, nn.Parameter) and tensor.numel() > 0
+    return whole and not tensor.is_meta and tensor.is_floating_point()

@@ -1,138 +1,77 @@
-"""The network that predicts a layer's block scores from what the layer is about to read.
+"""The network that predicts what blocks the asking blocks of a row will look at.
 
-Every token goes through one small map with ReLU (its units). The attention head makes a key of each
-token's units and a query of each block's mean units; block m wants block n as much as its query
-matches the best key in n, and a block's score adds up who wants it among the blocks that can see
-it. The MLP head looks for the best token alone.
+Every token has a query and a key, maps of what a layer is about to read. A token i of a block that
+asks matches a block n by its best key there, ``s_in = max_j q_i . k_j``, and looks at the blocks
+before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m looks at is the mean
+over its tokens by ``softmax_i`` of a weight that is a map of the token, too, as rare words say more
+than common ones. So each asking block gives one unit away, and a block scores what it is given.
 
-Keys are looked at token by token because the score is a maximum: means of 8 or 64 tokens lose 3 to
-4 points of recall (docs/LOG.md). Scores are logarithms inside, so sums over query blocks are
-log-sum-exps and nothing dies of a ReLU at the end.
+Tokens meet tokens (late interaction) because means of blocks lose the words. The weights cost one
+pass over the stream and one product of the asking tokens with all keys.
 
-This is what is trained. Where no gradient is needed, `lemo_hf.kernels.predict_blocks` gives the
-same scores from the stream in front of the norm.
-
-Source: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction".
+Sources: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction" (low-rank queries and keys);
+ColBERT, arXiv:2004.12832 (late interaction).
 """
 
-import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-HEADS = ("attention", "mlp")
-# Pairs of a query block and a key token that exist at a time, 256 MiB in fp32.
+from lemo_hf.predictors.asked_shares import HIDDEN
+
+# Products of an asking token and a key that exist at a time, 256 MiB in fp32.
 PAIRS = 2**26
-# The logarithm of a weight that is none; -inf would make gradients NaN.
-HIDDEN = -1e9
 
 
-class Embedded(NamedTuple):
-    """What is kept of rows until all of a sequence is there, fp32."""
+class Projected(NamedTuple):
+    """What is needed of each token, by blocks, fp32."""
 
     keys: Tensor  # [B, N, block_size, rank]
-    units: Tensor  # [B, N, units]: mean over a block's tokens
+    queries: Tensor  # [B, N, block_size, rank]
+    weights: Tensor  # [B, N, block_size], logarithms
     valid: Tensor  # [B, N, block_size] bool
 
     @classmethod
-    def join(cls, parts: list["Embedded"]) -> "Embedded":
+    def join(cls, parts: list["Projected"]) -> "Projected":
         """Chunks of a sequence, in order, as one."""
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
 class BlockPredictor(nn.Module):
-    """Scores of token blocks, for the attention or the MLP of one layer.
+    """Scores of token blocks for the attention of one layer.
 
     Args:
         hidden_size: H of the model.
         block_size: Tokens a block.
-        units: ReLU units of the map that every token goes through.
-        rank: Size of queries and keys; 1 for the MLP head.
-        head: ``"attention"`` or ``"mlp"``.
-        causal: A block's score depends on itself and what came before, on nothing later. It cannot
-            know how many blocks will follow, so it must be a mean.
-        normalize: Predict the mean over the query blocks that can see a block, not their sum.
-        longest: Blocks of the longest sequence trained on; greater distances count as this one.
-
-    Raises:
-        ValueError: Unknown head, or a causal sum.
+        rank: Size of queries and keys.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        block_size: int,
-        units: int = 128,
-        rank: int = 32,
-        head: str = "attention",
-        causal: bool = False,
-        normalize: bool = False,
-        longest: int = 1024,
-    ):
+    def __init__(self, hidden_size: int, block_size: int, rank: int = 64):
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {HEADS}, got {head!r}")
-        if causal and head == "attention" and not normalize:
-            raise ValueError("causal=True predicts a mean: set normalize=True.")
         self.hidden_size, self.block_size, self.rank = hidden_size, block_size, rank
-        self.head, self.causal, self.normalize, self.longest = head, causal, normalize, longest
-        self.embed = nn.Linear(hidden_size, units)
-        self.key = nn.Linear(units, rank, bias=False)
-        if head == "attention":
-            self.query = nn.Linear(units, rank)
-        self.earlier: nn.Parameter
-        self.later: nn.Parameter
-        self.distance: nn.Parameter
-        # Piecewise linear in the logarithm of a number of blocks: those before the block, those
-        # after it, and how far away a query is.
-        for name in self._tables:
-            table = torch.zeros(math.ceil(math.log2(1 + longest)) + 1)
-            self.register_parameter(name, nn.Parameter(table))
-
-    @property
-    def _tables(self) -> tuple[str, ...]:
-        later = () if self.causal else ("later",)
-        distance = ("distance",) if self.head == "attention" else ()
-        return ("earlier", *later, *distance)
+        self.query = nn.Linear(hidden_size, rank)
+        self.key = nn.Linear(hidden_size, rank, bias=False)
+        self.weight = nn.Linear(hidden_size, 1, bias=False)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw the weights anew, on the CPU, from ``generator`` alone."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
-            elif name == "query.bias":
-                nn.init.normal_(parameter, std=0.3, generator=generator)
-            else:
-                nn.init.zeros_(parameter)
-        self.key.weight.data.mul_(0.5)
+        """Draw the weights anew, on the CPU, from ``generator`` alone.
+
+        Queries begin as keys, so that a token looks for its like before anything is learned.
+        """
+        nn.init.normal_(self.key.weight, std=self.hidden_size**-0.5, generator=generator)
+        self.query.weight.data.copy_(self.key.weight)
+        nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.weight.weight)
 
     @property
-    def units(self) -> int:
-        """ReLU units there are now."""
-        return self.embed.out_features
-
-    def set_units(self, units: int) -> None:
-        """Make the sizes agree with parameters from which units were taken."""
-        self.embed.out_features = units
-        for name in ("key", "query") if self.head == "attention" else ("key",):
-            getattr(self, name).in_features = units
-
-    @property
-    def sizes(self) -> dict[str, int | bool | str]:
+    def sizes(self) -> dict[str, int]:
         """Arguments that make a module of these shapes."""
-        return {
-            "hidden_size": self.hidden_size,
-            "block_size": self.block_size,
-            "units": self.units,
-            "rank": self.rank,
-            "head": self.head,
-            "causal": self.causal,
-            "normalize": self.normalize,
-            "longest": self.longest,
-        }
+        return {name: getattr(self, name) for name in ("hidden_size", "block_size", "rank")}
 
-    def embed_rows(self, rows: Tensor, valid: Tensor | None = None) -> Embedded:
+    def project(self, rows: Tensor, valid: Tensor | None = None) -> Projected:
         """What scores need of ``rows [B, T, H]``, the sublayer's normed input, any float dtype.
 
         Args:
@@ -140,83 +79,75 @@ class BlockPredictor(nn.Module):
             valid: ``[B, T]`` bool, False at padding; None: all are tokens.
         """
         batch, tokens, _ = rows.shape
-        size = self.block_size
         if valid is None:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=rows.device)
-        dtype = self.embed.weight.dtype
-        units = self.embed(rows.to(dtype)).relu()
-        padding = -tokens % size
-        blocks = nn.functional.pad(units, (0, 0, 0, padding)).unflatten(1, (-1, size))
-        valid = nn.functional.pad(valid, (0, padding)).unflatten(1, (-1, size))
-        count = valid.sum(2, keepdim=True).clamp_min(1)
-        mean = (blocks.float() * valid[..., None]).sum(2) / count
-        return Embedded(self.key(blocks).float(), mean, valid)
+        rows = rows.to(self.key.weight.dtype)
+        padding = -tokens % self.block_size
+        keys, queries, weights = (
+            pad(linear(rows).float(), (0, 0, 0, padding)).unflatten(1, (-1, self.block_size))
+            for linear in (self.key, self.query, self.weight)
+        )
+        valid = pad(valid, (0, padding)).unflatten(1, (-1, self.block_size))
+        return Projected(keys, queries * self.rank**-0.5, weights[..., 0], valid)
 
-    def forward(
-        self, rows: Tensor, valid: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        """Logarithms of scores.
+    def log_shares(
+        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Logarithms of what asking blocks give the blocks before them, some after the other.
+
+        A block sees those before it in its document but the first, which holds attention's sink and
+        is always kept.
 
         Args:
-            rows: ``[B, T, H]``, the sublayer's normed input.
-            valid: ``[B, T]`` bool, False at padding, or None.
-            documents: ``[B, N]`` id of each block's document, or None: blocks of two documents do
-                not see each other.
+            projected: Of the whole sequence.
+            index: ``[B, M]`` int64, the blocks that ask; see `asked_shares.asking_index`.
+            asks: ``[B, M]`` bool, False at idle entries.
+            documents: ``[B, N]`` id of each block's document, or None.
 
-        Returns:
-            ``[B, ceil(T / block_size)]`` fp32; -inf at blocks of padding alone.
+        Yields:
+            ``[B, m, N]`` fp32, about `HIDDEN` where a block is not seen.
         """
-        return self.score(self.embed_rows(rows, valid), documents)
-
-    def score(self, embedded: Embedded, documents: Tensor | None = None) -> Tensor:
-        """`forward` from what `embed_rows` gave."""
-        keys, units, valid = embedded
-        real = valid.any(2)  # [B, N]
-        sees = _sees(real, documents)
-        # A key that is padding must not be the best one.
-        keys_hidden = ~valid
-        if self.head == "mlp":
-            scores = keys[..., 0].masked_fill(keys_hidden, HIDDEN).amax(2)
-        else:
-            query = self.query(units.to(self.query.weight.dtype)).float()
-            # Causal scores ask what came before how it would want the block.
-            wants = sees.mT if self.causal else sees
-            scores = self._wanted(query, keys, keys_hidden, wants)
-            if self.normalize:
-                scores = scores - wants.sum(1).clamp_min(1).log()
-        scores = scores + self._look_up(self.earlier, sees.sum(2))
-        if not self.causal:
-            scores = scores + self._look_up(self.later, sees.sum(1))
-        return scores.masked_fill(~real, -math.inf)
-
-    def _wanted(self, query: Tensor, keys: Tensor, keys_hidden: Tensor, wants: Tensor) -> Tensor:
-        """``[B, N]``: log-sum-exp, over the query blocks that may want a block, of how much."""
+        keys, queries, weights, valid = projected
         batch, blocks, size, _ = keys.shape
-        chunk = max(1, PAIRS // (batch * blocks * size))
+        hidden, looks = ~valid, _sought(valid.any(2), documents)
         places = torch.arange(blocks, device=keys.device)
-        scores = []
-        for start in range(0, blocks, chunk):
-            part = slice(start, start + chunk)
-            pairs = query @ keys[:, part].flatten(1, 2).mT
-            pairs = pairs.masked_fill(keys_hidden[:, None, part].flatten(2), HIDDEN)
-            pairs = pairs.unflatten(2, (-1, size)).amax(3)
-            distance = (places[:, None] - places[part]).abs()
-            pairs = pairs + self._look_up(self.distance, distance)
-            scores.append(pairs.masked_fill(~wants[:, :, part], HIDDEN).logsumexp(1))
-        return torch.cat(scores, 1)
+        at_once = max(1, PAIRS // (batch * blocks * size * size))
+        flat = keys.flatten(1, 2).mT
+        for start in range(0, index.shape[1], at_once):
+            part = index[:, start : start + at_once, None]
+            seen = (places < part) & looks[:, None] & asks[:, start : start + at_once, None]
+            if documents is not None:
+                seen &= documents[..., None].take_along_dim(part, 1) == documents[:, None]
+            asking = queries.take_along_dim(part[..., None], 1)  # [B, m, size, rank]
+            idle = hidden.take_along_dim(part, 1)
+            share = weights.take_along_dim(part, 1).masked_fill(idle, HIDDEN).log_softmax(2)
+            match = (asking.flatten(1, 2) @ flat).unflatten(2, (blocks, size))
+            match = match.masked_fill(hidden[:, None], HIDDEN).amax(3)
+            match = match.unflatten(1, (-1, size)).masked_fill(~seen[:, :, None], HIDDEN)
+            given = (match.log_softmax(3) + share[..., None]).logsumexp(2)
+            yield given.masked_fill(~seen, HIDDEN)
 
-    def _look_up(self, table: Tensor, count: Tensor) -> Tensor:
-        """The piecewise linear function at ``count`` blocks."""
-        place = count.clamp_max(self.longest).float().log1p() / math.log(2)
-        low = place.long().clamp_max(len(table) - 2)
-        weight = place - low
-        table = table.float()
-        return table[low] * (1 - weight) + table[low + 1] * weight
+    def score(
+        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
+    ) -> Tensor:
+        """``[B, N]`` fp32, at least 0: what each block is given; arguments as of `log_shares`."""
+        shares = self.log_shares(projected, index, asks, documents)
+        return torch.stack([part.exp().sum(1) for part in shares]).sum(0)
+
+    def forward(
+        self,
+        rows: Tensor,
+        index: Tensor,
+        asks: Tensor,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """`score` of what `project` gives for ``rows``."""
+        return self.score(self.project(rows, valid), index, asks, documents)
 
 
-def _sees(real: Tensor, documents: Tensor | None) -> Tensor:
-    """``[B, N, N]`` bool: query block (first) sees key block; both hold tokens of one document."""
-    sees = (real[:, :, None] & real[:, None, :]).tril()
-    if documents is not None:
-        sees = sees & (documents[:, :, None] == documents[:, None, :])
-    return sees
+def _sought(real: Tensor, documents: Tensor | None) -> Tensor:
+    """Blocks that anybody looks for: all that hold tokens but the first of each document."""
+    if documents is None:
+        return real & (real.cumsum(1) > 1)
+    return real & (documents.diff(dim=1, prepend=documents[:, :1] - 1) == 0)

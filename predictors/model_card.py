@@ -2,48 +2,45 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from lemo_hf.version import __version__
 
-PLOT_NAME = "recall.png"
+TAG = "lemo-predictor"  # by which the Hub's models are searched
 _PAPER = "https://arxiv.org/abs/2501.09767"
 
 
-def model_card(info: Any, heads: dict[str, Any], source: str, plot: bool = False) -> str:
+def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
     """The text of ``README.md``. Every number in it comes from the arguments.
 
     Args:
         info: `PredictorInfo`.
-        heads: Predictors by ``"attention"`` and ``"mlp"``, a list with one entry a layer.
+        layers: Predictors, one entry a layer; None where there is none.
         source: What users load: a repository id, or a directory.
-        plot: ``recall.png`` lies beside the card.
     """
     from huggingface_hub import ModelCardData
 
     training = dict(info.training)
     datasets = training.pop("datasets", None) or []
-    command, pruned = training.pop("command", None), training.pop("pruned", None) or {}
+    command = training.pop("command", None)
     base = info.base.name
     data = ModelCardData(
         library_name="lemo-hf",
         base_model=base if _is_repository(base) else None,
-        tags=["lemo-hf", "lemo", "token-elimination", "long-context"],
+        tags=["lemo-hf", TAG, "lemo", "token-elimination", "long-context"],
         datasets=[name for name in datasets if _is_repository(name)] or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# LeMo predictors for {base or info.base.model_type}",
-        f"Small networks, one a decoder layer, which predict the {info.block_size}-token blocks of "
-        f"a long input that the layer needs, so that fine-tuning leaves out the others "
-        f"([LeMo]({_PAPER})). They are used in training alone: what is trained with them is "
-        "evaluated and saved as the plain model.",
+        f"Small networks which predict the {info.block_size}-token blocks of a long input that its "
+        f"labels need, so that fine-tuning leaves out the others ([LeMo]({_PAPER})). They are used "
+        "in training alone: what is trained with them is evaluated and saved as the plain model.",
         _how_to_use(info, source),
-        "## Recall of the blocks the layers need",
+        "## Recall of the blocks that are needed",
         _recall(info.recall) if info.recall else "Not measured.",
     ]
-    if plot:
-        parts.append(f"![Recall]({PLOT_NAME})")
     parts += ["## Training", _base(info.base)]
     rows = [{"setting": name, "value": value} for name, value in training.items()]
     if datasets:
@@ -52,13 +49,12 @@ def model_card(info: Any, heads: dict[str, Any], source: str, plot: bool = False
         parts.append(_table(rows))
     if command:
         parts.append(f"```bash\n{command}\n```")
-    parts += ["## Sizes", _sizes(heads, pruned), f"Written by lemo-hf {__version__}."]
+    parts += ["## Sizes", _sizes(layers), f"Written by lemo-hf {__version__}."]
     return "\n\n".join(parts) + "\n"
 
 
 def _how_to_use(info: Any, source: str) -> str:
-    settings = f'predictor="{source}"'
-    settings += f", block_size={info.block_size}, normalize_scores={info.normalize_scores}"
+    settings = f'predictor="{source}", block_size={info.block_size}'
     return (
         "```python\n"
         "from lemo_hf import LeMoConfig, LeMoTrainer\n\n"
@@ -72,43 +68,36 @@ def _how_to_use(info: Any, source: str) -> str:
 
 
 def _recall(table: list[dict[str, Any]]) -> str:
-    """One line for each documents, head and retention; one column for each ranking."""
+    """One line for each documents, retention and layer; one column for each ranking."""
     lines: dict[tuple, dict[str, Any]] = {}
+    names = ("documents", "retention", "layer")
     for row in table:
-        key = tuple(row[name] for name in ("documents", "head", "retention"))
-        line = lines.setdefault(
-            key, dict(zip(("documents", "head", "retention"), key, strict=True))
-        )
-        line[row["policy"]] = f"{row['mean']:.3f} ({row['least']:.3f})"
+        key = tuple(row[name] for name in names)
+        line = lines.setdefault(key, dict(zip(names, key, strict=True)))
+        line[row["policy"]] = f"{row['recall']:.3f}"
     return (
-        "Share of the blocks kept by the oracle that each ranking keeps too: mean over layers "
-        "(least).\n\n" + _table(list(lines.values()))
+        "Share of the blocks that the attention of the upper layers looks at most, which each "
+        "ranking keeps too.\n\n" + _table(list(lines.values()))
     )
 
 
 def _base(base: Any) -> str:
     name = f"`{base.name}`" if base.name else "a model without a name"
     commit = f" at commit `{base.commit}`" if base.commit else ""
+    weights = f" Weights: `{base.fingerprint[:16]}`." if base.fingerprint else ""
     return (
         f"For {name}{commit}: `{base.model_type}`, {base.num_hidden_layers} layers, "
-        f"hidden size {base.hidden_size}."
+        f"hidden size {base.hidden_size}.{weights}"
     )
 
 
-def _sizes(heads: dict[str, Any], pruned: dict[str, list[float | None]]) -> str:
-    rows = []
-    for layer in range(len(heads["attention"])):
-        row: dict[str, Any] = {"layer": layer}
-        for name, head in heads.items():
-            predictor = head[layer]
-            row[f"{name} parameters"] = (
-                "none" if predictor is None else sum(p.numel() for p in predictor.parameters())
-            )
-            if name in pruned:
-                share = pruned[name][layer]
-                row[f"{name} units pruned"] = "" if share is None else f"{share:.1%}"
-        rows.append(row)
-    return _table(rows)
+def _sizes(layers: Sequence[Any]) -> str:
+    counts = [
+        {"layer": i, "parameters": sum(p.numel() for p in network.parameters())}
+        for i, network in enumerate(layers)
+        if network is not None
+    ]
+    return _table(counts)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

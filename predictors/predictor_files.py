@@ -16,8 +16,8 @@ from torch import Tensor
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, read_json, whole_file, write_json
 
-# Raised when older versions of lemo-hf would misread the section.
-FORMAT = 1
+# Raised when another version of lemo-hf would misread the section.
+FORMAT = 2
 _DTYPES = ("F32", "F16", "BF16")
 _AGAIN = "Download it again (force_download=True), or save the predictor again."
 # What is often found under a safetensors name, by its first bytes.
@@ -60,7 +60,7 @@ def read_section(path: str | os.PathLike) -> dict[str, Any]:
     """What a ``lemo_config.json`` says of the predictors beside it.
 
     Raises:
-        ValueError: It is no JSON, says nothing of predictors, or was written by a newer version.
+        ValueError: It is no JSON, says nothing of predictors, or has another version's format.
     """
     values = read_json(path)
     section = values.get("predictor")
@@ -73,11 +73,13 @@ def read_section(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} has no object under the key 'predictor' (got {section!r}): it is a LeMoConfig "
             "alone. LeMoPredictor.save_pretrained writes one with a predictor."
         )
-    if type(section.get("format")) is not int or section["format"] > FORMAT:
+    found = section.get("format")
+    if type(found) is not int or found != FORMAT:
+        older = type(found) is int and found < FORMAT
+        way_out = "train it again (lemo train-predictor)" if older else "pip install -U lemo-hf"
         raise ValueError(
-            f"{path} has predictor format {section.get('format')!r}, written by lemo_hf "
-            f"{values.get('lemo_version')}; this version reads up to {FORMAT}: "
-            "pip install -U lemo-hf."
+            f"{path} has predictor format {found!r}, written by lemo_hf "
+            f"{values.get('lemo_version')}; this version reads {FORMAT}: {way_out}."
         )
     return section
 

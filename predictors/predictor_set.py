@@ -1,9 +1,7 @@
 """`LeMoPredictor`: the learned predictors of one base model, in memory, in files and on the Hub."""
 
 import dataclasses
-import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +14,8 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.predictors.model_card import PLOT_NAME, model_card
+from lemo_hf.predictors.model_card import model_card
 from lemo_hf.predictors.predictor_files import read_section, read_tensors, write_predictor_files
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,19 +24,16 @@ class PredictorInfo:
 
     Attributes:
         block_size: Tokens a block.
-        normalize_scores: The targets were normalised, see `LeMoConfig`.
         base: The model they were trained for.
         recall: What was measured, as `lemo_hf.recall.recall_table` returns it.
-        training: How they were made. ``"datasets"`` (Hub ids), ``"command"`` and ``"pruned"``
-            (``{"attention": [share of units pruned, one a layer], "mlp": [...]}``) have places of
+        training: How they were made. ``"datasets"`` (Hub ids) and ``"command"`` have places of
             their own in the model card; all else (tokens, epochs, ...) is listed there.
 
     Raises:
-        ValueError: A size is no positive integer, or the flag no bool.
+        ValueError: The block size is no positive integer.
     """
 
     block_size: int
-    normalize_scores: bool
     base: BaseModel
     recall: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
@@ -50,65 +43,49 @@ class PredictorInfo:
             raise ValueError(
                 f"block_size must be an integer of at least 1, got {self.block_size!r}"
             )
-        if type(self.normalize_scores) is not bool:
-            raise ValueError(f"normalize_scores must be a bool, got {self.normalize_scores!r}")
 
 
 class LeMoPredictor(nn.Module):
-    """One small network a decoder layer and head, which says what blocks the layer needs.
+    """Small networks of some decoder layers, which say what blocks are needed from there on.
 
     Args:
         info: What they were trained for.
-        attention: One `BlockPredictor` a decoder layer; None for a layer that is to stay dense.
-        mlp: The same for MLPs that choose for themselves (``mlp_retention``), or None.
+        layers: One `BlockPredictor` a decoder layer; None for a layer that has none.
 
     Raises:
         ValueError: There is not one entry a layer of the base model, no predictor at all, or one
             for other sizes than ``info`` says.
     """
 
-    def __init__(
-        self,
-        info: PredictorInfo,
-        attention: Sequence[BlockPredictor | None],
-        mlp: Sequence[BlockPredictor | None] | None = None,
-    ):
+    def __init__(self, info: PredictorInfo, layers: Sequence[BlockPredictor | None]):
         super().__init__()
         self.info = info
+        count = info.base.num_hidden_layers
+        if len(layers) != count or all(predictor is None for predictor in layers):
+            raise ValueError(
+                f"a predictor needs an entry a layer (the base model has {count}), None for layers "
+                f"without one but not for all; got {len(layers)}."
+            )
+        expected = {"hidden_size": info.base.hidden_size, "block_size": info.block_size}
+        for layer, predictor in enumerate(layers):
+            for key, value in expected.items():
+                if predictor is not None and predictor.sizes[key] != value:
+                    raise ValueError(
+                        f"the predictor of layer {layer} has {key}={predictor.sizes[key]!r}, "
+                        f"expected {value!r}."
+                    )
         # A ModuleList holds None as well, whatever its annotations say.
-        self.attention = nn.ModuleList(cast(list[nn.Module], attention))
-        self.mlp = None if mlp is None else nn.ModuleList(cast(list[nn.Module], mlp))
-        for name, head in self.heads.items():
-            layers = info.base.num_hidden_layers
-            if len(head) != layers or all(predictor is None for predictor in head):
-                raise ValueError(
-                    f"the {name} head needs an entry a layer (the base model has {layers}), None "
-                    f"for those that stay dense but not for all; got {len(head)}."
-                )
-            expected = {
-                "hidden_size": info.base.hidden_size,
-                "block_size": info.block_size,
-                "head": name,
-            }
-            for layer, predictor in enumerate(head):
-                if predictor is None:
-                    continue
-                for key, value in expected.items():
-                    if predictor.sizes[key] != value:
-                        raise ValueError(
-                            f"the {name} predictor of layer {layer} has "
-                            f"{key}={predictor.sizes[key]!r}, expected {value!r}."
-                        )
+        self.networks = nn.ModuleList(cast(list[nn.Module], layers))
 
     @property
-    def heads(self) -> dict[str, list[BlockPredictor | None]]:
-        """The predictors of ``"attention"`` and, if there are such, ``"mlp"``."""
-        heads = {"attention": self.attention, "mlp": self.mlp}
-        return {
-            name: cast(list[BlockPredictor | None], list(head))
-            for name, head in heads.items()
-            if head is not None
-        }
+    def layers(self) -> list[BlockPredictor | None]:
+        """One entry a decoder layer; None where there is no predictor."""
+        return cast(list[BlockPredictor | None], list(self.networks))
+
+    @property
+    def known(self) -> list[int]:
+        """Indices of the layers that have one."""
+        return [i for i, network in enumerate(self.layers) if network is not None]
 
     @property
     def recommended(self) -> LeMoConfig:
@@ -117,81 +94,33 @@ class LeMoPredictor(nn.Module):
         return LeMoConfig(
             policy="predictor",
             block_size=self.info.block_size,
-            normalize_scores=self.info.normalize_scores,
-            dense_first_layers=[network is not None for network in self.attention].index(True),
+            dense_first_layers=self.known[0],
         )
 
-    def check(self, model_config: Any, lemo_config: LeMoConfig) -> None:
+    def check(self, model: Any, lemo_config: LeMoConfig) -> None:
         """Compare with the model and the settings that are to be trained with.
 
         Args:
-            model_config: The model's transformers config. Another name or commit is a warning.
+            model: The transformers model. Other weights are a warning.
             lemo_config: The user's choice.
 
         Raises:
-            ValueError: Architecture, block size or normalisation differ.
+            ValueError: Architecture or block size differ.
         """
-        self.info.base.check(BaseModel.from_config(model_config))
+        self.info.base.check(BaseModel.of_model(model))
         self._check_settings(lemo_config)
 
     def _check_settings(self, lemo_config: LeMoConfig) -> None:
-        for name in ("block_size", "normalize_scores"):
-            theirs, ours = getattr(self.info, name), getattr(lemo_config, name)
-            if theirs != ours:
-                raise ValueError(
-                    f"the predictors were trained with {name}={theirs}, the LeMoConfig has "
-                    f"{name}={ours}: set {name}={theirs}, or use predictors trained with {ours}."
-                )
+        theirs, ours = self.info.block_size, lemo_config.block_size
+        if theirs != ours:
+            raise ValueError(
+                f"the predictors were trained with block_size={theirs}, the LeMoConfig has "
+                f"block_size={ours}: set block_size={theirs}, or use predictors trained with it."
+            )
 
     def with_recall(self, table: list[dict[str, Any]]) -> "LeMoPredictor":
         """The same networks, knowing their recall: rows of `lemo_hf.recall.recall_table`."""
-        info = dataclasses.replace(self.info, recall=table)
-        return LeMoPredictor(info, **self.heads)
-
-    def weak_layers(self, least: float, retention: float = 0.5) -> dict[str, list[int]]:
-        """Layers whose recall was measured to be below ``least`` on some of the documents.
-
-        Args:
-            least: Share of the oracle's blocks.
-            retention: At which recall was measured.
-
-        Returns:
-            Layers in ascending order, by head.
-
-        Raises:
-            ValueError: Recall was not measured at that retention.
-        """
-        measured = [row for row in self.info.recall if row["policy"] == "predictor"]
-        known = sorted({row["retention"] for row in measured})
-        weak = {}
-        for head, networks in self.heads.items():
-            rows = [r for r in measured if (r["head"], r["retention"]) == (head, retention)]
-            if not rows:
-                raise ValueError(
-                    f"recall of the {head} predictors at retention {retention} was not measured "
-                    f"(measured: {known}): run lemo_hf.recall.recall_table."
-                )
-            weak[head] = [
-                i
-                for i, network in enumerate(networks)
-                if network is not None and min(row["layers"][i] for row in rows) < least
-            ]
-        return weak
-
-    def without(self, layers: dict[str, list[int]]) -> "LeMoPredictor":
-        """The same but for the predictors of some layers, which cannot choose blocks any more.
-
-        Args:
-            layers: By head, as `weak_layers` returns them.
-
-        Raises:
-            ValueError: Nothing would be left of a head.
-        """
-        heads = {
-            name: [None if i in layers.get(name, ()) else network for i, network in enumerate(head)]
-            for name, head in self.heads.items()
-        }
-        return LeMoPredictor(self.info, **heads)
+        return LeMoPredictor(dataclasses.replace(self.info, recall=table), self.layers)
 
     def same_as(self, other: "LeMoPredictor") -> bool:
         """Whether both hold the same networks with the same weights, wherever they lie."""
@@ -210,12 +139,12 @@ class LeMoPredictor(nn.Module):
             lemo_config: To train with; `recommended` if None.
 
         Raises:
-            ValueError: ``lemo_config`` has another block size or normalisation.
+            ValueError: ``lemo_config`` has another block size.
         """
         lemo_config = self.recommended if lemo_config is None else lemo_config
         self._check_settings(lemo_config)
         info = {f.name: getattr(self.info, f.name) for f in dataclasses.fields(self.info)}
-        section = {**info, "base": self.info.base.to_dict(), **self._sizes()}
+        section = {**info, "base": self.info.base.to_dict(), "layers": self._sizes()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         write_predictor_files(directory, lemo_config, section, tensors)
 
@@ -224,7 +153,6 @@ class LeMoPredictor(nn.Module):
         directory: str | os.PathLike,
         lemo_config: LeMoConfig | None = None,
         *,
-        plot: str | os.PathLike | None = None,
         repo_id: str | None = None,
     ) -> None:
         """`save_files`, and a model card ``README.md``.
@@ -232,19 +160,13 @@ class LeMoPredictor(nn.Module):
         Args:
             directory: Made if missing.
             lemo_config: To train with; `recommended` if None.
-            plot: A PNG of the recall, copied to ``recall.png`` and shown in the card.
             repo_id: What the card tells users to load; the directory if None.
 
         Raises:
-            ValueError: ``lemo_config`` has another block size or normalisation.
+            ValueError: ``lemo_config`` has another block size.
         """
         self.save_files(directory, lemo_config)
-        place = os.path.join(directory, PLOT_NAME)
-        if plot is not None and os.path.abspath(plot) != os.path.abspath(place):
-            shutil.copyfile(plot, place)
-        card = model_card(
-            self.info, self.heads, repo_id or os.fspath(directory), plot=plot is not None
-        )
+        card = model_card(self.info, self.layers, repo_id or os.fspath(directory))
         with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
 
@@ -253,7 +175,6 @@ class LeMoPredictor(nn.Module):
         repo_id: str,
         lemo_config: LeMoConfig | None = None,
         *,
-        plot: str | os.PathLike | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -264,7 +185,6 @@ class LeMoPredictor(nn.Module):
         Args:
             repo_id: Repository, which is made if missing.
             lemo_config: To train with; `recommended` if None.
-            plot: A PNG of the recall.
             private: Of a new repository.
             token: That may write; the stored one if None.
             revision: Branch, which is made if missing; None for the default one.
@@ -277,7 +197,7 @@ class LeMoPredictor(nn.Module):
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory, lemo_config, plot=plot, repo_id=repo_id)
+            self.save_pretrained(directory, lemo_config, repo_id=repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -326,37 +246,29 @@ class LeMoPredictor(nn.Module):
     def _on_meta(cls, section: dict[str, Any]) -> "LeMoPredictor":
         """The networks that a section describes, without memory."""
         del section["format"], section["sha256"]
-        heads = {name: section.pop(name) for name in ("attention", "mlp")}
+        sizes = section.pop("layers")
         info = PredictorInfo(**{**section, "base": BaseModel(**section["base"])})
         with torch.device("meta"):
-            for name, head in heads.items():
-                if head is not None:
-                    heads[name] = [_block_predictor(name, i, sizes) for i, sizes in enumerate(head)]
-        return cls(info, **heads)
+            return cls(info, [_block_predictor(i, layer) for i, layer in enumerate(sizes)])
 
-    def _sizes(self) -> dict[str, list[dict[str, Any] | None] | None]:
-        """What each layer's predictor is made with, by head."""
-        sizes = {
-            name: [None if predictor is None else predictor.sizes for predictor in head]
-            for name, head in self.heads.items()
-        }
-        return {"mlp": None, **sizes}
+    def _sizes(self) -> list[dict[str, int] | None]:
+        """What each layer's predictor is made with."""
+        return [None if network is None else network.sizes for network in self.layers]
 
     def describe(self) -> str:
         """One line: what they are."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        count = sum(predictor is not None for predictor in self.attention)
+        layers = ", ".join(map(str, self.known))
         return (
-            f"{count} of {len(self.attention)} layers have a predictor, "
-            f"{'attention and MLP' if self.mlp else 'attention only'}, {parameters:,} parameters "
-            f"in all, for {self.info.block_size}-token blocks of {self.info.base.name or 'a model'}"
+            f"predictors of layers {layers} of {len(self.layers)}, {parameters:,} parameters in "
+            f"all, for {self.info.block_size}-token blocks of {self.info.base.name or 'a model'}"
         )
 
 
-def _block_predictor(head: str, layer: int, sizes: dict[str, Any] | None) -> BlockPredictor | None:
+def _block_predictor(layer: int, sizes: dict[str, Any] | None) -> BlockPredictor | None:
     if sizes is None:
         return None
     try:
         return BlockPredictor(**sizes)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{head} of layer {layer} has sizes {sizes!r}: {error}") from error
+        raise ValueError(f"layer {layer} has sizes {sizes!r}: {error}") from error

@@ -4,6 +4,8 @@ Pure functions of their inputs: the same batch, step and seed give the same scor
 in a recomputation and after a resume.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -50,27 +52,102 @@ def random_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor
     Returns:
         ``[B, num_blocks]`` fp32.
     """
-    salt: Tensor | int = 0
-    for value in salts:
-        salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF
-    blocks = _mix(torch.arange(num_blocks, device=keys.device) + salt)
-    return _mix(keys[:, None] ^ blocks).double().div(2**32).float()
+    blocks = torch.arange(num_blocks, device=keys.device)[None]
+    return _uniform(keys, blocks, *salts)
 
 
-def window_scores(keys: Tensor, real: Tensor, *salts: Tensor | int) -> Tensor:
-    """Blocks that follow a random one, the nearest first; the first block follows the last.
+@dataclass(frozen=True)
+class Places:
+    """Where the blocks of a batch lie within their documents; ``[B, N]`` int64 each.
 
-    So the best of them are one window, or the end and the beginning of a row, and every block is
-    as likely as every other to be among them. Blocks of padding, ``~real [B, N]``, are no part of
-    the round.
+    Attributes:
+        document: Number of the block's document in its row, ascending.
+        place: Of the block within its document, from 0.
+        size: Blocks of its document.
+    """
+
+    document: Tensor
+    place: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, real: Tensor, documents: Tensor | None) -> "Places":
+        """The places of the blocks ``real [B, N]`` bool.
+
+        ``documents [B, N]`` are ascending ids of documents; None: each row is one.
+        """
+        if documents is None:
+            size = real.sum(1, keepdim=True).expand_as(real)
+            return cls(torch.zeros_like(size), (real.cumsum(1) - 1).clamp_min(0), size)
+        begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+        document = begins.cumsum(1) - 1
+        count = torch.arange(real.shape[1], device=real.device).expand_as(document)
+        start = (count * begins).cummax(1).values
+        size = torch.zeros_like(document).scatter_add_(1, document, torch.ones_like(document))
+        return cls(document, count - start, size.gather(1, document))
+
+
+def window_scores(keys: Tensor, places: Places, *salts: Tensor | int) -> Tensor:
+    """Blocks that follow a random one, the nearest first; after the last the first follows.
+
+    So the best of a document are one window, or its end and its beginning, and every block is as
+    likely as every other to be among them.
 
     Returns:
         ``[B, N]`` fp32; ``keys [B]`` and ``salts`` as for `random_scores`.
     """
-    counts = real.sum(1, keepdim=True).clamp_min(1)
-    start = (random_scores(keys, 1, *salts) * counts).long()
-    behind = (real.cumsum(1) - 1 - start) % counts
-    return (counts - 1 - behind).float()
+    size = places.size.clamp_min(1)
+    start = (_uniform(keys, places.document, *salts) * size).long()
+    return (size - 1 - (places.place - start) % size).float()
+
+
+def chunk_scores(keys: Tensor, places: Places, chunk: int, *salts: Tensor | int) -> Tensor:
+    """One uniform score in [0, 1) for each run of ``chunk`` neighbouring blocks of a document.
+
+    Where a document's first run ends is drawn too, so that any two neighbours are parted as often
+    as any other two.
+
+    Args:
+        keys: ``[B]`` int64, see `row_keys`.
+        places: Of the blocks.
+        chunk: Blocks a run.
+        *salts: As for `random_scores`.
+
+    Returns:
+        ``[B, N]`` fp32.
+    """
+    first = (_uniform(keys, places.document, *salts, 1) * chunk).long()
+    run = (places.place + first) // chunk
+    return _uniform(keys, (places.document << 20) + run, *salts, 2)
+
+
+def mix_ranks(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Scores whose best blocks are the best of two scores, ``share`` of them of the second.
+
+    Args:
+        first: ``[B, N]``, higher is better.
+        second: Likewise.
+        share: In (0, 1).
+
+    Returns:
+        ``[B, N]`` fp32, negative.
+    """
+    return -torch.minimum(ranks(first) / (1 - share), ranks(second) / share)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Place of each block by its score, ``[B, N]`` fp32: 0.5 for the best, then 1.5, ..."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).float() + 0.5
+
+
+def _uniform(keys: Tensor, labels: Tensor, *salts: Tensor | int) -> Tensor:
+    """Uniform in [0, 1), fp32, by ``keys [B]``, ``labels [B, N]`` and ``salts`` alone."""
+    salt: Tensor | int = 0
+    for value in salts:
+        salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF
+    return _mix(keys[:, None] ^ _mix(labels + salt)).double().div(2**32).float()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 Such a process imports this file and, until it trains, nothing of transformers.
 """
 
+from unittest import mock
+
 import huggingface_hub
 import torch
 
 from lemo_hf import LeMoConfig, LeMoPredictor
 from lemo_hf.files import WEIGHTS_NAME
+from lemo_hf.predictors import on_hub
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import PredictorInfo
@@ -16,22 +19,17 @@ from lemo_hf.predictors.predictor_set import PredictorInfo
 BASE = BaseModel("llama", 32, 4, 4, 2, 97)
 
 
-def sizes(units, head="attention"):
+def sizes(rank):
     """Of a small `BlockPredictor`."""
-    rank = 4 if head == "attention" else 1
-    shapes = {"hidden_size": BASE.hidden_size, "units": units, "rank": rank, "longest": 16}
-    return {**shapes, "block_size": 8, "head": head}
+    return {"hidden_size": BASE.hidden_size, "block_size": 8, "rank": rank}
 
 
-def make_predictor(dense=(), mlp=False, seed=0, **info):
+def make_predictor(dense=(), seed=0, **info):
     """Random predictors of different sizes, one a layer but those in ``dense``."""
-    facts = {"block_size": 8, "normalize_scores": False, "base": BASE, **info}
+    facts = {"block_size": 8, "base": BASE, **info}
     torch.manual_seed(seed)
-    heads = [
-        [None if i in dense else BlockPredictor(**sizes(5 + i, head)) for i in range(4)]
-        for head in ("attention", "mlp")[: 1 + mlp]
-    ]
-    predictor = LeMoPredictor(PredictorInfo(**facts), *heads)
+    layers = [None if i in dense else BlockPredictor(**sizes(5 + i)) for i in range(4)]
+    predictor = LeMoPredictor(PredictorInfo(**facts), layers)
     for parameter in predictor.parameters():  # so large that seeds choose different blocks
         parameter.data.normal_()
     return predictor
@@ -46,14 +44,14 @@ def made(seed=0):
     return fingerprint(make_predictor(dense=[0], seed=seed))
 
 
-def push(repo, seed=0, **options):
-    return make_predictor(dense=[0], seed=seed).push_to_hub(repo, **options)
+def push(repo, seed=0, base=BASE, **options):
+    return make_predictor(dense=[0], seed=seed, base=base).push_to_hub(repo, **options)
 
 
 def push_large(repo):
     """More than the client writes at a time, which is what it can resume from."""
     predictor = make_predictor(dense=[0])
-    predictor.attention[1] = BlockPredictor(**sizes(90_000))
+    predictor.networks[1] = BlockPredictor(**sizes(50_000))
     predictor.push_to_hub(repo)
     return fingerprint(predictor)
 
@@ -80,6 +78,13 @@ def load_while_it_is_pushed(repo, cache):
 
 def load_snapshot(repo, directory):
     return load(huggingface_hub.snapshot_download(repo, cache_dir=directory))
+
+
+def auto(base):
+    """What the Hub has for a base model, and what was logged."""
+    with mock.patch.object(on_hub.logger, "info") as log:
+        repo = on_hub.find_predictor(base, block_size=8)
+    return repo, log.call_args.args
 
 
 def recommended(repo, **options):

@@ -8,7 +8,9 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 TOKEN = "hf_test"
 
@@ -20,10 +22,20 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
+    downloads: int = 0
 
     def commit_id(self, revision: str) -> str | None:
         commit = self.branches.get(revision, revision)
         return commit if commit in self.commits else None
+
+    @property
+    def tags(self) -> set[str]:
+        """As the Hub makes them of the model card's metadata."""
+        card = self.commits[self.branches["main"]].get("README.md", b"").decode()
+        _, _, rest = card.partition("---\n")
+        data = yaml.safe_load(rest.partition("---")[0]) or {}
+        base = data.get("base_model")
+        return {*data.get("tags", ()), *([f"base_model:{base}"] if base else ())}
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         tree = {**self.commits[self.branches[branch]], **files}
@@ -180,6 +192,19 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository.commit(revision, files)
         url = f"{self.hub.url}/me/x/commit/{commit}"
         self.json({"commitUrl": url, "commitOid": commit, "success": True})
+
+    @_route("GET", "/api/models")
+    def listing(self):
+        """Repositories whose cards have all tags that are asked for, most downloaded first."""
+        query = parse_qs(urlsplit(self.path).query)
+        wanted = {tag for tags in query.get("filter", []) for tag in tags.split(",")}
+        found = []
+        for name, repository in self.hub.repositories.items():
+            if not repository.private and wanted <= repository.tags:
+                found.append({"id": name, "downloads": repository.downloads})
+        if query.get("sort") == ["downloads"]:
+            found.sort(key=lambda model: -model["downloads"])
+        self.json(found[: int(query.get("limit", ["1000"])[0])])
 
     @_route("GET", "/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
     def info(self, repository, revision):

@@ -29,37 +29,32 @@ def keep_index(batch, tokens, kept):
     return order[:, :kept].sort(1).values
 
 
-def materialised_scores(
-    query, key, size, scaling, valid, documents, window, softcap, normalize, dtype=torch.float64
+def materialised_shares(
+    query, key, asking, size, scaling, valid=None, documents=None, window=None, softcap=None
 ):
-    """The paper's definition with the whole ``[T, T]`` matrix.
+    """What each block that asks gives each block, by the whole ``[T, T]`` matrix of attention.
 
-    Args:
-        dtype: Of the products: fp64, or fp32 as this device's own matrix products of 16-bit inputs
-            give it.
+    Returns:
+        ``[B, N, N]`` fp64, 0 in the rows of blocks that do not ask.
     """
-    tokens = query.shape[2]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    if dtype == torch.float64 or query.dtype == torch.float32 or not query.is_cuda:
-        scores = query.to(dtype) @ key.to(dtype).mT * scaling
-    else:
-        pair = query.flatten(0, 1), key.flatten(0, 1).mT
-        scores = torch.bmm(*pair, out_dtype=dtype).unflatten(0, query.shape[:2]) * scaling
+    batch, heads, tokens, _ = query.shape
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    scores = query.double() @ key.double().mT * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    places = torch.arange(tokens, device=query.device)
-    i, j = places[:, None], places[None]
-    visible = (j <= i)[None].expand(len(query), -1, -1)
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    visible = (j <= i)[None].expand(batch, -1, -1)
     if window is not None:
         visible = visible & (i - j < window)
     if documents is not None:
         visible = visible & (documents[:, :, None] == documents[:, None])
     if valid is not None:
         visible = visible & valid[:, :, None] & valid[:, None]
-    scores = scores.clamp_min(0).mean(1) * visible
-    padding = -tokens % size
-    pad = (0, padding, 0, padding)
-    blocks = torch.nn.functional.pad(scores, pad).unflatten(2, (-1, size)).unflatten(1, (-1, size))
-    seen = torch.nn.functional.pad(visible, pad).unflatten(2, (-1, size)).unflatten(1, (-1, size))
-    total = blocks.amax((2, 4)).sum(1)
-    return total / seen.any(4).any(2).sum(1).clamp_min(1) if normalize else total
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    blocks = -(-tokens // size)
+    shares = torch.zeros(batch, blocks, blocks, dtype=torch.float64)
+    for b in range(batch):
+        for m in asking[b].nonzero()[:, 0].tolist():
+            rows = scores[b, :, m * size : (m + 1) * size].split(size, 2)
+            shares[b, m] = torch.stack([part.max() for part in rows]).softmax(0)
+    return shares

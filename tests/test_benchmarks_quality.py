@@ -1,248 +1,316 @@
-"""The quality benchmark: its data, its ways of training, its queue, its tables and pictures."""
+"""The quality benchmark: its rows, its schedule, its evaluation, its queue, tables and pictures."""
 
 import json
+import lzma
 import os
+import re
 import time
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import make_model
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.quality import frontier, make_base, prepare, run, tables
-from benchmarks.quality.cases import Cases, chosen_jobs, read_recipe
-from benchmarks.quality.data import Data
-from benchmarks.quality.experiment import load_model, train
+from benchmarks.quality import completion_rows, evaluate, plots, prepare, results, run, tables
+from benchmarks.quality import train as training
+from benchmarks.quality.cases import GROUPS, jobs_of
+from benchmarks.quality.evaluate import Judge, ask, token_nats
+from benchmarks.quality.experiment import Experiments
+from benchmarks.quality.facts import HIDDEN_KINDS, MAKERS, Draw
+from benchmarks.quality.feed import Feed
 from benchmarks.quality.job import Job
-from benchmarks.quality.kinds import nested_sets, s2_attention, subset_gradients
-from benchmarks.quality.results import settings_of
-from benchmarks.quality.workers import Estimate, Queue, Worker
-from benchmarks.record import load, save
-from lemo_hf import LeMoConfig, apply_lemo
+from benchmarks.quality.model import load_model, reset_adapter, s2_attention
+from benchmarks.quality.row import TASKS, RowSet, make_row, weave
+from benchmarks.quality.schedule import Schedule
+from benchmarks.quality.train import train
+from benchmarks.quality.words import CATEGORIES, SYNONYMS, of_split
+from benchmarks.quality.workers import Queue, Setup, Worker
+from lemo_hf import LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 MODEL, TEXT = DEMO / "model", DEMO / "text"
 CPU = torch.device("cpu")
-TOKENS = 512
-SETS = ("many-lines", "many-lines-half", "many-lines-quarter", "many-answers")
+TOKENS = 1024
+FUNCTION_WORDS = {
+    "the",
+    "of",
+    "is",
+    "one",
+    "which",
+    "what",
+    "has",
+    "digits",
+    "belong",
+    "to",
+    "kind",
+} | {
+    "home",
+    "master",
+}
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("quality")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    book = (TEXT / "train-alice-adams.txt").read_text()
+    news = folder / "news.jsonl.xz"
+    with lzma.open(news, "wt") as file:
+        for i in range(10):
+            part = book[9000 * i : 9000 * i + 500 * (i + 1)]
+            row = {"context": part + " NEWLINE_CHAR End.", "answers": [f"Summary {i}. " * 40]}
+            file.write(json.dumps(row) + "\n")
     prepare.main(
         [
-            *(str(path), "--model", str(MODEL)),
+            *(str(folder), "--model", str(MODEL), "--news", str(news)),
             *("--train", str(TEXT / "train-alice-adams.txt")),
-            *("--test", f"books={TEXT / 'heldout-oh-money-money.txt'}"),
-            f"other={TEXT / 'heldout-the-foresters-daughter.txt'}",
-            *("--sets", *SETS, "--tokens", str(TOKENS), "--max-rows", "4", "--windows", "2"),
-            *("--samples", "1", "--keys", "2", "--processes", "1"),
+            *("--test", str(TEXT / "heldout-oh-money-money.txt")),
         ]
     )
-    return path
+    return folder
 
 
 @pytest.fixture(scope="session")
-def data(folder) -> Data:
-    return Data.load(folder)
+def feed(texts) -> Feed:
+    return Feed(MODEL, texts, processes=0)
 
 
-def test_the_base_learns_from_both_sets_in_turns(folder, tmp_path):
-    first, second = [f"a{i}" for i in range(3)], [f"b{i}" for i in range(4)]
-    turns = make_base.TakingTurns([first, second], batch=2, steps=4)
-    assert [turns[i] for i in range(len(turns))] == ["a0", "a1", "b0", "b1", "a2", "a0", "b2", "b3"]
-    sets = ["many-lines-quarter", "many-answers"]
-    make_base.main(
-        [
-            *(str(tmp_path / "base"), "--model", str(MODEL), "--data", str(folder)),
-            *("--sets", *sets, "--steps", "4", "--batch", "1"),
-        ]
-    )
-    facts = json.loads((tmp_path / "base" / "training.json").read_text())
-    assert len(facts["losses"]) == 4 and 0 <= facts["accuracy"] <= 1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-
-
-def job(name: str = "job", **changes) -> Job:
-    fields = {"data": "many-lines", "steps": 2, "batch": 1, "learning_rate": 1e-3}
-    return Job(**{"name": name, "setting": name, **fields, **changes})
-
-
-def ids_and_labels(count: int = 32) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 97, (2, count))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def test_rows_ask_for_what_they_tell(data):
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A tiny model whose heads the key heads do not halve, as SmolLM2's, with the demo's words."""
+    folder = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    assert {name: rows.ids.shape for name, rows in data.train.items()} == {
-        "many-lines": (4, TOKENS),
-        "many-lines-half": (8, TOKENS // 2),
-        "many-lines-quarter": (16, TOKENS // 4),
-        "many-answers": (4, TOKENS),
-    }
-    assert list(data.test) == ["books", "other"]
-    assert all(rows.shape == (2, TOKENS) for rows in data.test.values())
-    assert torch.equal(
-        *(torch.from_numpy(data.train["many-lines"][0][name]) for name in ("input_ids", "labels"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
     )
-    for row in (data.train["many-answers"][place] for place in range(4)):
-        labels = row["labels"][row["labels"] != IGNORE_INDEX]
-        answers = tokenizer.decode(labels).replace(" ", "")
-        assert len(answers) == 2 * 7 and answers.isdigit()  # a line every 256 tokens
-        text = tokenizer.decode(row["input_ids"])
-        assert all(text.count(value) == 2 for value in (answers[:7], answers[7:]))
-    for row in data.needles[7]:
-        answer = tokenizer.decode(row.answer_ids).strip()
-        assert answer.isdigit() and answer in tokenizer.decode(row.prompt_ids)
-    assert {len(row.input_ids) for row in data.needles[7]} == {TOKENS // 4, TOKENS // 2, TOKENS}
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
-def test_training_and_test_texts_are_apart(data):
-    """Haystacks come from the books of their side: 32 tokens in a row are found in no other."""
+def rows(feed: Feed, task: str, count: int = 3, tokens: int = TOKENS, **changes) -> list:
+    return list(islice(feed.rows(RowSet(task, tokens, **changes)), count))
+
+
+def job(**changes) -> Job:
+    return Job(**{"arm": "dense", "task": "lexical", "tokens": TOKENS, "steps": 2, **changes})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_are_made_from_seed_and_index(feed, task):
+    first, again = rows(feed, task), rows(feed, task)
+    other = rows(feed, task, seed=1)
+    for row, same, unlike in zip(first, again, other, strict=True):
+        assert len(row.ids) == TOKENS and row.ids.dtype == np.uint16
+        assert np.array_equal(row.ids, same.ids) and np.array_equal(row.gold, same.gold)
+        assert not np.array_equal(row.ids, unlike.ids)
+        assert len(row.answers) == len(row.kinds) > 0 and len(row.gold) > 0
+        assert (row.gold[:, 1] <= row.asked_from).all()
+        expected = np.full(TOKENS, task == "text")
+        for a, b in row.answers:
+            expected[a:b] = True
+        assert np.array_equal(row.labelled, expected)
+        assert np.array_equal(row.labels != IGNORE_INDEX, expected)
+        blocks = row.gold_blocks(64)
+        assert all(blocks[a // 64] and blocks[(b - 1) // 64] for a, b in row.gold)
+
+
+def test_answers_stand_in_the_gold(feed):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    book, held_out = (
-        tokenizer.decode(tokenizer((TEXT / name).read_text())["input_ids"])
-        for name in ("train-alice-adams.txt", "heldout-oh-money-money.txt")
-    )
-    for row, home, other in [
-        (data.train["many-lines"].ids[1].tolist(), book, held_out),
-        (data.needles[7][-1].input_ids, held_out, book),
-    ]:
-        pieces = [
-            tokenizer.decode(row[start : start + 32]) for start in range(0, len(row) - 31, 16)
-        ]
-        assert sum(piece in home for piece in pieces) > len(pieces) / 4
-        assert not any(piece in other for piece in pieces)
+    for row in rows(feed, "lexical"):
+        gold = [row.ids[a:b].tolist() for a, b in row.gold]
+        told = [tokenizer.decode(ids) for ids in gold]
+        assert set(row.kinds) == {"value", "quotation"}
+        for (a, b), kind in zip(row.answers, row.kinds, strict=True):
+            if kind == "quotation":
+                assert row.ids[a - completion_rows.CUE : b].tolist() in gold
+            else:
+                answer = tokenizer.decode(row.ids[a:b]).strip()
+                assert sum(answer in text for text in told) == 1
+    for row in rows(feed, "text"):
+        whole = [row.ids[a:b].tolist() for a, b in row.gold]
+        for (a, b), kind in zip(row.answers, row.kinds, strict=True):
+            passage = row.ids[a:b].tolist()
+            if kind == "quotation":
+                assert any(passage == ids[-len(passage) :] for ids in whole)
+            before = row.gold[:, 1].min()
+            assert before <= a  # what is recalled was told before
+    for row in rows(feed, "summary", tokens=1024):
+        assert "Summary" in tokenizer.decode(row.ids[row.asked_from :])
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower())) - FUNCTION_WORDS
 
 
-def test_gradients_through_everything_are_dense_ones():
-    model, batch = make_model("llama").double(), ids_and_labels()
-    dense = model(**batch).loss
-    dense.backward()
-    expected = gradients(model)
-    with subset_gradients(model, LeMoConfig(retention=1.0, block_size=4, policy="random")):
-        loss = model(**batch).loss
-        loss.backward()
-    assert torch.equal(loss, dense)
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name]) for name in expected)
+def test_hidden_questions_share_no_words_with_the_place_of_their_answer():
+    for split in ("train", "test"):
+        draw = Draw(np.random.default_rng(3), split)
+        for kind in HIDDEN_KINDS:
+            for _ in range(3):
+                question = MAKERS[kind](draw)
+                place = question.facts[-1]
+                assert not words(question.ask) & words(place)
+                assert (question.answer.strip() in place) == (kind != "category")
+                if kind in ("synonym", "category"):
+                    assert not words(question.ask + question.answer) & words(place) or (
+                        question.answer.strip().isdigit()
+                    )
+                for near, far in zip(question.facts, question.facts[1:], strict=False):
+                    assert words(near) & words(far)  # chains are linked
+    parts = [set(of_split(SYNONYMS, split)) for split in ("train", "test")]
+    assert len(SYNONYMS) >= 60 and not parts[0] & parts[1]
+    singles = [word for pair in SYNONYMS for word in pair]
+    assert len(singles) == len(set(singles))
+    assert all(len(of_split(members, "test")) > 2 for members in CATEGORIES.values())
 
 
-def test_gradients_through_a_subset_hold_the_other_tokens_fixed():
-    """Against a model in which what projections say of dropped tokens are constants."""
-    model, batch = make_model("llama").double(), ids_and_labels()
-    kept = torch.zeros(32, dtype=torch.bool)
-    kept[:4] = kept[20:] = True  # 4 of 8 blocks: the first always, and the last
-    config = LeMoConfig(retention=0.5, block_size=4, policy="recent")
-    with subset_gradients(model, config):
-        loss = model(**batch).loss
-        loss.backward()
-    found = gradients(model)
-    constants: dict[nn.Module, torch.Tensor] = {}
+def test_pieces_are_woven_in():
+    text = np.arange(10, dtype=np.uint16)
+    ids, spans, moved = weave(text, [2, 2, 7], [[90, 91], [92], [93]])
+    assert ids.tolist() == [0, 1, 90, 91, 92, 2, 3, 4, 5, 6, 93, 7, 8, 9]
+    assert spans == [(2, 4), (4, 5), (10, 11)]
+    assert [ids[moved(token)] for token in range(10)] == list(range(10))
 
-    def hold(module: nn.Module, _, output: torch.Tensor) -> torch.Tensor:
-        if module not in constants:
-            constants[module] = output.detach()
-        return torch.where(kept[:, None], output, constants[module])
 
-    for module in model.model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(hold)
+def test_cut_rows_keep_their_questions(feed):
+    for task in ("lexical", "hidden"):
+        for row in rows(feed, task):
+            (end,) = row.cut(2)
+            assert np.array_equal(end.ids, row.ids[TOKENS // 2 :])
+            assert end.kinds == row.kinds and end.labelled.sum() == row.labelled.sum()
+            assert end.lost + len(end.gold) == len(row.gold) and end.lost > 0
+            assert np.array_equal(end.asking, row.asking[TOKENS // 2 :])
+    for row in rows(feed, "text"):
+        parts = row.cut(4)
+        assert np.array_equal(np.concatenate([part.ids for part in parts]), row.ids)
+        assert sum(len(part.answers) for part in parts) <= len(row.answers)
+
+
+def test_a_schedule_warms_up_decays_and_finishes_dense():
+    timed = Schedule(job(steps=None, seconds=100.0, finish=0.3, cut=2, batch=4))
+    assert timed.share(5, 50.0) == 0.5
+    assert not timed.finishes(0.69) and timed.finishes(0.7)
+    assert timed.rows(0.5) == (2, 4) and timed.rows(0.8) == (1, 1)
+    assert timed.retention(0.5) is None and timed.retention(0.8) == 1.0
+    rates = [timed.rate(step, share) for step, share in ((0, 0.0), (50, 0.0), (90, 0.5), (99, 1))]
+    assert rates == pytest.approx([2e-4, 1e-3, 5e-4, 0])
+    assert timed.over(9, 98.0, 5.0) and not timed.over(9, 97.0, 5.0)
+    stepped = Schedule(job(steps=10, ramp=(0.2, 1.0)))
+    assert stepped.share(5, 0.0) == 0.5 and stepped.over(10, 0.0, 0.0)
+    ramp = [stepped.retention(share / 20) for share in range(21)]
+    assert ramp[0] == 0.2 and ramp[-1] == 1.0 and ramp == sorted(ramp)
+
+
+def test_exact_answers_are_those_of_greedy_decoding():
+    model = make_model("llama", "sdpa").eval()
+    ids = torch.randint(3, 97, (1, 40))
     with torch.no_grad():
-        model(input_ids=batch["input_ids"])
-    asked = kept[:-1]
-    logits = model(input_ids=batch["input_ids"]).logits[:, :-1][:, asked]
-    targets = batch["labels"][:, 1:][:, asked]
-    expected = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    assert torch.allclose(loss, expected)
-    expected.backward()
-    for name, gradient in gradients(model).items():
-        assert torch.allclose(found[name], gradient), name
+        for place in range(30, 34):  # the model's own continuation
+            ids[0, place] = model(ids[:, :place]).logits[0, -1].argmax()
+        asked = make_row(ids[0].numpy(), [(30, 34), (10, 14)], ["right", "other"], [], 0)
+        found = ask(model, [asked, asked], CPU)
+        logits = model(ids).logits.log_softmax(-1)[0]
+        nats = token_nats(model, ids)[0]
+    expected = -logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert torch.allclose(nats, expected, atol=1e-5)
+    assert found["right"]["exact"] == 1.0 and found["other"]["exact"] == 0.0
+    assert found["right"]["count"] == 2
+    assert found["other"]["nats"] == pytest.approx(float(expected[9:13].mean()), abs=1e-3)
 
 
-def test_subset_gradients_come_off_and_leave_evaluation_alone():
-    model, batch = make_model("llama").eval(), ids_and_labels()
-    before = model(**batch).loss
-    with subset_gradients(model, LeMoConfig(block_size=4, policy="random")):
-        assert torch.equal(model(**batch).loss, before)
-    model.train()
-    model(**batch).loss.backward()
-    expected = gradients(model)
-    model(**batch).loss.backward()
-    assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model).items())
+def test_key_tokens_are_those_that_far_context_helps(feed, base, monkeypatch):
+    model = load_model(base, TOKENS, CPU).eval()
+    judge = Judge(feed, TOKENS, rows=1, windows=1, device=CPU)
+    monkeypatch.setattr(evaluate, "GAIN", 0.0)
+    monkeypatch.setattr(evaluate, "LIKELY", -100.0)
+    key = judge.key_tokens(model)
+    size, window = TOKENS // 8, judge.text[0]
+    with torch.no_grad():
+        far = token_nats(model, window[None])[0]
+        near = token_nats(model, window[None, size // 2 : size // 2 + size])[0, -size // 2 :]
+    expected = near > far[size - 1 : size - 1 + size // 2]
+    assert torch.equal(key[0, size - 1 : size - 1 + size // 2], expected)
+    plain = judge.plain_text(model)
+    assert len(plain["by_position"]) == 4 and plain["key_tokens"] == int(key.sum()) > 0
 
 
-@pytest.mark.parametrize("policy", ["pooled", "random"])
-def test_nested_sets_only_shrink(policy):
-    model, batch = make_model("llama"), ids_and_labels(64)
-    shares = (0.75, 0.5, 0.5, 0.25)
-    config = LeMoConfig(retention=shares, policy=policy, block_size=4, agree_across_layers=False)
-    lemo = apply_lemo(model, config)
-
-    def kept_of_a_pass() -> list[torch.Tensor]:
-        model(**batch).loss.backward()
-        return [lemo.passes.kept_blocks[layer, "attention"] for layer in range(4)]
-
-    with nested_sets():
-        kept = kept_of_a_pass()
-    assert [blocks.sum(1).tolist() for blocks in kept] == [[16 * s] * 2 for s in shares]
-    for before, after in pairwise(kept):
-        assert not (after & ~before).any()
-    free = kept_of_a_pass()  # without it they choose anew
-    assert any((after & ~before).any() for before, after in pairwise(free))
-
-
-def test_s2_attention_is_for_training_alone():
-    model, batch = make_model("llama", "sdpa"), ids_and_labels()
-    dense = model(**batch).loss
+def test_the_base_is_extended_by_yarn(base):
+    model = load_model(base, TOKENS, CPU)
+    parameters = model.config.rope_parameters
+    assert parameters["rope_type"] == "yarn" and parameters["factor"] == 2
+    assert load_model(base, 512, CPU).config.rope_parameters["rope_type"] == "default"
+    ids = torch.arange(64)[None]
+    dense = model(ids).logits
     with s2_attention(model):
-        assert not torch.allclose(model(**batch).loss, dense, rtol=1e-3)
-    assert torch.equal(model(**batch).loss, dense)
+        assert not torch.allclose(model(ids).logits, dense, atol=1e-6)
+    assert torch.equal(model(ids).logits, dense)
 
 
-def test_training_trains_what_the_job_says(data):
-    for adapter, trained in (("attention", "self_attn"), ("all-linear", "mlp")):
-        model = load_model(job(adapter=adapter), MODEL, TOKENS, CPU)
-        names = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert all("lora" in name for name in names)
-        assert any(trained in name for name in names)
-        assert adapter == "all-linear" or not any("mlp" in name for name in names)
-    full = job(adapter=None, lemo={"retention": 0.5, "policy": "recent"})
-    model = load_model(full, MODEL, TOKENS, CPU)
+OVERLAP = {"policy": "overlap", "retention": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lemo": OVERLAP},
+        {"lemo": OVERLAP, "asks": "gold"},
+        {"lemo": OVERLAP, "asks": "question"},
+        {"task": "text", "lemo": {"policy": "random", "retention": 0.25}, "finish": 0.5},
+        {"cut": 2, "batch": 2, "finish": 0.5},
+        {"task": "hidden", "attention": "s2", "finish": 0.5},
+        {"steps": None, "seconds": 0.3},
+    ],
+)
+def test_training(feed, base, changes, monkeypatch):
+    monkeypatch.setattr(training, "WARM_STEPS", 1)
+    model = load_model(base, TOKENS, CPU)
+    this = job(**changes)
+    reset_adapter(model, this.seed)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    took = train(full, model, data, CPU)
-    assert took["attention_retention"] == took["mlp_retention"] == 0.5
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    took = train(this, model, feed, CPU)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed and all("lora" in name for name in changed)
+    assert this.seconds is not None or took["steps"] == this.steps
+    assert took["finish_steps"] == (1 if this.finish else 0)
+    assert took["rows_seen"] > 0 and took["labels"] > 0
+    if this.asks == "gold":
+        assert took["recall"] == 1.0
+    if this.cut > 1:
+        assert took["recall"] < 1.0
+    if this.lemo.get("retention") == 0.25:
+        assert took["kept"] == pytest.approx((0.25 + 1) / 2, abs=0.02)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.base_model, "_lemo")
+    if this.asks == "gold":  # whatever was trained before
+        assert train(this, model, feed, CPU)["losses"] == took["losses"]
 
 
 def serve(connection) -> None:
     """A worker whose jobs wait, or kill it."""
     connection.send("ready")
-    while (job := connection.recv()) is not None:
-        if job.data == "dies":
+    while (this := connection.recv()) is not None:
+        if this.arm == "dies":
             os._exit(3)
-        begin = time.monotonic()
-        time.sleep(30 if job.data == "hangs" else 0.1)
-        if job.data == "breaks its GPU":
-            connection.send({**job.to_dict(), "status": "failed: CUDA error", "fatal": True})
+        time.sleep(30 if this.arm == "hangs" else 0.1)
+        row = {**this.to_dict(), "status": "ok"}
+        if this.arm == "breaks its GPU":
+            row = {**row, "status": "failed: CUDA error", "fatal": True}
+        connection.send(row)
+        if "fatal" in row:
             return
-        row = {**job.to_dict(), "status": "ok", "began": begin, "ended": time.monotonic()}
-        connection.send(row | {"step_ms": 100.0 if job.lemo is None else 25.0})
 
 
 def start(gpu: int) -> Worker:
@@ -254,178 +322,78 @@ def start(gpu: int) -> Worker:
     return Worker(gpu, process, here)
 
 
-def rows_of(jobs: list[Job], seconds: float = 20.0, **options) -> dict[str, dict]:
-    estimate = Estimate(dict.fromkeys(("many-lines", "dies", "breaks its GPU", "hangs"), 1), 2)
-    estimate.FIXED = 0.2
-    end = time.monotonic() + seconds
-    queue = Queue(start, options.get("gpus", 2), 2, estimate, end)
-    rows = {row["name"]: row for row in queue.run(jobs, options.get("rows", []))}
+def run_queue(arms: list[str], seconds: float = 20.0, gpus: int = 2) -> list[dict]:
+    queue = Queue(start, gpus, time.monotonic() + seconds, overhead=0.1)
+    found = list(queue.run([job(arm=arm, seed=seed) for seed, arm in enumerate(arms)]))
     assert not any(worker.process.is_alive() for worker in queue.workers)
-    return rows
+    return sorted(found, key=lambda row: row["seed"])
 
 
 def test_a_process_that_dies_is_a_row_and_the_rest_goes_on():
-    jobs = [job(str(i), data="dies" if i < 5 else "many-lines") for i in range(12)]
-    rows = rows_of(jobs)
-    assert len(rows) == 12
-    for i in range(12):
-        expected = "failed: its process ended with 3" if i < 5 else "ok"
-        assert rows[str(i)]["status"] == expected
-
-
-def test_a_process_whose_gpu_broke_gets_no_other_job():
-    rows = rows_of([job("0", data="breaks its GPU"), *(job(str(i)) for i in range(1, 6))], gpus=1)
-    assert rows.pop("0")["status"] == "failed: CUDA error"
-    assert [row["status"] for row in rows.values()] == ["ok"] * 5
-
-
-def test_exclusive_jobs_are_alone_on_their_gpu():
-    alone = [job(f"alone {i}", exclusive=True) for i in range(3)]
-    rows = rows_of([*alone, *(job(str(i)) for i in range(6))], gpus=1)
-    assert len(rows) == 9
-    spans = {name: (row["began"], row["ended"]) for name, row in rows.items()}
-    for name in (job.name for job in alone):
-        begin, end = spans.pop(name)
-        assert all(a >= end or b <= begin for a, b in spans.values())
-
-
-def test_equal_time_takes_its_steps_from_the_timings():
-    timings = [job("dense", exclusive=True), job("lemo", lemo={}, exclusive=True)]
-    longer = job("longer", lemo={}, steps=10, same_time=("dense", "lemo"))
-    lost = job("lost", same_time=("dense", "no such timing"))
-    rows = rows_of([*timings, longer, lost])
-    assert rows["longer"]["steps"] == 40
-    assert longer.same_run(rows["longer"]) and not replace(longer, seed=1).same_run(rows["longer"])
-    assert "lost" not in rows
-    again = rows_of([longer], rows=[rows["dense"], rows["lemo"]])  # of an earlier run
-    assert again["longer"]["steps"] == 40
+    found = run_queue(["dies", "dies", *["dense"] * 4, "breaks its GPU", "dense"])
+    status = [row["status"] for row in found]
+    assert status[:2] == ["failed: its process ended with 3"] * 2
+    assert status[2:] == ["ok"] * 4 + ["failed: CUDA error", "ok"]
 
 
 def test_nothing_starts_or_stays_beyond_the_end():
     begin = time.monotonic()
-    rows = rows_of(
-        [job("hung", data="hangs"), *(job(str(i)) for i in range(99))], seconds=2, gpus=1
-    )
+    found = run_queue(["hangs", *["dense"] * 90], seconds=2.0)
     assert time.monotonic() - begin < 9
-    assert rows["hung"]["status"] == "out of time"
-    assert 2 < len(rows) < 60
-    assert all(row["status"] == "ok" for name, row in rows.items() if name != "hung")
+    assert found[0]["status"] == "out of time"
+    assert 1 < len(found) < 60 and all(row["status"] == "ok" for row in found[1:])
 
 
 def test_cases_are_settings_that_lemo_takes():
-    groups = Cases(read_recipe(), "a-predictor", 12).groups()
-    jobs = chosen_jobs(groups, list(groups))
-    assert len({job.name for job in jobs}) == len(jobs)
-    for case in jobs:
-        assert case.data in prepare.SETS
-        if case.lemo is not None:
-            rules = LeMoConfig(**case.lemo).layer_rules(12)
-            if case.kind == "nested":
-                shares = [attention.retention for attention, _ in rules]
-                assert shares == sorted(shares, reverse=True)
-                assert sum(shares) / 12 == pytest.approx(0.5)
-                assert case.same_run(json.loads(json.dumps(case.to_dict())))
-    names = {job.name for job in jobs}
-    assert all(name in names for job in jobs if job.same_time for name in job.same_time)
+    for group in GROUPS:
+        jobs = jobs_of([group], predictor=None)
+        assert len({case.name for case in jobs}) == len(jobs)
+        for case in jobs:
+            LeMoConfig(**case.lemo)
+    headline = jobs_of(["headline"])
+    assert {case.seed for case in headline} == {0, 1, 2}
+    assert sum(case.expected + 15 for case in headline) < 80 * 60
+    learned = jobs_of(["headline"], predictor="a/predictor")
+    assert {case.lemo.get("predictor") for case in learned} == {None, "a/predictor"}
 
 
-@pytest.fixture(scope="session")
-def short_model(tmp_path_factory) -> Path:
-    """The first layers of the demo's model."""
-    path = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=4).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def results(folder, short_model, tmp_path_factory) -> Path:
-    """One job of every kind by the command line, and one that cannot run."""
-    path = tmp_path_factory.mktemp("results") / "quality.json"
-    recipe = read_recipe()
-    recipe["headline"] = {
-        "pooled 0.5": {"policy": "pooled"},
-        "too large": {"policy": "pooled", "dense_first_layers": 99},
-    }
-    recipe_file = path.with_name("recipe.json")
-    recipe_file.write_text(json.dumps(recipe))
-    common = [
-        "--model",
-        str(short_model),
-        "--data",
-        str(folder),
-        "--tiny",
-        "--workers-per-gpu",
-        "1",
+def test_a_run_gives_tables_and_a_picture(base, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [
+        *("--out", str(out), "--base", str(base), "--texts", str(texts), "--cpu"),
+        *("--group", "smoke", "more", "--tokens", str(TOKENS), "--rows", "1", "--windows", "1"),
+        *("--processes", "1", "--threads", "1"),
+        *("--jobs", "lexical 1K, overlap 0.3, 4 s", "text 1K, base"),
     ]
-    common += ["--recipe", str(recipe_file), "--output", str(path), "--commit", "abc1234"]
-    groups = ["base", "policy", "sets", "controls", "completion", "headline", "timing"]
-    names = ["base", "dense", "pooled 0.5", "pooled, nested 0.5", "S²-Attn", "random-LTD 0.5"]
-    names += ["random, gradients only 0.5", "dense, rows 1/2, half the tokens", "too large"]
-    names += ["completion, dense", "completion, random 0.3", "time, dense", "time, pooled 0.5"]
-    run.main([*common, "--only", *groups, "--jobs", *names])
-    names = ["dense", "dense, seed 1", "equal time, pooled 0.5"]
-    run.main([*common, "--append", "--only", "headline", "equal_time", "--jobs", *names])
-    return path
+    run.main(command)
+    assert "overlap 0.3" in capsys.readouterr().out
+    found = results.read_rows([out])
+    assert [row["status"] for row in found] == ["ok", "ok"], (out / "gpu0.log").read_text()
+    run.main(command)  # all is done
+    assert len((out / results.RESULTS).read_text().splitlines()) == 2
+    trained = next(row for row in found if row["arm"] != "base")
+    seeds = [{**trained, "seed": i, "name": trained["name"][:-1] + str(i)} for i in (1, 2)]
+    seeds[1] |= {"steps": 8}
+    failed = {**trained, "name": "lost", "status": "failed: so"}
+    with open(out / results.RESULTS, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*seeds, failed])
+    output = tmp_path / "quality.json"
+    results.main([str(out), "--output", str(output)])
+    tables.main([str(output)])
+    page = capsys.readouterr().out
+    assert "| overlap 0.3 |" in page and "- lost: failed: so" in page
+    assert tables.spread([1.0, 2.0], ".1f") == "1.5 (1.0–2.0)"
+    image = tmp_path / "quality.png"
+    plots.main([str(output), str(image), "--tokens", str(TOKENS)])
+    assert image.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="no job"):
+        plots.plot(found, image, 1, "")
 
 
-def test_every_kind_runs(results):
-    header, rows = load(results)
-    by_name = {row["name"]: row for row in rows}
-    assert len(rows) == len(by_name) == 15
-    assert by_name.pop("too large")["status"].startswith(
-        "failed: ValueError: dense_first_layers=99"
-    )
-    assert all(row["status"] == "ok" for row in by_name.values())
-    assert len(header["commands"]) == 2
-    assert header["commands"][0].startswith("python -m benchmarks.quality.run --model")
-    dense = by_name["dense"]
-    for name, row in by_name.items():
-        if row["evaluate"]:
-            assert row["perplexity"].keys() == {"books", "other"}
-            assert row["retrieval"]["accuracy"].keys() == {"128", "256", "512"}
-            assert name == "dense" or row["perplexity"] != dense["perplexity"]
-        elif name != "base":
-            assert "perplexity" not in row and row["step_ms"] > 0
-    assert dense["perplexity"]["books"] < by_name["base"]["perplexity"]["books"]
-    assert by_name["random-LTD 0.5"]["attention_retention"] == pytest.approx(0.75, abs=0.01)
-    timings = [by_name[f"time, {name}"]["step_ms"] for name in ("dense", "pooled 0.5")]
-    assert by_name["equal time, pooled 0.5"]["steps"] == round(3 * timings[0] / timings[1])
-
-
-def test_settings_meet_their_dense_rows(results):
-    _, rows = load(results)
-    dense, pooled = settings_of(rows, "headline")
-    assert (dense.name, len(dense.rows), pooled.name) == ("dense", 2, "pooled 0.5")
-    means = [row["perplexity"]["books"] for row in dense.rows]
-    assert dense.mean("perplexity", "books") == pytest.approx(sum(means) / 2)
-    (change,) = pooled.changes("perplexity", "books")
-    assert change == pytest.approx(pooled.rows[0]["perplexity"]["books"] / means[0] - 1)
-    completion = settings_of(rows, "completion")
-    assert completion[1].dense == completion[0].rows
-    nested = next(s for s in settings_of(rows, "sets") if "nested" in s.name)
-    assert nested.peak_gib is None and nested.step_ms is None
-
-
-def test_tables_and_pictures_come_from_the_json(results, tmp_path, capsys):
-    header, rows = load(results)
-    rows[0] = rows[0] | {"peak_gib": None}
-    tables.main([str(results)])
-    text = capsys.readouterr().out
-    for title in ("Policies", "Kept sets", "Completion-only", "Headline", "Equal wall-clock"):
-        assert f"### {title}" in text
-    assert "too large: failed: ValueError" in text and "commit `abc1234`" in text
-    dense = next(row for row in rows if row["name"] == "dense")
-    books, end = dense["perplexity"]["books"], dense["late_perplexity"]["books"]
-    assert f"| dense | 1 | 3 | 1.00 / 1.00 | {books:.2f} ({end:.2f}) |  |" in text
-    summary = tables.summary_table(rows, ("headline", "equal_time", "controls"))
-    assert summary.count("| dense |") == 1 and "| pooled 0.5, as long as dense |" in summary
-    image = tmp_path / "frontier.png"
-    frontier.main([str(results), str(image)])
-    assert image.stat().st_size > 10_000
-    on_gpu = [row | {"peak_gib": 1.5} for row in rows]  # memory has panels of its own
-    save(tmp_path / "gpu.json", header, on_gpu)
-    wider = tmp_path / "wider.png"
-    frontier.main([str(tmp_path / "gpu.json"), str(wider)])
-    assert wider.stat().st_size > image.stat().st_size
-    with pytest.raises(SystemExit, match="both evaluated and timed"):
-        frontier.plot(header, [row for row in rows if row["evaluate"]], image)
+def test_a_job_without_training_tells_what_the_base_knows(feed, base, texts, tmp_path):
+    setup = Setup(base, texts, tmp_path, cpu=True, rows=1, windows=1)
+    experiments = Experiments(setup, feed, CPU)
+    row = experiments.run(replace(job(task="summary"), arm="base", steps=None, seconds=0))
+    assert "steps" in row and row["steps"] is None and row["asked"][str(TOKENS)]["summary"]
+    with pytest.raises(ValueError, match="either seconds or steps"):
+        job(seconds=1.0)

@@ -1,4 +1,4 @@
-"""The network, its losses, its pruning, and its training, against definitions and invariants."""
+"""The network and its training, against definitions and invariants."""
 
 import math
 
@@ -6,119 +6,96 @@ import pytest
 import torch
 from models import make_model
 
-from lemo_hf import LeMoConfig
+from lemo_hf import LeMoConfig, looked_at
+from lemo_hf.looked_at import LookedAt, collate
 from lemo_hf.observe import observe
-from lemo_hf.policies import POLICIES
+from lemo_hf.policies import oracle_shares
 from lemo_hf.predictors import block_predictor
-from lemo_hf.predictors.block_predictor import BlockPredictor, Embedded
-from lemo_hf.predictors.fit import LOSSES, UNITS, Fit
+from lemo_hf.predictors.asked_shares import asking_index
+from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
 from lemo_hf.recall import recall, recall_table
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
+from lemo_hf.train_predictor import PredictorTraining, share_loss, train_predictor
 
 
-def network(**options) -> BlockPredictor:
-    options = {"units": 6, "rank": 3, "longest": 16, **options}
-    predictor = BlockPredictor(12, 4, **options)
-    generator = torch.Generator().manual_seed(0)
+def network(seed=0) -> BlockPredictor:
+    predictor = BlockPredictor(12, 4, rank=3)
+    generator = torch.Generator().manual_seed(seed)
     predictor.init_weights(generator)
-    for table in ("earlier", "later", "distance"):
-        if hasattr(predictor, table):
-            torch.nn.init.normal_(getattr(predictor, table), generator=generator)
+    for parameter in (predictor.query.bias, predictor.weight.weight):
+        torch.nn.init.normal_(parameter, generator=generator)
     return predictor.requires_grad_(False)
 
 
-def by_definition(net: BlockPredictor, rows: torch.Tensor) -> list[float]:
-    """Scores of one row without padding, one pair of blocks after the other."""
+def by_definition(net: BlockPredictor, rows: torch.Tensor, asking: list[int]) -> list[float]:
+    """Scores of one row without padding, one token after the other."""
     blocks = rows.split(4)
-
-    def table(name, count):
-        values, place = getattr(net, name), math.log2(1 + min(count, net.longest))
-        low = min(int(place), len(values) - 2)
-        return float(values[low] + (place - low) * (values[low + 1] - values[low]))
-
-    units = [net.embed(block).relu() for block in blocks]
-    queries = [net.query(u.mean(0)) for u in units]
-    scores = []
-    for n, u in enumerate(units):
-        later, earlier = len(blocks) - n, n + 1
-        wants = range(n + 1) if net.causal else range(n, len(blocks))
-        terms = [
-            float((net.key(u) @ queries[m]).max()) + table("distance", abs(m - n)) for m in wants
-        ]
-        score = math.log(sum(map(math.exp, terms)))
-        score -= math.log(len(terms)) if net.normalize else 0
-        score += table("earlier", earlier)
-        scores.append(score + (0 if net.causal else table("later", later)))
+    scores = [0.0] * len(blocks)
+    for m in asking:
+        weights = net.weight(blocks[m])[:, 0].softmax(0)
+        for row, weight in zip(blocks[m], weights, strict=True):
+            match = [
+                float((net.key(blocks[n]) @ net.query(row)).max()) / math.sqrt(net.rank)
+                for n in range(1, m)
+            ]
+            for n, share in enumerate(torch.tensor(match).softmax(0).tolist(), 1):
+                scores[n] += float(weight) * share
     return scores
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"normalize": True, "causal": True}])
-def test_scores_are_those_of_the_definition(options, monkeypatch):
-    net, rows = network(**options), torch.randn(1, 22, 12)
-    expected = torch.tensor(by_definition(net, rows[0]))
-    torch.testing.assert_close(net(rows)[0], expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(block_predictor, "PAIRS", 1)  # one key block at a time
-    parts = [net.embed_rows(part) for part in rows.split(8, 1)]
-    torch.testing.assert_close(net.score(Embedded.join(parts))[0], expected, rtol=1e-5, atol=1e-5)
+def everyone(blocks, batch=1):
+    return asking_index(torch.ones(batch, blocks, dtype=torch.bool), blocks)
+
+
+def test_scores_are_those_of_the_definition(monkeypatch):
+    net, rows = network(), torch.randn(1, 22, 12)
+    index, asks = torch.tensor([[2, 5, 0]]), torch.tensor([[True, True, False]])
+    expected = torch.tensor(by_definition(net, rows[0], [2, 5]))
+    torch.testing.assert_close(net(rows, index, asks)[0], expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(block_predictor, "PAIRS", 1)  # one asking block at a time
+    parts = [net.project(part) for part in rows.split(8, 1)]
+    got = net.score(Projected.join(parts), index, asks)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert expected.sum() == pytest.approx(2)  # a unit each
 
 
 def test_padding_and_other_documents_change_nothing():
     net, row = network(), torch.randn(1, 16, 12)
-    alone = net(row)
+    alone = net(row, *everyone(4))
     padded = torch.cat([torch.randn(1, 8, 12), row], 1)
     valid = torch.arange(24)[None] >= 8
-    torch.testing.assert_close(net(padded, valid)[:, 2:], alone)
-    assert net(padded, valid)[:, :2].isinf().all()
+    index, asks = torch.tensor([[2, 3, 4, 5]]), torch.ones(1, 4, dtype=torch.bool)
+    got = net(padded, index, asks, valid)
+    torch.testing.assert_close(got[:, 2:], alone)
+    assert (got[:, :2] == 0).all()
     documents = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    torch.testing.assert_close(net(padded, documents=documents)[:, 2:], alone)
+    torch.testing.assert_close(net(padded, index, asks, documents=documents)[:, 2:], alone)
 
 
-def test_causal_scores_do_not_see_what_comes_later():
-    rows = torch.randn(1, 24, 12)
+def test_what_comes_later_changes_no_share():
+    net, rows = network(), torch.randn(1, 24, 12)
     changed = rows.clone()
-    changed[:, 12:] = 5
-    for causal in (True, False):
-        net = network(normalize=True, causal=causal)
-        assert torch.equal(net(rows)[:, :3], net(changed)[:, :3]) == causal
-    with pytest.raises(ValueError, match="normalize=True"):
-        network(causal=True)
+    changed[:, 16:] = 5
+    index, asks = torch.tensor([[2, 3]]), torch.ones(1, 2, dtype=torch.bool)
+    assert torch.equal(net(rows, index, asks), net(changed, index, asks))
 
 
-@pytest.mark.parametrize("head", ["attention", "mlp"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_each_loss_learns_a_ranking(loss, head):
-    rows = torch.randn(4, 40, 12)
-    target = (rows[..., 0].unflatten(1, (10, 4)).amax(2)).exp()
-    predictor = network(head=head, rank=3 if head == "attention" else 1, units=16)
-    fit = Fit(predictor.requires_grad_(True), 1e-2, loss)
-    before = recall(predictor(rows), target, 0.5).mean()
-    for _ in range(150):
-        fit.backward(rows, target)
-        fit.step(1e-2)
-    assert recall(predictor(rows), target, 0.5).mean() > max(0.9, before)
+def test_a_network_that_learned_nothing_finds_what_is_like():
+    net = BlockPredictor(64, 4, rank=32)
+    net.init_weights(torch.Generator().manual_seed(0))
+    rows = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1))
+    rows[0, 37] = rows[0, 22]
+    scores = net(rows, torch.tensor([[9]]), torch.tensor([[True]]))
+    assert scores.argmax() == 22 // 4
 
 
-def test_pruning_dead_units_changes_no_score_and_no_later_step():
-    rows, target = torch.randn(2, 24, 12), torch.rand(2, 6)
-    fits = []
-    for prune in (False, True):
-        predictor = network().requires_grad_(True)
-        with torch.no_grad():
-            predictor.embed.bias[[1, 4]] = -100.0
-        fit = Fit(predictor, 1e-2)
-        for step in range(4):
-            fit.backward(rows, target)
-            if step == 2 and prune:
-                fit.optimizer.zero_grad()
-                assert fit.prune(0.01) == 2 and predictor.units == predictor.sizes["units"] == 4
-                assert all(
-                    p.shape[UNITS[n]] == 4 for n, p in predictor.named_parameters() if n in UNITS
-                )
-                fit.backward(rows, target)
-            fit.step(1e-2)
-        fits.append(fit)
-    torch.testing.assert_close(fits[1].predictor(rows), fits[0].predictor(rows))
-    assert fits[1].prune(2.0) == 3 and fits[1].predictor.units == 1  # one unit stays
+def test_the_loss_is_least_at_the_target_and_leaves_out_what_is_not_seen():
+    target = torch.tensor([[[0.5, 0.1, 0.3, 0.1]]])
+    hidden = torch.tensor([[[-1e9, 0.0, 0.0, -1e9]]])
+    best = hidden + torch.tensor([0.0, 0.25, 0.75, 1.0]).log().nan_to_num(neginf=0)
+    least = share_loss(best, target)
+    assert least == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    other = hidden + torch.tensor([0.0, 0.4, 0.6, 1.0]).log().nan_to_num(neginf=0)
+    assert share_loss(other, target) > least
 
 
 def test_recall_counts_the_oracle_s_blocks():
@@ -126,6 +103,8 @@ def test_recall_counts_the_oracle_s_blocks():
     assert recall(target, target, 0.5).item() == 1
     # Both keep the ends and one more: 1 by the target, 4 by these scores.
     assert recall(-target, target, 0.5).item() == pytest.approx(2 / 3)
+    required = torch.tensor([[True, False, True, False, False, True]])
+    assert recall(-target, target, 0.5, required).item() == 1  # nothing is left to choose
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt"])
@@ -152,21 +131,55 @@ def test_what_is_observed_is_what_the_layers_read(family):
 
 
 ROWS = [torch.randint(3, 60, (48,), generator=torch.Generator().manual_seed(i)) for i in range(12)]
-HOW = PredictorTraining(block_size=8, units=8, rank=4, epochs=2, batch_size=2, rarely=0.3)
+HOW = PredictorTraining(block_size=8, rank=8, epochs=2, batch_size=2, learning_rate=1e-2)
+CONFIG = LeMoConfig(policy="oracle", block_size=8)
 
 
-def test_training_leaves_the_model_alone_and_beats_chance():
+def labelled(row, start=40):
+    return {"input_ids": row, "labels": torch.where(torch.arange(len(row)) < start, -100, row)}
+
+
+def test_blocks_with_labels_ask_and_the_target_is_the_mean_of_the_upper_layers():
+    model = make_model("llama").eval()
+    batch = collate([labelled(ROWS[0]), labelled(ROWS[1][:37], 30)], torch.device("cpu"))
+    assert batch["attention_mask"].sum(1).tolist() == [48, 37]
+    assert (batch["targets"] != -100).sum(1).tolist() == [8, 7]
+    seen = LookedAt(model, CONFIG, batch, range(4))
+    assert seen.index[seen.asks].tolist() == [4, 5, 3, 4]
+    each = [
+        torch.cat(list(oracle_shares(x, seen.index, seen.asks)), 1) for x in seen.streams.values()
+    ]
+    torch.testing.assert_close(seen.target, (each[2] + each[3]) / 2)
+    torch.testing.assert_close(seen.target.sum(2), seen.asks.float())
+    assert not torch.allclose(each[0], each[3])
+
+
+def test_rows_without_a_label_ask_with_random_blocks(monkeypatch):
+    model = make_model("llama").eval()
+    batch = collate(ROWS[:2], torch.device("cpu"))
+    draws = [LookedAt(model, CONFIG, batch, [3], 3, [i, 5]) for i in (0, 0, 1)]
+    assert draws[0].index.shape == (2, 3) and draws[0].asks.all()
+    assert torch.equal(draws[0].index, draws[1].index)
+    changed = draws[0].index != draws[2].index
+    assert changed[0].any() and not changed[1].any()  # a row's draw is its own
+    assert (draws[0].index.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("rows", [ROWS, [labelled(row, 42) for row in ROWS]], ids=["all", "end"])
+def test_training_leaves_the_model_alone_and_beats_chance(rows):
     model = make_model("llama").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    predictor = train_predictor(
-        model, ROWS, PredictorTraining(**{**vars(HOW), "heads": ("attention", "mlp"), "epochs": 20})
-    )
+    how = PredictorTraining(**{**vars(HOW), "layers": (0, 2), "epochs": 15})
+    predictor = train_predictor(model, rows, how)
+    assert predictor.known == [0, 2] and predictor.info.base.fingerprint
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    table = recall_table(model, predictor, {"rows": ROWS}, retentions=(0.5,))
-    means = {(row["head"], row["policy"]): row["mean"] for row in table}
-    for head in ("attention", "mlp"):
-        assert means[head, "predictor"] > means[head, "random"] + 0.05
+    policies = ("random", "pooled", "recent", *(() if rows is ROWS else ("overlap",)))
+    table = recall_table(model, predictor, {"rows": rows}, (0.5,), ("overlap", *policies[:3]))
+    found = {(row["layer"], row["policy"]): row["recall"] for row in table}
+    assert set(found) == {(i, p) for i in (0, 2) for p in ("predictor", *policies)}
+    for layer in (0, 2):
+        assert found[layer, "predictor"] > found[layer, "random"] + 0.02
 
 
 def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch):
@@ -174,28 +187,30 @@ def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch)
     whole = train_predictor(model, ROWS, HOW)
     calls = []
 
-    def interrupted(inputs, oracle=POLICIES["oracle"]):
-        calls.append(inputs.layer_index)
-        if len(calls) > 7 * model.config.num_hidden_layers:
+    def interrupted(*args, shares=looked_at.oracle_shares):
+        calls.append(args)
+        if len(calls) > 7 * 2:  # the upper half of four layers
             raise KeyboardInterrupt
-        return oracle(inputs)
+        return shares(*args)
 
     with monkeypatch.context() as patch:
-        patch.setitem(POLICIES, "oracle", interrupted)
+        patch.setattr(looked_at, "oracle_shares", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
     resumed = train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
     assert whole.same_as(resumed)
-    other = PredictorTraining(**{**vars(HOW), "loss": "regression"})
+    other = PredictorTraining(**{**vars(HOW), "asking": 5})
     with pytest.raises(ValueError, match="of a training with other training"):
         train_predictor(model, ROWS, other, output_dir=tmp_path)
 
 
 def test_rows_that_cannot_be_trained_on_are_refused():
     model = make_model("llama")
-    with pytest.raises(ValueError, match="one length"):
-        train_predictor(model, [*ROWS, ROWS[0][:40]], HOW)
-    with pytest.raises(ValueError, match="fewer than two blocks of 64"):
+    with pytest.raises(ValueError, match="a row of 16 tokens holds fewer than three blocks of 8"):
+        train_predictor(model, [*ROWS, ROWS[0][:16]], HOW)
+    with pytest.raises(ValueError, match="fewer than three blocks of 64"):
         train_predictor(model, ROWS, PredictorTraining())
     with pytest.raises(ValueError, match="fewer than one step takes"):
         train_predictor(model, ROWS[:1], HOW)
+    with pytest.raises(ValueError, match=r"layers=\(4,\): the model has layers 0 to 3"):
+        train_predictor(model, ROWS, PredictorTraining(**{**vars(HOW), "layers": (4,)}))

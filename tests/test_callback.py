@@ -72,7 +72,7 @@ def test_what_a_callback_cannot_reach_is_refused(tmp_path):
         LeMoCallback(0.5)
     with pytest.raises(ValueError, match="already has LeMo on it"):
         make_trainer(tmp_path, SPARSE, callbacks=[LeMoCallback(SPARSE)])
-    everything = LeMoConfig(block_size=8, policy="random", supervise="all")
+    everything = LeMoConfig(retention=0.5, block_size=8, policy="random", supervise="all")
     ours = make_trainer(tmp_path, everything, label_smoothing_factor=0.1)
     theirs = with_callback(tmp_path, everything, label_smoothing_factor=0.1)
     assert losses(theirs) == pytest.approx(losses(ours), rel=1e-5)

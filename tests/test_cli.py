@@ -99,33 +99,44 @@ def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
     assert LeMoPredictor.from_pretrained(tmp_path / "learned").same_as(predictor)
 
 
-def learn(output, *more):
-    small = ("--rows", 5, "--heldout-rows", 1, "--tokens", 256, "--units", 8, "--block-size", 16)
-    shared = ("--model", DEMO / "model", "--dataset", BOOK, "--output", output)
+def learn(output, *more, book=("--dataset", BOOK)):
+    small = ("--rows", 5, "--heldout-rows", 1, "--tokens", 256, "--rank", 8, "--block-size", 16)
+    shared = ("--model", DEMO / "model", *book, "--output", output)
     return ("train-predictor", *shared, *small, *more)
 
 
 def test_train_predictor(lemo, tmp_path):
-    code, out, err = lemo(*learn(tmp_path / "all"))
+    code, out, err = lemo(*learn(tmp_path / "all", "--layer", 3, "--layer", 1))
     assert code == 0, err
     predictor = LeMoPredictor.from_pretrained(tmp_path / "all")
-    (row,) = (
-        row
-        for row in predictor.info.recall
-        if (row["policy"], row["retention"]) == ("predictor", 0.5)
-    )
-    assert f"at retention 0.5: {row['mean']:.3f}, least of a layer {row['least']:.3f}" in out
+    assert predictor.known == [1, 3] and predictor.info.training["rank"] == 8
+    for row in predictor.info.recall:
+        line = f"layer {row['layer']}, retention {row['retention']:g}: recall of {row['policy']} "
+        assert f"{line}{row['recall']:.3f}" in out
+    assert {row["policy"] for row in predictor.info.recall} > {"predictor", "pooled"}
     card = (tmp_path / "all" / "README.md").read_text()
-    assert "lemo train-predictor --model" in card and "![Recall](recall.png)" in card
-    assert (tmp_path / "all" / "recall.png").read_bytes()[:4] == b"\x89PNG"
-    least = sorted(row["layers"])[1]  # one layer is below
-    code, out, err = lemo(*learn(tmp_path / "less", "--dense-below", least))
-    weak = row["layers"].index(min(row["layers"]))
-    assert code == 0 and f"left out, recall below {least:g}: layers [{weak}]" in out
-    less = LeMoPredictor.from_pretrained(tmp_path / "less")
-    assert [i for i, network in enumerate(less.attention) if network is None] == [weak]
-    code, _, err = lemo(*learn(tmp_path / "none", "--dense-below", 0.9, "--heldout-rows", 0))
-    assert code == 2 and "--dense-below 0.9 needs recall" in err
+    assert "lemo train-predictor --model" in card
+    code, _, err = lemo(*learn(tmp_path / "none", "--heldout-rows", 5))
+    assert code == 2 and "--heldout-rows takes 5 of them" in err
+
+
+@pytest.mark.parametrize("columns", ["texts", "tokens"])
+def test_train_predictor_on_answers(lemo, tmp_path, columns):
+    """Rows keep their labels, and their length."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for i in range(5):
+            prompt = (DEMO / "text" / "train-alice-adams.txt").read_text()[900 * i :][: 500 + 9 * i]
+            row = {"prompt": prompt, "completion": f" Answer {i}"}
+            if columns == "tokens":
+                ids = [tokenizer(text)["input_ids"] for text in row.values()]
+                row = {"input_ids": [*ids[0], *ids[1]], "labels": [-100] * len(ids[0]) + ids[1]}
+            print(json.dumps(row), file=file)
+    code, out, err = lemo(*learn(tmp_path / "out", "--dataset", tmp_path / "rows.jsonl", book=()))
+    assert code == 0, err
+    assert "recall of overlap" in out  # a part of each row is labelled
+    predictor = LeMoPredictor.from_pretrained(tmp_path / "out")
+    assert predictor.info.training["rows"] == 4 and predictor.info.training["tokens"] < 4 * 256
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,8 @@ def test_plan(lemo, tmp_path):
     for name, what in (("LeMo", lemo_config), ("without", None)):
         expected = plan(config, what, 8192, memory_gib=3, reserve_gib=1)
         assert result[name]["peak"] == expected.peak == sum(result[name]["parts"].values())
-        assert result[name]["longest"] == longest(config, what, 3, reserve_gib=1)
+        alone = what and dataclasses.replace(what, dense_finish=0)
+        assert result[name]["longest"] == longest(config, alone, 3, reserve_gib=1)
         assert result[name]["fits"] == (result[name]["longest"] >= 8192)
     assert result["LeMo"]["longest"] > 2 * result["without"]["longest"] > 0
     code, out, _ = lemo(*options, "--gradient-checkpointing", "--lora-rank", 0)

@@ -25,7 +25,7 @@ from transformers import (
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
 from lemo_hf.cli.train_rows import collator, packed_rows
 from lemo_hf.cli.train_settings import PRESETS, find_config, read_settings
-from lemo_hf.plan import GIB, plan
+from lemo_hf.plan import GIB, plans
 from lemo_hf.text_rows import token_rows
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +173,17 @@ def test_flags_alone(lemo, config):
     assert code == 2 and "--output DIR" in err
     code, out, err = lemo(*flags, "--output", "out", "--lora.r", 2)
     found = yaml.safe_load(out)
-    assert code == 0 and found["lora"] == {"r": 2} and found["lemo"]["retention"] == 0.5, err
+    assert code == 0 and found["lora"] == {"r": 2} and found["lemo"]["retention"] == 0.3, err
+    assert found["lemo"]["policy"] == "auto" and found["lemo"]["dense_finish"] is None
+    finish = ("--lemo.dense_finish", 0.2, "--lemo.finish_retention", 0.5)
+    code, out, err = lemo(*flags, "--output", "out", "--full", *finish, "--lemo.chunk_size", 1024)
+    found = yaml.safe_load(out)["lemo"]
+    assert code == 0, err
+    values = [found[name] for name in ("dense_finish", "finish_retention", "chunk_size")]
+    assert values == [0.2, 0.5, 1024]
+    code, out, err = lemo(*flags, "--output", "out", "--full", "--lemo.threshold", 1.0)
+    found = yaml.safe_load(out)["lemo"]
+    assert code == 0 and found["policy"] == "pooled" and found["retention"] is None, err
 
 
 def test_the_summary(lemo, config):
@@ -302,7 +312,7 @@ def test_presets_fit_their_model(preset, monkeypatch):
     assert run.training.max_steps > 0 and run.training.output_dir == f"out/{preset}"
     assert run.data.tokens <= model_config.max_position_embeddings or run.model.rope_type
     assert run.data.tokens % run.lemo.block_size == 0
-    found = plan(
+    found = plans(
         model_config,
         run.lemo,
         run.data.tokens,
@@ -315,8 +325,9 @@ def test_presets_fit_their_model(preset, monkeypatch):
         memory_gib=card,
         reserve_gib=2.0,
     )
-    assert found.pinned <= (run.lemo.offload_gib or 0) * GIB
-    assert card is None or found.fits(card - 2)
+    for phase in found.values():
+        assert phase.pinned <= (run.lemo.offload_gib or 0) * GIB
+        assert card is None or phase.fits(card - 2)
 
 
 def test_a_local_file_comes_before_a_preset(tmp_path, monkeypatch):

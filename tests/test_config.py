@@ -27,10 +27,14 @@ from lemo_hf.config import KeepRule
         ("segment_size", -5, "got -5"),
         ("dense_first_layers", -1, "got -1"),
         ("dense_last_layers", True, "got True"),
-        ("policy", "best", r"policy must be one of \('oracle'.*got 'best'"),
+        ("policy", "best", r"policy must be one of \('auto'.*got 'best'"),
+        ("chunk_size", 0, "chunk_size must be an integer of at least 1, got 0"),
+        ("random_share", 1, r"random_share must lie in \[0, 1\), or be None, got 1"),
+        ("dense_finish", 1.5, r"dense_finish must lie in \[0, 1\], or be None, got 1.5"),
+        ("dense_finish", "last", "got 'last'"),
+        ("finish_retention", 0, r"finish_retention must lie in \(0, 1\], got 0"),
         ("supervise", "some", "supervise must be one of .* got 'some'"),
         ("agree_across_layers", 1, "agree_across_layers must be one of .* got 1"),
-        ("normalize_scores", None, "got None"),
         ("recompute", "yes", "got 'yes'"),
         ("seed", 0.5, "got 0.5"),
     ],
@@ -95,7 +99,7 @@ def test_retentions_must_fit_the_model(options, message):
 
 
 def test_share_or_threshold():
-    assert LeMoConfig().retention == 0.5 and LeMoConfig(threshold=1.0).retention is None
+    assert LeMoConfig().retention == 0.3 and LeMoConfig(threshold=1.0).retention is None
     with pytest.raises(ValueError, match=r"retention=0.5 and threshold=1 both .* one of them to N"):
         LeMoConfig(retention=0.5, threshold=1)
     with pytest.raises(ValueError, match="mlp_retention=0.5 and mlp_threshold=0 both"):
@@ -103,7 +107,33 @@ def test_share_or_threshold():
     config = LeMoConfig(threshold=[0, 1.5], agree_across_layers=False, dense_first_layers=1)
     assert LeMoConfig.from_dict(config.to_dict()) == config
     assert config.layer_rules(2) == [None, (KeepRule(threshold=1.5), None)]
-    assert LeMoConfig(mlp_threshold=2.0).layer_rules(1) == [(KeepRule(0.5), KeepRule(None, 2.0))]
+    assert LeMoConfig(mlp_threshold=2.0).layer_rules(1) == [(KeepRule(0.3), KeepRule(None, 2.0))]
+
+
+def test_the_best_known_is_the_default():
+    assert LeMoConfig().policy == "auto" and LeMoConfig().finish == 0.1
+    assert LeMoConfig().chance == 0.25 and LeMoConfig(policy="overlap").chance == 0
+    assert LeMoConfig(threshold=1.0).policy == "pooled"
+    assert LeMoConfig(predictor="me/it").policy == "predictor"
+    assert LeMoConfig(policy="chunks").finish == 0 and LeMoConfig(policy="overlap").finish == 0
+    assert LeMoConfig(dense_finish=0).finish == 0
+    assert LeMoConfig(policy="recent", dense_finish=0.2).finish == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "auto", "threshold": 1.0}, "threshold=1.0 compares scores, and policy='auto'"),
+        (
+            {"policy": "overlap", "mlp_threshold": 1.0, "random_share": 0.2},
+            "mlp_threshold=1.0 compares scores, and policy='overlap' with random_share=0.2",
+        ),
+        ({"policy": "recent", "random_share": 0.2}, "only 'overlap' and 'predictor'"),
+    ],
+)
+def test_what_does_not_go_together_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LeMoConfig(**options)
 
 
 def test_layer_rules():

@@ -157,11 +157,12 @@ def test_every_family(device, family):
         {"policy": "random", "recompute": "selective"},
         {"policy": "random", "recompute": "full"},
         {"policy": "recent", "retention": 1.0},
+        {"policy": "auto", "retention": 0.3},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_setting(device, options, lora):
-    config = LeMoConfig(block_size=8, segment_size=40, **options)
+    config = LeMoConfig(**{"retention": 0.5, "block_size": 8, "segment_size": 40, **options})
     assert_as_without(lambda: tiny(device, lora=lora), config, batches(device))
 
 
@@ -174,7 +175,7 @@ def test_bf16_and_checkpointing(device):
         return model
 
     # Weights stay: cuDNN adds up gradients in any order, and two runs without graphs drift apart.
-    config = LeMoConfig(block_size=64)
+    config = LeMoConfig(policy="recent", retention=0.5, block_size=64)
     assert_as_without(make, config, batches(device, tokens=2048, rows=1), rtol=1e-3, lr=0)
 
 

@@ -20,6 +20,8 @@ CASES = {
     "padded": {"data": "padded", "lemo": EACH, "ddp_find_unused_parameters": False},
     "thresholds": {"lemo": THRESHOLD, "ddp_find_unused_parameters": True},
     "accumulated": {"lemo": EACH, "data": "answers", "gradient_accumulation_steps": 2},
+    # The last step is the finish, of rows that are labelled throughout.
+    "finish": {"data": "answers", "ddp_find_unused_parameters": False},
     "checkpointed": {"lemo": THRESHOLD, "data": "padded", **CHECKPOINTED},
     "checkpointed_unused": {
         "lemo": EACH,

@@ -37,6 +37,7 @@ STAND_INS = {
     r"max_rows=\d+": "max_rows=4",
     r"bf16=True": "use_cpu=True",
     r"--rows \d+": "--rows 3",
+    r"--heldout-rows \d+": "--heldout-rows 1",
     r"(--config demo-cpu)": r"\1 --training.max_steps 1 --data.max_rows 2 --data.max_eval_rows 1",
 }
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"\n]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -80,12 +81,18 @@ def check_options(line):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder with the examples and a file of documents, and what pages take for given."""
+    """A folder with the examples, documents and answers, and what pages take for given."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     texts = sorted((ROOT / "examples" / "demo" / "text").glob("*.txt"))
     lines = [json.dumps({"text": path.read_text(encoding="utf-8")[:6_000]}) for path in texts]
     (tmp_path / "books.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    answers = [
+        json.dumps({"prompt": text[start : start + 900], "completion": text[start + 900 :][:60]})
+        for text in (json.loads(line)["text"] for line in lines)
+        for start in range(0, 5_000, 1_000)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(answers) + "\n", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     ids = tokenizer(json.loads(lines[0])["text"], verbose=False)["input_ids"]
     return {

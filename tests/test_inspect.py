@@ -25,12 +25,13 @@ DEMO = Path(__file__).parent.parent / "examples" / "demo"
 IDS = torch.randint(3, 97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def training_pass(model, config, ids):
+def training_pass(model, config, ids, labels=None, step=(0, None)):
     """The blocks that an ordinary training pass keeps: ``{(layer, sublayer): [N]}``."""
     lemo = apply_lemo(model, config)
+    lemo.begin_step(*step)
     batch = torch.tensor([ids])
     model.train()
-    model(input_ids=batch, labels=batch)
+    model(input_ids=batch, labels=batch if labels is None else torch.tensor([labels]))
     sets = {key: blocks[0].tolist() for key, blocks in lemo.passes.kept_blocks.items()}
     remove_lemo(model)
     return sets
@@ -136,7 +137,7 @@ def test_the_command(lemo, tmp_path):
     code, out, err = lemo(*shared, "--output", tmp_path / "pictures")
     assert code == 0, err
     assert "tokens:" in out and "passes" in err
-    for name in ("informativeness", "retention", "kept_blocks", "sparsity"):
+    for name in ("informativeness", "retention", "kept_blocks", "sparsity", "kept"):
         picture = imread(tmp_path / "pictures" / f"{name}.png")
         assert picture.shape[1] > 700 and picture.std() > 0.05
         assert f"{name}.png" in out

@@ -79,7 +79,6 @@ def test_the_wheel_holds_the_package(built):
         "py.typed",
         "kernels/scatter_add.py",
         "predictors/predictor_set.py",
-        "predictors/registry.json",
         "presets/llama3-8b-64k.yaml",
         "templates/report.html.j2",
         "eval/longbench_data/dataset2prompt.json",
@@ -111,8 +110,8 @@ def test_the_lazy_names_import(installed):
     code = (
         "import lemo_hf\n"
         "for name in lemo_hf.__all__: getattr(lemo_hf, name)\n"
-        "import lemo_hf.kernels.norm as kernel, lemo_hf.predictors.registry as registry\n"
-        "print(kernel.__file__, registry.__file__, sep='\\n')"
+        "import lemo_hf.kernels.norm as kernel, lemo_hf.predictors.on_hub as on_hub\n"
+        "print(kernel.__file__, on_hub.__file__, sep='\\n')"
     )
     for file in run("-c", code, path=[installed]).splitlines()[-2:]:
         assert Path(file).is_relative_to(installed)

@@ -76,7 +76,7 @@ def assert_stock_at_retention_1(model, rel=1e-5, recompute=None):
 
 def improves(model, steps=6, rate=2e-2, **config):
     """Trains on one batch with half of the tokens; the losses."""
-    lemo = apply_lemo(model, LeMoConfig(block_size=8, policy="random", **config))
+    lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, policy="random", **config))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=rate), []
     for _ in range(steps):

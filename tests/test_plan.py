@@ -366,7 +366,7 @@ def test_free_memory_chooses_the_level():
     """By the formula of `lemo_hf.memory`; what is asked for stays."""
 
     def levels(memory, **options):
-        config = LeMoConfig(dense_first_layers=4, **options)
+        config = LeMoConfig(retention=0.5, dense_first_layers=4, **options)
         settings = {"gradient_checkpointing": True, "memory_gib": memory}
         return plan(LLAMA, config, 65536, **settings).levels
 
@@ -408,12 +408,14 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
 def test_longest_rows_by_level():
     """Full goes furthest, and is what free memory chooses there."""
     found = {
-        level: longest(LLAMA, LeMoConfig(recompute=level), 60, gradient_checkpointing=True)
+        level: longest(
+            LLAMA, LeMoConfig(policy="recent", recompute=level), 60, gradient_checkpointing=True
+        )
         for level in (*LEVELS, None)
     }
     assert found["none"] < found["mlp"] < found["selective"] < found["lean"] < found["full"]
     assert found["full"] == found[None]
-    offloaded = LeMoConfig(recompute="full", offload_gib=1000)
+    offloaded = LeMoConfig(policy="recent", recompute="full", offload_gib=1000)
     assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
 
 
@@ -421,7 +423,8 @@ def test_pinned_memory_is_bounded():
     """By whole slabs; and the device has what does not fit."""
     peaks = []
     for gib in (None, 4, 1000):
-        found = plan(LLAMA, LeMoConfig(recompute="full", offload_gib=gib), 65536)
+        lemo = LeMoConfig(retention=0.5, recompute="full", offload_gib=gib)
+        found = plan(LLAMA, lemo, 65536)
         peaks.append(found.peak)
         most = {None: 0, 4: 4, 1000: 31 * 0.25}[gib]  # all but the last layer's
         assert found.pinned == most * GIB
@@ -435,7 +438,9 @@ def test_less_is_taken_than_by_the_stock_model():
         assert sparse < stock
 
 
-@pytest.mark.parametrize("lemo", [LeMoConfig(retention=0.3, block_size=48), None])
+@pytest.mark.parametrize(
+    "lemo", [LeMoConfig(policy="recent", retention=0.3, block_size=48), None], ids=["lemo", "stock"]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_longest_row_is_the_boundary(lemo, checkpointing):
     settings = {"gradient_checkpointing": checkpointing}

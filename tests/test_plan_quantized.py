@@ -140,7 +140,7 @@ def test_8_bit_linears_hold_their_inputs_past_a_checkpoint():
     """Of hidden and query width in LeMo's units, where the MLP runs without a graph."""
     settings = {"gradient_checkpointing": True, "kbit_training": False, "autocast": False}
     settings |= {"adapter_dtype": "bfloat16"}
-    lemo = LeMoConfig(recompute="full")
+    lemo = LeMoConfig(retention=0.5, recompute="full")
     parts = plan(LLAMA, lemo, 8192, **INT8, **settings).parts
     # The last layer's are counted with what it has computed again.
     assert parts["inputs of 8-bit linears"] == 32 * 4096 * 2 * 4096 * 2

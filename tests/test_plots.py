@@ -13,7 +13,6 @@ from matplotlib.image import imread
 
 from lemo_hf.eval.plots import (
     loss_by_position_figure,
-    recall_figure,
     retrieval_figure,
     save_figure,
 )
@@ -36,19 +35,6 @@ def buckets(edges, start=3.0):
         {"first": max(first, 1), "last": last - 1, "loss": start - i / 10}
         for i, (first, last) in enumerate(pairwise(edges))
     ]
-
-
-def table(heads=("attention",), retentions=(0.5,), documents=("books",), layers=4):
-    rows = []
-    for head in heads:
-        for retention in retentions:
-            for number, name in enumerate(documents):
-                for policy, mean in (("predictor", 0.9), ("pooled", 0.61), ("random", 0.6)):
-                    values = [mean - number / 10 + layer / 100 for layer in range(layers)]
-                    values[1] = None if policy == "predictor" else values[1]
-                    rows.append({"head": head, "retention": retention, "documents": name})
-                    rows[-1] |= {"policy": policy, "mean": mean - number / 10, "layers": values}
-    return rows
 
 
 def texts(axis):
@@ -137,63 +123,16 @@ def test_growing_buckets_make_the_axis_logarithmic():
     assert "8K" in [label.get_text() for label in axis.get_xticklabels()]
 
 
-def test_recall_has_a_line_for_each_documents_and_baselines(tmp_path):
-    rows = table(("attention", "mlp"), (0.3, 0.5), ("books", "code"))
-    figure = recall_figure(rows)
-    titles = [axis.get_title("left") for axis in figure.axes]
-    assert titles == [f"{h}, retention {r}" for h in ("attention", "mlp") for r in (0.3, 0.5)]
-    for axis in figure.axes:
-        lines = {line.get_label(): line for line in axis.lines}
-        for number, name in enumerate(("books", "code")):
-            y = lines[f"predictor, {name}"].get_ydata()
-            base = 0.9 - number / 10
-            np.testing.assert_allclose(y, [base, np.nan, base + 0.02, base + 0.03])
-        dashed = [line for line in axis.lines if line.get_label().startswith("baselines")]
-        means = [line.get_ydata()[0] for line in dashed]
-        assert means == pytest.approx([0.56, 0.55])  # over both documents
-        assert all(line.get_linestyle() != "-" for line in dashed)
-        assert texts(axis) == ["pooled 0.56", "random 0.55"]
-    assert not misplaced(figure)
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [
-        "predictor, books",
-        "predictor, code",
-        "baselines, mean over layers and documents",
-    ]
-    save_figure(figure, tmp_path / "recall.png")
-    assert inches(tmp_path / "recall.png") == pytest.approx(figure.get_size_inches(), abs=0.01)
-
-
-def test_labels_of_close_baselines_stay_apart_and_in_order():
-    rows = table()
-    for policy, mean in (("position", 0.999), ("previous", 0.998), ("recent", 0.997)):
-        rows.append({**rows[1], "policy": policy, "mean": mean})
-    figure = recall_figure(rows)
-    assert not misplaced(figure)
-    places = {text.get_text().split()[0]: text.xy[1] for text in figure.axes[0].texts}
-    assert sorted(places, key=places.get) == ["random", "pooled", "recent", "previous", "position"]
-    assert max(places.values()) <= 1
-
-
-def test_a_deep_model_and_many_documents():
-    figure = recall_figure(table(documents=tuple(f"set {i}" for i in range(8)), layers=80))
-    assert not misplaced(figure)
-    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
-
-
 def test_nothing_to_draw():
     with pytest.raises(ValueError, match="no bucket to draw"):
         loss_by_position_figure({"dense": []})
-    with pytest.raises(ValueError, match="no row of policy 'predictor'"):
-        recall_figure([row for row in table() if row["policy"] != "predictor"])
 
 
-@pytest.mark.parametrize("function", [retrieval_figure, loss_by_position_figure, recall_figure])
+@pytest.mark.parametrize("function", [retrieval_figure, loss_by_position_figure])
 def test_without_matplotlib_the_error_says_what_to_install(function, monkeypatch):
     arguments = {
         retrieval_figure: measured([1024], [0.5]),
         loss_by_position_figure: {"dense": buckets([0, 8])},
-        recall_figure: table(),
     }
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

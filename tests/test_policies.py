@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense_reference import recorded_sets
 from models import batch, make_model, with_lora
-from parity import materialised_scores
+from parity import materialised_shares
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -14,12 +14,26 @@ from lemo_hf.config import POLICIES as CONFIG_POLICIES
 from lemo_hf.families import FAMILIES
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.predictors.training_free import pool_blocks, random_scores, row_keys, window_scores
+from lemo_hf.predictors.training_free import (
+    Places,
+    chunk_scores,
+    pool_blocks,
+    random_scores,
+    row_keys,
+    window_scores,
+)
 from lemo_hf.step import Step
 
 
 def score(
-    model, policy, sublayer="attention", block_size=8, attention_mask=None, tokens=70, **options
+    model,
+    policy,
+    sublayer="attention",
+    block_size=8,
+    attention_mask=None,
+    tokens=70,
+    labels_from=None,
+    **options,
 ):
     """Scores of layer 1, whose input is captured from the stock model."""
     config = LeMoConfig(policy="recent", block_size=block_size, **options)
@@ -32,7 +46,14 @@ def score(
     layer = model.get_submodule(FAMILIES[model.config.model_type].layers)[1]
     with layer.register_forward_pre_hook(capture, with_kwargs=True), torch.no_grad():
         model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        step = Step(config, ids.shape, ids.device, input_ids=ids, attention_mask=attention_mask)
+        step = Step(
+            config,
+            ids.shape,
+            ids.device,
+            input_ids=ids,
+            attention_mask=attention_mask,
+            targets=None if labels_from is None else labels_behind(ids, labels_from),
+        )
         inputs = ScoreInputs(
             layer=layer,
             family=FAMILIES[model.config.model_type],
@@ -46,6 +67,12 @@ def score(
         return POLICIES[policy](inputs), inputs
 
 
+def labels_behind(ids, start):
+    """What positions must predict where labels begin at ``start``."""
+    places = torch.arange(ids.shape[1])
+    return torch.where((places >= start - 1) & (places < ids.shape[1] - 1), ids.roll(-1, 1), -100)
+
+
 def llama_query_key(inputs, rows, positions):
     """Written out for Llama with LoRA: norm, projection, rotation."""
     attention = inputs.layer.self_attn
@@ -55,32 +82,33 @@ def llama_query_key(inputs, rows, positions):
     return apply_rotary_pos_emb(query, key, *positions)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_oracle_is_the_papers_score_of_the_real_queries_and_keys(normalize):
+@pytest.mark.parametrize("labels_from", [None, 52])
+def test_oracle_is_what_asking_blocks_look_at_by_the_real_queries_and_keys(labels_from):
     model = with_lora(make_model("llama")).get_base_model()
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :11] = 0
-    got, inputs = score(model, "oracle", attention_mask=mask, normalize_scores=normalize)
+    got, inputs = score(model, "oracle", attention_mask=mask, labels_from=labels_from)
+    assert inputs.step.asking_blocks.sum(1).tolist() == ([9, 8] if labels_from is None else [3, 3])
     with torch.no_grad():
         rows = inputs.layer.input_layernorm(inputs.x)
         query, key = llama_query_key(inputs, rows, inputs.position_embeddings)
     scaling = inputs.layer.self_attn.scaling
-    truth = materialised_scores(query, key, 8, scaling, mask.bool(), None, None, None, normalize)
+    asking = inputs.step.asking_blocks
+    truth = materialised_shares(query, key, asking, 8, scaling, mask.bool()).sum(1)
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 def test_pooled_is_the_score_of_mean_queries_and_keys():
     model = make_model("llama")
-    got, inputs = score(model, "pooled", normalize_scores=False)
+    got, inputs = score(model, "pooled", labels_from=52)
     with torch.no_grad():
         rows = inputs.layer.input_layernorm(inputs.x)
         means = torch.stack([part.mean(1) for part in rows.split(8, 1)], 1)
         middles = [min(start + 4, 69) for start in range(0, 70, 8)]
         positions = [part[:, middles] for part in inputs.position_embeddings]
         query, key = llama_query_key(inputs, means, positions)
-    truth = materialised_scores(
-        query, key, 1, inputs.layer.self_attn.scaling, None, None, None, None, False
-    )
+    scaling = inputs.layer.self_attn.scaling
+    truth = materialised_shares(query, key, inputs.step.asking_blocks, 1, scaling).sum(1)
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
@@ -145,7 +173,8 @@ def test_random_scores_depend_on_all_they_should_and_nothing_else():
 
 def test_a_window_is_neighbours_on_a_ring_and_every_place_is_as_likely():
     keys, real = torch.arange(20_000), torch.ones(20_000, 16, dtype=torch.bool)
-    scores = window_scores(keys, real, 0, 5)
+    places = Places.of(real, None)
+    scores = window_scores(keys, places, 0, 5)
     assert scores.sort(1).values.eq(torch.arange(16)).all()
     best = scores >= 8  # of half of the blocks
     edges = (best != best.roll(1, 1)).sum(1)
@@ -153,9 +182,35 @@ def test_a_window_is_neighbours_on_a_ring_and_every_place_is_as_likely():
     assert (best.float().mean(0) - 0.5).abs().max() < 0.02  # 5 standard deviations
     start = scores.argmax(1)
     assert (start.bincount(minlength=16) / 20_000 - 1 / 16).abs().max() < 0.01
-    assert (window_scores(keys, real, 0, 6).argmax(1) != start).float().mean() > 0.9
-    padded = torch.nn.functional.pad(real, (2, 5))
+    assert (window_scores(keys, places, 0, 6).argmax(1) != start).float().mean() > 0.9
+    padded = Places.of(torch.nn.functional.pad(real, (2, 5)), None)
     assert torch.equal(window_scores(keys, padded, 0, 5)[:, 2:-5], scores)
+
+
+def test_chunks_are_runs_and_every_block_is_as_likely():
+    keys, real = torch.arange(20_000), torch.ones(20_000, 32, dtype=torch.bool)
+    places = Places.of(real, None)
+    scores = chunk_scores(keys, places, 4, 0, 5)
+    changes = scores.diff(dim=1) != 0
+    gaps = changes.sum(1)
+    assert gaps.min() >= 7 and gaps.max() <= 8  # 8 or 9 runs, of 4 but for the first and last
+    inner = changes[:, 3:-3].float().mean(0)
+    assert (inner - 0.25).abs().max() < 0.02  # any two neighbours are parted as often
+    assert ((scores > 0.7).float().mean(0) - 0.3).abs().max() < 0.02
+    assert (chunk_scores(keys, places, 4, 0, 6) != scores).float().mean() > 0.99
+    padded = Places.of(torch.nn.functional.pad(real, (2, 5)), None)
+    assert torch.equal(chunk_scores(keys, padded, 4, 0, 5)[:, 2:-5], scores)
+
+
+def test_chunks_of_documents_are_drawn_apart():
+    documents = torch.tensor([[0] * 10 + [1] * 22]).expand(5000, -1)
+    places = Places.of(torch.ones_like(documents, dtype=torch.bool), documents)
+    assert places.place[0].tolist() == [*range(10), *range(22)]
+    assert places.size[0].tolist() == [10] * 10 + [22] * 22
+    scores = chunk_scores(torch.arange(5000), places, 4, 0, 0)
+    assert (scores[:, 9] != scores[:, 10]).all()
+    pair = torch.stack([scores[:, 0], scores[:, 10]])
+    assert torch.corrcoef(pair)[0, 1].abs() < 0.06
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "predictor"])
@@ -187,7 +242,7 @@ def test_random_sets_change_with_the_optimizer_step_and_repeat(monkeypatch):
 
 def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     model = make_model("llama")
-    config = LeMoConfig(block_size=8, policy="pooled", dense_first_layers=1, normalize_scores=True)
+    config = LeMoConfig(block_size=8, policy="random", dense_first_layers=1)
     apply_lemo(model, config)
     with recorded_sets(monkeypatch) as agreed:
         model(**batch())
@@ -210,12 +265,12 @@ def test_predictors_see_the_normed_stream_of_each_layer(monkeypatch):
 
     class Wants(BlockPredictor):
         def __init__(self, wanted):
-            super().__init__(32, 8, units=4, rank=2)
+            super().__init__(32, 8, rank=2)
             self.wanted = wanted
 
-        def score(self, embedded, documents=None):
-            seen.append((embedded.keys.shape, torch.is_grad_enabled()))
-            scores = super().score(embedded, documents)
+        def score(self, projected, index, asks, documents=None):
+            seen.append((projected.keys.shape, torch.is_grad_enabled()))
+            scores = super().score(projected, index, asks, documents)
             scores[:, self.wanted] = scores.max() + 1
             return scores
 

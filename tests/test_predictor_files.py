@@ -1,7 +1,7 @@
 """Predictors in files: what is saved is what is loaded, and nothing that is wrong is loaded."""
 
+import copy
 import json
-import logging
 import pickle
 import re
 from pathlib import Path
@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_trainer import adapter, losses, make_trainer
 from transformers import AutoConfig
 
-from lemo_hf import LeMoConfig, LeMoPredictor, apply_lemo
+from lemo_hf import LeMoConfig, LeMoPredictor, apply_lemo, load_predictor
 from lemo_hf.files import CONFIG_NAME as CONFIG
 from lemo_hf.files import WEIGHTS_NAME as WEIGHTS
 from lemo_hf.policies import POLICIES
-from lemo_hf.predictors import predictor_files, registry
-from lemo_hf.predictors.base_model import BaseModel
+from lemo_hf.predictors import predictor_files
+from lemo_hf.predictors.base_model import BaseModel, fingerprint_of
 
-ROOT = Path(__file__).parent.parent
 LEARNED = LeMoConfig(policy="predictor", block_size=8)
 
 
@@ -54,26 +53,24 @@ def refused(directory, *texts):
         assert re.search(text, str(error.value)), str(error.value)
 
 
-@pytest.mark.parametrize("mlp", [False, True])
-def test_what_is_loaded_is_what_was_saved(tmp_path, mlp):
-    row = {"documents": "books", "head": "attention", "retention": 0.5, "policy": "predictor"}
-    recall = [{**row, "mean": 0.9, "least": 0.8, "layers": [0.8, 1.0, None, 0.9]}]
-    facts = {"recall": recall, "training": {"tokens": 1000}}
-    predictor = make_predictor(dense=[2], mlp=mlp, **facts)
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    row = {"documents": "books", "layer": 1, "retention": 0.3, "policy": "predictor"}
+    facts = {"recall": [{**row, "recall": 0.9}], "training": {"tokens": 1000}}
+    predictor = make_predictor(dense=[2], **facts)
     predictor.save_pretrained(tmp_path)
     loaded = LeMoPredictor.from_pretrained(tmp_path)
     assert loaded.info == predictor.info and loaded.same_as(predictor)
-    assert loaded.attention[2] is None and (loaded.mlp is None) != mlp
-    assert loaded.attention[1].sizes == predictor.attention[1].sizes
-    assert not loaded.training and not loaded.attention[0].training
+    assert loaded.layers[2] is None and loaded.known == [0, 1, 3]
+    assert loaded.layers[1].sizes == predictor.layers[1].sizes
+    assert not loaded.training and not loaded.layers[0].training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     rows = torch.randn(2, 20, BASE.hidden_size)
-    for head in predictor.heads:
-        for ours, theirs in zip(predictor.heads[head], loaded.heads[head], strict=True):
-            assert (ours is None) == (theirs is None)
-            assert ours is None or torch.equal(ours(rows), theirs(rows))
-    assert not loaded.same_as(make_predictor(dense=[2], mlp=mlp, seed=1, **facts))
-    assert not loaded.same_as(make_predictor(dense=[2], mlp=not mlp, **facts))
+    asking = torch.tensor([[2, 1]] * 2), torch.ones(2, 2, dtype=torch.bool)
+    for ours, theirs in zip(predictor.layers, loaded.layers, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours(rows, *asking), theirs(rows, *asking))
+    assert not loaded.same_as(make_predictor(dense=[2], seed=1, **facts))
+    assert not loaded.same_as(make_predictor(dense=[1], **facts))
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -111,7 +108,7 @@ def test_the_config_beside_a_predictor_is_ready_to_train(tmp_path):
 
 
 def test_the_config_field():
-    assert LeMoConfig().policy == "recent" and LeMoConfig(predictor="a/b").policy == "predictor"
+    assert LeMoConfig().policy == "auto" and LeMoConfig(predictor="a/b").policy == "predictor"
     assert LeMoConfig(threshold=1.0).policy == LeMoConfig(mlp_threshold=1.0).policy == "pooled"
     assert LeMoConfig(predictor=Path("a") / "b").predictor == "a/b"
     with pytest.raises(ValueError, match="predictor='a/b' and policy='oracle' cannot both"):
@@ -190,7 +187,7 @@ def _first(tensors):
 @pytest.mark.parametrize(
     ("change", "texts"),
     [
-        (lambda t: t.pop(_first(t)), [r"lacks 1 tensors, such as 'attention\.1"]),
+        (lambda t: t.pop(_first(t)), [r"lacks 1 tensors, such as 'networks\.1"]),
         (lambda t: t.update(extra=torch.ones(2)), ["has unexpected 1 tensors, such as 'extra'"]),
         (
             lambda t: t.update({_first(t): torch.ones(7, 3)}),
@@ -203,7 +200,7 @@ def _first(tensors):
         (lambda t: t.update({_first(t): t[_first(t)].long()}), ["has dtype I64"]),
         (
             lambda t: t[_first(t)].view(-1)[:2].copy_(torch.tensor([torch.nan, -torch.inf])),
-            ["2 of .* values of 'attention.1.* are NaN or infinite", "lower learning rate"],
+            ["2 of .* values of 'networks.1.* are NaN or infinite", "lower learning rate"],
         ),
     ],
     ids=["missing", "unexpected", "shape", "double", "integer", "nan"],
@@ -222,30 +219,30 @@ def _section(**values):
     [
         (lambda c: c.pop("predictor"), ["no object under the key 'predictor'", "LeMoConfig alone"]),
         (lambda c: c.update(predictor="org/name"), ["it refers to 'org/name': load"]),
-        (_section(format=2), ["format 2, written by lemo_hf .*; this version reads up to 1"]),
+        (_section(format=3), ["format 3, written by .*; this version reads 2: pip install -U"]),
+        (_section(format=1), ["format 1, .*: train it again"]),
         (_section(format=None), ["format None"]),
         (lambda c: c["predictor"].pop("base"), ["no 'base'", "pip install -U lemo-hf"]),
         (lambda c: c["predictor"].pop("sha256"), ["no 'sha256'"]),
         (_section(colour="red"), ["'colour'"]),
         (_section(block_size=0), ["block_size must be an integer of at least 1, got 0"]),
-        (_section(normalize_scores="no"), ["normalize_scores must be a bool, got 'no'"]),
-        (lambda c: c["predictor"]["attention"].pop(), ["an entry a layer .*has 4.* got 3"]),
-        (_section(attention=[None] * 4), ["None for those that stay dense but not for all"]),
+        (lambda c: c["predictor"]["layers"].pop(), ["an entry a layer .*has 4.* got 3"]),
+        (_section(layers=[None] * 4), ["None for layers without one but not for all"]),
         (
-            lambda c: c["predictor"]["attention"][2].update(wings=2),
-            ["attention of layer 2 has sizes", "'wings'"],
+            lambda c: c["predictor"]["layers"][2].update(wings=2),
+            ["layer 2 has sizes", "'wings'"],
         ),
-        (lambda c: c["predictor"]["attention"].__setitem__(1, 7), ["layer 1 has sizes 7"]),
+        (lambda c: c["predictor"]["layers"].__setitem__(1, 7), ["layer 1 has sizes 7"]),
         (
-            lambda c: c["predictor"]["attention"][1].update(block_size=16),
-            ["attention predictor of layer 1 has block_size=16, expected 8"],
+            lambda c: c["predictor"]["layers"][1].update(block_size=16),
+            ["predictor of layer 1 has block_size=16, expected 8"],
         ),
-        (lambda c: c["predictor"]["attention"][1].update(units="9"), ["layer 1 has sizes"]),
-        (lambda c: c["predictor"]["attention"][1].update(units=-1), ["layer 1 has sizes"]),
-        (lambda c: c["predictor"]["attention"][1].update(units=10**30), ["layer 1 has sizes"]),
+        (lambda c: c["predictor"]["layers"][1].update(rank="9"), ["layer 1 has sizes"]),
+        (lambda c: c["predictor"]["layers"][1].update(rank=-1), ["layer 1 has sizes"]),
+        (lambda c: c["predictor"]["layers"][1].update(rank=10**30), ["layer 1 has sizes"]),
         # 128 TiB if it were allocated; the file's header says otherwise.
         (
-            lambda c: c["predictor"]["attention"][1].update(units=10**12),
+            lambda c: c["predictor"]["layers"][1].update(rank=10**12),
             [re.escape(WEIGHTS), r"has shape .*, but by the sizes in lemo_config.json"],
         ),
     ],
@@ -265,7 +262,7 @@ def test_broken_json(saved, text):
 
 def test_the_base_model_is_compared(caplog):
     predictor = make_predictor()
-    predictor.check(make_model("llama").config, LEARNED)
+    predictor.check(make_model("llama"), LEARNED)
     assert not caplog.records
     for options, text in (
         ({"hidden_size": 64}, r"hidden_size=32 \(the model has 64\)"),
@@ -273,51 +270,67 @@ def test_the_base_model_is_compared(caplog):
         ({"num_attention_heads": 2}, r"num_attention_heads=4 \(the model has 2\)"),
         ({"num_key_value_heads": 4}, r"num_key_value_heads=2 \(the model has 4\)"),
     ):
-        config = make_model("llama", **options).config
-        with pytest.raises(ValueError, match=f"another architecture: {text}.*policy='pooled'"):
-            predictor.check(config, LEARNED)
+        with pytest.raises(ValueError, match=f"another architecture: {text}.*policy='overlap'"):
+            predictor.check(make_model("llama", **options), LEARNED)
     with pytest.raises(ValueError, match=r"model_type='llama' \(the model has 'mistral'\)"):
-        predictor.check(make_model("mistral").config, LEARNED)
-    for options in ({"block_size": 16}, {"normalize_scores": True}):
-        (name, value), *_ = options.items()
-        with pytest.raises(ValueError, match=rf"trained with {name}=.* has {name}={value}: set"):
-            predictor.check(
-                make_model("llama").config,
-                LeMoConfig(**{"policy": "predictor", "block_size": 8, **options}),
-            )
+        predictor.check(make_model("mistral"), LEARNED)
+    with pytest.raises(ValueError, match="trained with block_size=8.* has block_size=16: set"):
+        predictor.check(make_model("llama"), LeMoConfig(policy="predictor", block_size=16))
     assert not caplog.records
 
 
-def test_another_name_commit_or_vocabulary_is_a_warning(caplog):
+def test_other_weights_are_a_warning_whatever_their_name(caplog):
+    model = make_model("llama")
+    base = BaseModel.of_model(model)
+    predictor = make_predictor(base=base)
+    model.config._name_or_path = "org/copy"
+    predictor.check(model, LEARNED)
+    assert not caplog.records
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] += 0.1
+    predictor.check(model, LEARNED)
+    assert f"fingerprint='{base.fingerprint}' (the model has" in caplog.text
+
+
+def test_fingerprints_survive_casts_and_adapters_and_tell_models_apart():
+    model = make_model("llama").bfloat16()  # as checkpoints are
+    known = fingerprint_of(model)
+    assert re.fullmatch("[0-9a-f]{64}", known)
+    assert fingerprint_of(model.half()) == fingerprint_of(model.float()) == known
+    tuned = with_lora(copy.deepcopy(model)).get_base_model()
+    assert fingerprint_of(tuned) == known
+    tuned.get_input_embeddings().weight.data[7, 3] += 0.01
+    assert fingerprint_of(tuned) != known
+    assert fingerprint_of(model.to("meta")) is None
+
+
+def test_where_weights_are_not_known_another_name_commit_or_vocabulary_is_a_warning(caplog):
     config = make_model("llama").config
     config._name_or_path, config._commit_hash = "org/base", "a" * 40
-    predictor = make_predictor(base=BaseModel.from_config(config))
-    predictor.check(config, LEARNED)
+    base = BaseModel.from_config(config)
+    base.check(BaseModel.from_config(config))
     assert not caplog.records
     config._name_or_path, config._commit_hash, config.vocab_size = "org/tuned", "b" * 40, 99
-    predictor.check(config, LEARNED)
+    base.check(BaseModel.from_config(config))
     assert "name='org/base' (the model has 'org/tuned')" in caplog.text
     assert f"commit='{'a' * 40}'" in caplog.text and "vocab_size=97" in caplog.text
     opt = BaseModel.from_config(AutoConfig.for_model("opt"))
     assert opt.num_key_value_heads == opt.num_attention_heads and opt.name is None
 
 
-def test_each_sublayer_asks_its_own_predictor(monkeypatch):
-    predictor, asked = make_predictor(mlp=True), []
+def test_each_layer_asks_its_own_predictor(monkeypatch):
+    predictor, asked = make_predictor(), []
 
     def policy(inputs):
-        asked.append((inputs.sublayer, inputs.layer_index, inputs.predictor))
+        asked.append((inputs.layer_index, inputs.predictor))
         return torch.zeros(2, 9)
 
     monkeypatch.setitem(POLICIES, "predictor", policy)
-    config = LeMoConfig(
-        policy="predictor", mlp_retention=0.3, block_size=8, agree_across_layers=False
-    )
+    config = LeMoConfig(policy="predictor", block_size=8, agree_across_layers=False)
     model = make_model("llama")
     apply_lemo(model, config, predictor)
     model(**batch())
-    places = [(name, layer) for layer in range(4) for name in ("attention", "mlp")]
-    assert asked == [(name, layer, predictor.heads[name][layer]) for name, layer in places]
+    assert asked == list(enumerate(predictor.layers))
 
 
 def test_predictors_are_no_part_of_the_model():
@@ -333,55 +346,37 @@ def test_layers_without_a_predictor_must_be_dense():
         return apply_lemo(make_model("llama"), config, predictor)
 
     own = {"agree_across_layers": False}
-    with pytest.raises(ValueError, match="layer 0 has no attention.*set dense_first_layers=2"):
+    with pytest.raises(ValueError, match="layer 0 has no predictor.*set dense_first_layers=2"):
         apply(make_predictor(dense=[0, 1]))
     apply(make_predictor(dense=[0, 1]), dense_first_layers=2)
     apply(make_predictor(dense=[2]))  # the first sparse layer chooses for all
-    with pytest.raises(ValueError, match="layer 3 has no attention.*set dense_last_layers=1"):
+    with pytest.raises(ValueError, match="layer 3 has no predictor.*set dense_last_layers=1"):
         apply(make_predictor(dense=[3]), **own)
-    with pytest.raises(ValueError, match="layer 2 has no attention.* list, with 1 for layer 2"):
+    with pytest.raises(ValueError, match="layer 2 has no predictor.* list, with 1 for layer 2"):
         apply(make_predictor(dense=[2]), **own)
     apply(make_predictor(dense=[2]), retention=[0.5, 0.5, 1, 0.5], **own)
     apply(make_predictor(dense=[2]), threshold=[1, 1, 0, 1], **own)
     for options in ({"mlp_retention": 0.5}, {"mlp_threshold": 1.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}=.* have no MLP head: set"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*choose for attention: set"):
             apply(make_predictor(), **options)
-        apply(make_predictor(mlp=True), **options)
-    with pytest.raises(ValueError, match="layer 0 has no mlp predictor"):
-        predictor = make_predictor(mlp=True)
-        predictor.mlp[0] = None
-        apply(predictor, mlp_retention=0.5)
 
 
-def test_the_registry(saved, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    path = tmp_path / "registry.json"
-    path.write_text(json.dumps({"Org/Base": "./saved", "org/other": "me/predictors"}))
-    monkeypatch.setattr(registry, "REGISTRY", path)
-    assert registry.find_predictor("org/BASE") == str(tmp_path / "saved")
-    assert "predictors registered for 'org/BASE'" in caplog.text
-    assert registry.find_predictor("org/other") == "me/predictors"
-    assert registry.find_predictor("nobody/knows") is None and registry.find_predictor("") is None
-    assert "no predictors are registered for 'nobody/knows'" in caplog.text
+def test_auto_is_looked_up_for_the_model(saved, monkeypatch):
+    asked = []
+
+    def find(base, block_size):
+        asked.append((base, block_size))
+        return str(saved)
+
+    monkeypatch.setattr(load_predictor, "find_predictor", find)
     model = make_model("llama")
-    auto = LeMoConfig(predictor="auto", block_size=8, dense_first_layers=1)
-    model.config._name_or_path = "org/unknown"
-    with pytest.raises(ValueError, match="base model 'org/unknown'.*train-predictor.*'pooled'"):
-        apply_lemo(model, auto)
-    model.config._name_or_path = "org/base"
-    lemo = apply_lemo(model, auto)
+    lemo = apply_lemo(model, LeMoConfig(predictor="auto", block_size=8, dense_first_layers=1))
+    assert asked == [(BaseModel.of_model(model), 8)]
     assert lemo.predictor.same_as(LeMoPredictor.from_pretrained(saved))
-    assert "3 of 4 layers have a predictor, attention only" in lemo.describe()
-
-
-def test_the_shipped_registry():
-    """Every entry is a name and what is loaded for it, and every data file is in the wheel."""
-    entries = json.loads(registry.REGISTRY.read_text())
-    assert len({name.lower() for name in entries}) == len(entries)
-    assert all(found.count("/") == 1 for found in entries.values())
-    files = [path for path in (ROOT / "predictors").iterdir() if path.is_file()]
-    assert [path.name for path in files if path.suffix != ".py"] == ["registry.json"]
-    assert '"lemo_hf.predictors" = ["registry.json"]' in (ROOT / "pyproject.toml").read_text()
+    assert "predictors of layers 1, 2, 3 of 4" in lemo.describe()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="loaded from a directory or made from.*train-predictor"):
+        apply_lemo(make_model("llama"), LeMoConfig(predictor="auto", block_size=8))
 
 
 def predicting(directory, **options):
@@ -393,7 +388,7 @@ def test_training_saves_the_predictor_with_the_model(saved, tmp_path, capsys):
     out = tmp_path / "out"
     trainer = make_trainer(out, predicting(saved), save_strategy="steps", save_steps=2)
     trainer.train()
-    assert "by 'predictor' (3 of 4 layers have a predictor" in capsys.readouterr().out
+    assert "predictors of layers 1, 2, 3 of 4" in capsys.readouterr().out
     trainer.save_model()
     for directory in (out, out / "checkpoint-2", out / "checkpoint-4"):
         assert LeMoPredictor.from_pretrained(directory).same_as(expected)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_client import (
+    BASE,
+    auto,
     failing,
     load,
     load_snapshot,
@@ -190,6 +192,31 @@ def test_offline_the_cache_is_all_there_is(online, offline, hub):
     assert kind is OSError
     assert f"{CONFIG_NAME} of 'me/uncached' is not in the Hub's cache" in text
     assert len(hub.requests) == before
+
+
+def test_auto_takes_the_most_downloaded_that_belongs_to_the_weights(online, offline, hub):
+    base = dataclasses.replace(BASE, name="org/base", fingerprint="f" * 64)
+    kind, text = online(failing, auto, base)
+    assert kind is ValueError and "no predictor for the weights of 'org/base'. Set" in text
+    others = dataclasses.replace(base, fingerprint="e" * 64)
+    larger = dataclasses.replace(base, num_attention_heads=8)
+    for downloads, (repo, made_for) in enumerate(
+        {"me/few": base, "me/most": base, "me/others": others, "me/larger": larger}.items()
+    ):
+        online(push, repo, base=made_for)
+        hub.repositories[repo].downloads = downloads
+    online(push, "me/elsewhere", base=dataclasses.replace(base, name="org/other"))
+    online(push, "me/hidden", base=base, private=True)
+    repo, logged = online(auto, base)
+    assert repo == "me/most" and logged[1:] == ("me/most", "org/base")
+    assert online(auto, others)[0] == "me/others"
+    # A cut-up model's weights cannot be read: what fits its shapes is taken.
+    assert online(auto, dataclasses.replace(base, fingerprint=None))[0] == "me/others"
+    kind, text = online(failing, auto, dataclasses.replace(base, fingerprint="0" * 64))
+    assert kind is ValueError and "me/most: made for other weights" in text
+    assert "me/larger: made for another architecture" in text and "policy='overlap'" in text
+    kind, text = offline(failing, auto, base)
+    assert kind is OSError and "could not ask the Hub" in text and "Set predictor to a" in text
 
 
 def test_training_with_a_predictor_of_the_hub(online, hub, tmp_path):

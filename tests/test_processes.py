@@ -5,7 +5,6 @@ import torch
 from hub_client import make_predictor
 from processes import launch
 from safetensors.torch import load_file
-from test_block_predictor import HOW
 
 from lemo_hf import LeMoPredictor
 
@@ -58,8 +57,6 @@ def test_predictors_are_trained_together(both):
         LeMoPredictor.from_pretrained(both / name) for name in ("1-0", "2-0", "2-1")
     )
     assert first.same_as(second)
-    assert [p.units for p in alone.attention] == [p.units for p in first.attention]
-    assert min(p.units for p in alone.attention) < HOW.units  # counts are summed, and used
     ours, theirs = alone.state_dict(), first.state_dict()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)

@@ -95,7 +95,8 @@ def test_padding_is_not_counted(tmp_path):
         mask = (torch.arange(96) < tokens).long()
         labels = ids.masked_fill(mask == 0, -100)
         rows.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
-    train(tmp_path, LeMoConfig(block_size=8), 2, rows=rows * 2)
+    config = LeMoConfig(policy="recent", retention=0.5, block_size=8)
+    train(tmp_path, config, 2, rows=rows * 2)
     (row,) = record(tmp_path)["rows"]
     blocks = 96 // 8 + 40 // 8
     assert row["attention"] == pytest.approx([(6 + 3) / blocks] * 4)
@@ -103,7 +104,9 @@ def test_padding_is_not_counted(tmp_path):
 
 
 def test_the_page(tmp_path):
-    config = LeMoConfig(block_size=8, mlp_retention=0.25, recompute="full")
+    config = LeMoConfig(
+        policy="recent", retention=0.5, block_size=8, mlp_retention=0.25, recompute="full"
+    )
     trainer = train(tmp_path, config, eval_strategy="steps", eval_steps=2)
     trainer.save_model()
     text = (tmp_path / "report.html").read_text()
@@ -117,6 +120,19 @@ def test_the_page(tmp_path):
     assert "layer 3, step 2 to 4: 0.25" in text
     assert str(torch.__version__) in text and "learning_rate" in text
     assert trainer.lemo.describe() in html.unescape(text)
+
+
+def test_the_page_of_a_run_with_a_finish(tmp_path):
+    trainer = train(tmp_path, LeMoConfig(block_size=8, dense_finish=0.5), logging_steps=1)
+    logged = [x["lemo/mlp_retention"] for x in trainer.state.log_history if "loss" in x]
+    assert logged == pytest.approx([1 / 3, 1 / 3, 1, 1])
+    assert [row["mlp"] for row in record(tmp_path)["rows"]] == [
+        pytest.approx([share] * 4) for share in logged
+    ]
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert "layer 0, step 3 to 4: 1.00" in text and "The last 50% of the steps are dense." in text
+    mean = re.search(r"mean retention\D+([\d.]+)", re.sub("<[^>]+>", " ", text))
+    assert float(mean[1]) == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_nothing_is_fetched_and_nothing_is_run(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.selection import block_any, keep_blocks, kept_set, num_kept_blocks
+from lemo_hf.selection import block_any, blocks_above, keep_blocks, kept_set, num_kept_blocks
 from lemo_hf.step import Step
 
 
@@ -131,3 +131,67 @@ def test_supervised_tokens_were_kept_as_often_as_the_mean():
     step = make_step((1, 16))
     step.times_kept += torch.tensor([[3, 3, 3, 3, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
     assert step.supervised().tolist() == [[True] * 4 + [False] * 8 + [True] * 4]
+
+
+def packed(*sizes):
+    """Positions of documents of so many tokens, and each block's document (blocks of 4)."""
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    ids = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
+    return positions, ids[2::4][None]
+
+
+def test_each_document_keeps_its_share():
+    documents = torch.tensor([[0] * 12 + [1] * 20 + [2] * 8])
+    nothing = torch.zeros(1, 40, dtype=torch.bool)
+    for seed in range(20):
+        # Scores of one document are far above those of another: only ranks within one count.
+        scores = torch.rand(1, 40, generator=torch.Generator().manual_seed(seed))
+        scores = scores + 10 * ((documents + seed) % 3)
+        keep = keep_blocks(scores, ~nothing, nothing, 20, documents)
+        assert [int(keep[documents == i].sum()) for i in range(3)] == [6, 10, 4]
+        for i in range(3):
+            inside = documents[0] == i
+            assert scores[0, inside & keep[0]].min() > scores[0, inside & ~keep[0]].max()
+
+
+@pytest.mark.parametrize("policy", ["recent", "window", "chunks", "random", "auto"])
+def test_no_policy_leaves_out_a_document_its_beginning_or_its_end(policy):
+    from lemo_hf.policies import POLICIES, ScoreInputs
+
+    positions, documents = packed(80, 160, 40, 200)
+    ids = torch.arange(480)[None]
+    config = LeMoConfig(retention=0.5, block_size=4, chunk_size=8, policy=policy)
+    for number in range(5):
+        step = Step(
+            config,
+            (1, 480),
+            ids.device,
+            input_ids=ids,
+            position_ids=positions,
+            targets=ids,
+            global_step=number,
+        )
+        inputs = ScoreInputs(None, None, 0, "attention", ids[..., None].float(), None, step, None)
+        score = POLICIES[policy]
+        blocks = step.choose(
+            0, "attention", KeepRule(0.5), lambda score=score, inputs=inputs: score(inputs)
+        ).blocks
+        assert blocks.sum() == 60
+        for i, size in enumerate((20, 40, 10, 50)):
+            kept = blocks[documents == i]
+            assert kept[0] and kept[-1] and abs(int(kept.sum()) - size // 2) <= 1
+
+
+def test_a_recent_document_keeps_its_own_last_blocks():
+    positions, _ = packed(32, 32)
+    step = make_step((1, 64), position_ids=positions)
+    (row,) = kept_tokens(step, torch.arange(16).float()[None])
+    assert row == [*range(4), *range(20, 36), *range(52, 64)]
+
+
+def test_a_packed_row_scores_thresholds_inside_each_document():
+    scores = torch.tensor([[1.0, 3, 1, 3, 10, 30, 10, 30]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    nothing = torch.zeros(1, 8, dtype=torch.bool)
+    keep = blocks_above(scores, ~nothing, nothing, 1.0, documents)
+    assert keep.tolist() == [[False, True] * 4]

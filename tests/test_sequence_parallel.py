@@ -49,7 +49,7 @@ def one_pass(name, processes=1, lora=False):
     predictors = None
     if options.get("policy") == "predictor":
         torch.manual_seed(4)
-        predictors = [BlockPredictor(32, 8, units=16, rank=4) for _ in range(4)]
+        predictors = [BlockPredictor(32, 8, rank=4) for _ in range(4)]
         for predictor in predictors:
             for parameter in predictor.parameters():
                 parameter.data.normal_(0, 0.3)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 from lemo_hf import LeMoConfig, LeMoTrainer
 from lemo_hf.patch import transformers_model
 
-SPARSE = LeMoConfig(block_size=8, policy="random", segment_size=40)
+SPARSE = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
 FULL = LeMoConfig(retention=1.0, block_size=8, segment_size=40)
 
 
@@ -98,6 +99,7 @@ def test_retention_1_trains_as_trainer_does(tmp_path, arguments):
 @pytest.mark.parametrize("dense_first_layers", [0, 2])
 def test_gradient_checkpointing_changes_nothing(tmp_path, kwargs, dense_first_layers):
     config = LeMoConfig(
+        retention=0.5,
         block_size=8,
         policy="random",
         agree_across_layers=False,
@@ -115,7 +117,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, kwargs, dense_first_la
 @pytest.mark.parametrize("answers", [None, 20])
 @pytest.mark.parametrize("supervise", ["kept", "all"])
 def test_accumulation_equals_a_larger_batch(tmp_path, supervise, answers):
-    config = LeMoConfig(block_size=8, policy="random", supervise=supervise)
+    config = LeMoConfig(retention=0.5, block_size=8, policy="random", supervise=supervise)
     data = dataset(answers=answers)
     one = make_trainer(tmp_path, config, data=data, per_device_train_batch_size=4)
     four = make_trainer(
@@ -145,7 +147,7 @@ def test_resuming_with_another_config_is_said(tmp_path, caplog):
     make_trainer(tmp_path, SPARSE, save_strategy="steps", save_steps=2).train()
     for output, checkpoint in ((tmp_path / "b", str(tmp_path / "checkpoint-2")), (tmp_path, True)):
         caplog.clear()
-        other = make_trainer(output, LeMoConfig(block_size=16, policy="random"))
+        other = make_trainer(output, LeMoConfig(retention=0.5, block_size=16, policy="random"))
         with caplog.at_level(logging.WARNING):
             other.train(resume_from_checkpoint=checkpoint)
         assert "block_size=16 (was 8)" in caplog.text
@@ -189,7 +191,7 @@ def test_evaluation_is_dense(tmp_path):
 
 
 def test_logs_say_what_was_kept(tmp_path, capsys):
-    config = LeMoConfig(block_size=8, policy="random", dense_first_layers=2, mlp_retention=0.25)
+    config = replace(SPARSE, dense_first_layers=2, mlp_retention=0.25)
     trainer = make_trainer(tmp_path, config)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -261,7 +263,7 @@ def test_a_users_own_loss_is_respected(tmp_path):
     plain = losses(make_trainer(tmp_path, None, cls=Trainer, compute_loss_func=own_loss))
     assert full == pytest.approx(plain, rel=1e-5)
     calls.clear()
-    everything = LeMoConfig(block_size=8, policy="random", supervise="all")
+    everything = replace(SPARSE, supervise="all")
     make_trainer(tmp_path, everything, compute_loss_func=own_loss).train()
     assert all((labels != -100).all() and items == 126 for labels, items in calls)
     calls.clear()
@@ -310,7 +312,7 @@ def test_completion_only_trains_every_answer(tmp_path):
     """All label blocks are kept, so the loss covers every answer token."""
     data = dataset(answers=20)
     kept = losses(make_trainer(tmp_path, SPARSE, data=data))
-    everything = LeMoConfig(block_size=8, policy="random", segment_size=40, supervise="all")
+    everything = replace(SPARSE, supervise="all")
     assert kept == losses(make_trainer(tmp_path, everything, data=data))
 
 

@@ -24,7 +24,7 @@ from lemo_hf.integrations.trl import LeMoSFTTrainer  # noqa: E402
 DEMO = Path(__file__).parents[1] / "examples/demo"
 TEXT = (DEMO / "text/heldout-oh-money-money.txt").read_text(encoding="utf-8")
 FULL = LeMoConfig(retention=1.0, block_size=8)
-HALF = LeMoConfig(block_size=8, policy="random")
+HALF = LeMoConfig(retention=0.5, block_size=8, policy="random")
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
@@ -151,7 +151,7 @@ def test_half_of_the_tokens_learns(tmp_path, case):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_loss_is_lemo_trainers(tmp_path, supervise, accumulation):
     """SFTTrainer divides by its own count of labels, of which LeMo strikes some."""
-    config = LeMoConfig(block_size=8, policy="random", supervise=supervise)
+    config = LeMoConfig(retention=0.5, block_size=8, policy="random", supervise=supervise)
     settings = {
         "packing": True,
         "max_length": 64,
@@ -287,7 +287,7 @@ def test_reward_models_are_refused_by_name(tmp_path):
 
 def test_flattening_collators_have_no_longest_row(tmp_path):
     """Each document is shorter than a block, but the row they are flattened to is not."""
-    config = LeMoConfig(block_size=64, policy="random")
+    config = LeMoConfig(retention=0.5, block_size=64, policy="random")
     short = make_trainer(tmp_path, config, padding_free=True, max_length=None)
     assert all(len(row["input_ids"]) < 96 for row in short.train_dataset)
     assert len(logs(short)) == 3

@@ -1,313 +1,204 @@
-"""What the quality benchmark runs: groups of jobs around one recipe.
+"""The jobs of each group, the most telling first: a run that is cut short loses the last ones.
 
-A recipe (`recipe.json`, or another file by `--recipe`) has the fields of every job (``job``), what
-differs for completion-only fine-tuning (``completion``), and the settings that are measured with
-three seeds (``headline``: LeMo options by name). Groups share jobs of one name, which run once.
+Batches and learning rates are those that were best for each side (group "tuning").
 """
 
-import json
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.job import Job
 
-RECIPE = Path(__file__).parent / "recipe.json"
 SEEDS = (0, 1, 2)
-TIMING_STEPS = 14
-DENSE = "dense"
+COMPLETION, TEXT = 45.0, 60.0  # seconds of training
+STEPS = 150  # of a comparison at equal steps: what dense takes in `TEXT` seconds
+COMPLETION_STEPS = 110
+FINISH = 0.3
+CHUNK = 512  # tokens
 
 
-def read_recipe(path: Path = RECIPE) -> dict[str, Any]:
-    """The recipe in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def overlap(retention: float = 0.3, **fields: Any) -> dict[str, Any]:
+    """Blocks that share rare words with what asks."""
+    return {"policy": "overlap", "retention": retention, **fields}
 
 
-class Cases:
-    """Jobs of one recipe.
-
-    Args:
-        recipe: As `read_recipe` gives it.
-        predictor: Directory of a trained predictor, or None: its jobs are left out.
-        layers: Of the base model.
-    """
-
-    def __init__(self, recipe: dict[str, Any], predictor: str | None, layers: int):
-        self.recipe, self.predictor, self.layers = recipe, predictor, layers
-
-    def job(self, setting: str, lemo: dict[str, Any] | None = None, **changes: Any) -> Job:
-        """The recipe's job with ``changes``."""
-        fields = {**self.recipe["job"], "name": setting, "setting": setting, "lemo": lemo}
-        return Job(**{**fields, **changes})
-
-    def lemo(self, policy: str, retention: float = 0.5, note: str = "", **options: Any) -> Job:
-        """LeMo; ``note`` is the part of the name that says what is special."""
-        kind, changes = options.pop("kind", "plain"), options.pop("changes", {})
-        chosen = {"policy": policy, "retention": retention, **options}
-        if policy == "predictor":
-            chosen["predictor"] = self.predictor
-            del chosen["policy"]
-        name = f"{policy}{', ' if note else ''}{note} {_mean(retention):g}"
-        return self.job(changes.pop("prefix", "") + name, chosen, kind=kind, **changes)
-
-    def policies(self, retention: float = 0.5, **options: Any) -> list[Job]:
-        """One job a policy, and the oracle and pooled scores by the number of their viewers."""
-        learned = ["predictor"] if self.predictor else []
-        plain = ["oracle", "pooled", *learned, "random", "recent", "window"]
-        return [self.lemo(policy, retention, **options) for policy in plain] + [
-            self.lemo(policy, retention, "normalised", normalize_scores=True, **options)
-            for policy in ("oracle", "pooled")
-        ]
-
-    def groups(self) -> dict[str, list[Job]]:
-        """All groups by name, in the order in which they are worth running."""
-        dense, lemo, quarter = self.job(DENSE), self.lemo, self.layers // 4
-        half = self.layers // 2
-        groups = {
-            "base": [self.job("base", steps=0)],
-            "recipe": self._recipes(),
-            "policy": [dense, *self.policies()],
-            "retention": [
-                dense,
-                *(
-                    lemo(policy, share)
-                    for policy in ("recent", "window", "random", "pooled")
-                    for share in (0.7, 0.5, 0.3, 0.15)
-                ),
-            ],
-            "block": [dense]
-            + [lemo(policy) for policy in ("random", "pooled", "oracle")]
-            + [
-                lemo(policy, note=f"blocks of {size}", block_size=size)
-                for size in (512, 256, 1024)
-                for policy in ("random", "pooled", "oracle")
-            ],
-            "sets": [
-                dense,
-                *(
-                    job
-                    for policy in ("pooled", "oracle", "random")
-                    for job in (
-                        lemo(policy),
-                        lemo(policy, note="each layer its own", agree_across_layers=False),
-                        lemo(
-                            policy,
-                            tuple(self._falling()),
-                            "nested",
-                            agree_across_layers=False,
-                            kind="nested",
-                        ),
-                    )
-                ),
-            ],
-            "dense_layers": [dense]
-            + [
-                job
-                for policy in ("recent", "window", "pooled")
-                for job in (
-                    lemo(policy),
-                    *(
-                        lemo(policy, note=f"first {n} layers dense", dense_first_layers=n)
-                        for n in (quarter, half)
-                    ),
-                )
-            ],
-            "mlp": [
-                dense,
-                *(
-                    job
-                    for policy in ("recent", "pooled")
-                    for job in (
-                        lemo(policy),
-                        lemo(policy, note="MLP dense", mlp_retention=1.0),
-                    )
-                ),
-            ],
-            "supervise": [
-                dense,
-                *(
-                    job
-                    for policy in ("recent", "random", "pooled")
-                    for job in (
-                        lemo(policy),
-                        lemo(policy, note="all labels", supervise="all"),
-                    )
-                ),
-            ],
-            "paper": [dense, self._paper("kept"), self._paper("all")],
-            "controls": [dense, *self._controls()],
-            "completion": self._completion(),
-            "headline": self._headline(),
-            "timing": self._timing(),
-            "equal_time": self._equal_time(),
-        }
-        return groups
-
-    def _falling(self) -> list[float]:
-        """A retention a layer, from 0.9 down to 0.1; mean 0.5."""
-        return [round(0.9 - 0.8 * i / (self.layers - 1), 4) for i in range(self.layers)]
-
-    def _recipes(self) -> list[Job]:
-        """Dense recipes, of which one is to answer 90 % of the questions at the full length."""
-        jobs = []
-        for data in ("many-lines", "many-lines-4-digits", "few-lines"):
-            for adapter, rate in (("all-linear", 1e-3), ("all-linear", 2e-3), (None, 1e-3)):
-                for steps in (240, 480):
-                    if data != "many-lines" and (rate != 1e-3 or steps != 240):
-                        continue
-                    jobs.append(self._recipe(data, adapter, rate, steps))
-        jobs.append(self._recipe("many-lines", None, 3e-4, 240))
-        jobs.append(self._recipe("many-lines", "all-linear", 2e-3, 240, rank=64))
-        jobs.append(self._recipe("many-answers", "all-linear", 1e-3, 240))
-        jobs.append(self._recipe("many-answers", None, 1e-3, 240))
-        jobs.append(self._recipe("answers", None, 1e-3, 240))
-        return jobs
-
-    def _recipe(
-        self, data: str, adapter: str | None, rate: float, steps: int, rank: int = 16
-    ) -> Job:
-        how = f"LoRA {rank}" if adapter else "full"
-        return self.job(
-            f"recipe {data}, {how}, {rate:g}, {steps} steps",
-            data=data,
-            adapter=adapter,
-            learning_rate=rate,
-            steps=steps,
-            rank=rank,
-        )
-
-    def _paper(self, supervise: str) -> Job:
-        """Attention alone, upper half of the layers, 40 % kept, each layer its own."""
-        return self.lemo(
-            "oracle",
-            0.4,
-            f"the paper's setting, loss on {supervise}",
-            mlp_retention=1.0,
-            dense_first_layers=self.layers // 2,
-            agree_across_layers=False,
-            supervise=supervise,
-        )
-
-    def _random_ltd(self) -> Job:
-        """Random-LTD at a constant rate: tokens, a set each layer, first and last layer dense."""
-        return self.job(
-            "random-LTD 0.5",
-            {
-                "policy": "random",
-                "retention": 0.5,
-                "block_size": 1,
-                "agree_across_layers": False,
-                "dense_first_layers": 1,
-                "dense_last_layers": 1,
-                "supervise": "all",
-            },
-        )
-
-    def _controls(self) -> list[Job]:
-        batch = self.recipe["job"]["batch"]
-        short = [
-            self.job(
-                f"dense, rows 1/{part}, {'the same' if factor == part else 'half the'} tokens",
-                data=f"many-lines-{name}",
-                batch=batch * factor,
-            )
-            for part, name in ((2, "half"), (4, "quarter"))
-            for factor in (part, part // 2)
-        ]
-        subset = [
-            self.lemo(policy, share, "gradients only", kind="subset-gradient")
-            for policy, share in (("random", 0.5), ("window", 0.5), ("random", 0.25))
-        ]
-        others = [self.job("S²-Attn", kind="s2attn"), self._random_ltd(), self._half_of_rows()]
-        return [*others, *short, *subset]
-
-    def _half_of_rows(self) -> Job:
-        """As many labels a step as a sparse setting that keeps a half and asks what it keeps."""
-        return self.job("dense, half of the rows", batch=self.recipe["job"]["batch"] // 2)
-
-    def _completion(self) -> list[Job]:
-        changes = self.recipe["completion"]
-        prefix = "completion, "
-        jobs = [self.job(prefix + DENSE, **changes)]
-        for share in (0.5, 0.3):
-            learned = ["predictor"] if self.predictor else []
-            for policy in ("pooled", "oracle", *learned, "random", "recent", "window"):
-                jobs.append(self.lemo(policy, share, changes={"prefix": prefix, **changes}))
-        return jobs
-
-    def _settings(self) -> dict[str, Job]:
-        """Dense and the recipe's headline settings."""
-        chosen = self.recipe["headline"].items()
-        return {DENSE: self.job(DENSE)} | {
-            name: self.job(name, {"retention": 0.5, **options}) for name, options in chosen
-        }
-
-    def _headline(self) -> list[Job]:
-        """Three seeds; seed 0 has the name that the same job has in other groups."""
-        return [
-            replace(job, seed=seed, name=f"{name}, seed {seed}" if seed else name)
-            for seed in SEEDS
-            for name, job in self._settings().items()
-        ]
-
-    def _more_rows(self) -> list[Job]:
-        """Headline settings with twice the rows a step, for which their memory leaves room."""
-        return [
-            replace(job, name=name, setting=name, batch=2 * job.batch)
-            for job in self._settings().values()
-            if job.setting != DENSE
-            for name in [f"{job.setting}, {2 * job.batch} rows a step"]
-        ]
-
-    def _timing(self) -> list[Job]:
-        """Step time and memory of each setting, alone on the GPU."""
-        settings = [*self._settings().values(), *self._more_rows()]
-        settings.append(self.job("LeMo, all kept", {"retention": 1.0}))
-        settings += [self.lemo("recent", share) for share in (0.7, 0.5, 0.3, 0.15)]
-        settings += [self.lemo(policy) for policy in ("oracle", "pooled", "random")]
-        settings += [self.lemo("predictor")] if self.predictor else []
-        settings += [job for job in self._controls() if job.kind != "subset-gradient"]
-        settings += [self._paper("kept")]
-        short = {"steps": TIMING_STEPS, "evaluate": False, "exclusive": True}
-        timed = [replace(job, name=f"time, {job.setting}", **short) for job in settings]
-        return list({job.name: job for job in timed}.values())
-
-    def _equal_time(self) -> list[Job]:
-        """Every headline setting, and dense with fewer rows, for as long as dense takes."""
-        settings = [job for job in self._settings().values() if job.setting != DENSE]
-        settings.append(self._half_of_rows())
-        return [
-            replace(
-                job,
-                name=f"equal time, {job.setting}{f', seed {seed}' if seed else ''}",
-                seed=seed,
-                same_time=(f"time, {DENSE}", f"time, {job.setting}"),
-            )
-            for seed in SEEDS
-            for job in [*settings, *self._more_rows()]
-        ]
+def chunks(retention: float, **fields: Any) -> dict[str, Any]:
+    """Random contiguous chunks; all rows keep as many, so that CUDA graphs spare the host."""
+    lemo = {"policy": "chunks", "retention": retention, "chunk_size": CHUNK}
+    return {**lemo, "cuda_graphs": True, **fields}
 
 
-def _mean(retention: float | tuple[float, ...]) -> float:
-    if not isinstance(retention, tuple):
-        return retention
-    return round(sum(retention) / len(retention), 2)
+def completion(arm: str, task: str = "lexical", **fields: Any) -> Job:
+    """A job whose labels are answers at the end of rows; dense unless ``fields`` say otherwise."""
+    fields = {"seconds": COMPLETION, **fields} if "steps" not in fields else fields
+    return Job(arm, task, **fields)
 
 
-def chosen_jobs(groups: dict[str, list[Job]], names: list[str]) -> list[Job]:
-    """Jobs of the groups ``names``, each once; those that need a GPU for themselves first.
-
-    Raises:
-        ValueError: Two jobs of one name differ.
-    """
-    jobs: dict[str, Job] = {}
-    for group in names:
-        for job in groups[group]:
-            if jobs.setdefault(job.name, job) != job:
-                raise ValueError(f"two different jobs are named {job.name!r}.")
-    return sorted(jobs.values(), key=lambda job: (not job.exclusive, job.same_time is not None))
+def text(arm: str, **fields: Any) -> Job:
+    """A job whose tokens are all labels; dense unless ``fields`` say otherwise."""
+    fields = {"seconds": TEXT, **fields} if "steps" not in fields else fields
+    return Job(arm, "text", **fields)
 
 
-def tiny(job: Job) -> Job:
-    """The job with a few steps of a row or two, to see that it runs."""
-    return replace(job, steps=min(job.steps, 3), batch=min(job.batch, 2))
+def completion_headline(task: str = "lexical", **fields: Any) -> list[Job]:
+    """Dense, LeMo, and what anybody can do without it."""
+    return [
+        completion("dense", task, **fields),
+        completion("overlap 0.3", task, lemo=overlap(), batch=2, **fields),
+        completion("rows cut to 1/2", task, cut=2, batch=2, **fields),
+    ]
+
+
+def text_headline(**fields: Any) -> list[Job]:
+    """The same for rows that are labelled throughout."""
+    return [
+        text("dense", **fields),
+        text("chunks 0.5, dense finish", lemo=chunks(0.5), finish=FINISH, **fields),
+        text("rows cut to 1/2, dense finish", cut=2, batch=2, finish=FINISH, **fields),
+    ]
+
+
+def seeded(jobs: Iterable[Job], seeds: Iterable[int]) -> list[Job]:
+    """Each job with each seed, a seed after the other."""
+    jobs = list(jobs)
+    return [replace(job, seed=seed) for seed in seeds for job in jobs]
+
+
+def headline() -> list[Job]:
+    """Three seeds of lexical questions and of text, and the first look at all else."""
+    lexical, whole = completion_headline(), text_headline()
+    hidden = completion_headline("hidden")
+    return [
+        *seeded([*whole, *lexical, *hidden[:2]], SEEDS[:1]),
+        *selection("hidden")[:1],
+        *selection("lexical")[:4],
+        *(equal_steps(seed) for seed in SEEDS[:1]),
+        *seeded([*whole, *lexical], SEEDS[1:2]),
+        text("chunks 0.3, dense finish", lemo=chunks(0.3), finish=FINISH),
+        *completion_headline(tokens=65536, seconds=60.0)[:2],
+        *text_headline(tokens=65536, seconds=90.0),
+        *(completion("dense", seconds=2 * COMPLETION, seed=seed) for seed in SEEDS[:2]),
+        *seeded([*whole, *lexical], SEEDS[2:]),
+        *(equal_steps(seed) for seed in SEEDS[1:]),
+        *schedules()[:3],
+        *completion_headline("summary"),
+    ]
+
+
+def equal_steps(seed: int) -> Job:
+    """As many steps as dense takes in `TEXT` seconds, one row a step, the finish included."""
+    lemo = chunks(0.5)
+    return text(
+        "chunks 0.5, dense finish", steps=STEPS, about=36, lemo=lemo, finish=FINISH, seed=seed
+    )
+
+
+def selection(task: str) -> list[Job]:
+    """Who may choose, and how well."""
+    two = {"batch": 2}
+    return [
+        completion("needed blocks by construction 0.3", task, lemo=overlap(), asks="gold", **two),
+        completion("overlap of the question 0.3", task, lemo=overlap(), asks="question", **two),
+        completion("overlap of the answer 0.3", task, lemo=overlap(), asks="answer", **two),
+        completion("overlap 0.3, a quarter random", task, lemo=overlap(random_share=0.25), **two),
+        completion("chunks 0.3", task, lemo=chunks(0.3, cuda_graphs=False), **two),
+        completion("overlap 0.3, dense finish", task, lemo=overlap(), finish=FINISH, **two),
+        completion("rows cut to 1/2, dense finish", task, cut=2, finish=FINISH, **two),
+        completion("rows cut to 1/4", task, cut=4, batch=4),
+        completion("overlap 0.15", task, lemo=overlap(0.15), **two),
+        completion("pooled 0.3", task, lemo={"policy": "pooled", "retention": 0.3}, **two),
+        completion("recent 0.5", task, lemo={"policy": "recent", "retention": 0.5}, **two),
+    ]
+
+
+def schedules() -> list[Job]:
+    """How a run on full labels ends, and other ways to leave something out."""
+    half = {"lemo": chunks(0.5)}
+    recent = {"policy": "recent", "retention": 0.5}
+    return [
+        text("chunks 0.5", **half),
+        text("chunks 0.5, dense finish 0.15", finish=0.15, **half),
+        text("rows cut to 1/4, dense finish", cut=4, batch=4, finish=FINISH),
+        text("chunks, ramp 0.2 to 1", lemo=chunks(0.5, cuda_graphs=False), ramp=(0.2, 1.0)),
+        text("recent 0.5, dense finish", lemo=recent, finish=FINISH),
+        text("rows cut to 1/2", cut=2, batch=2),
+        text("S²-Attn", attention="s2"),
+        text("dense, half of the rows", steps=STEPS // 2, about=32),
+        text(
+            "chunks of 1,024, 0.5, dense finish", lemo=chunks(0.5, chunk_size=1024), finish=FINISH
+        ),
+    ]
+
+
+def more() -> list[Job]:
+    """Everything else, in the order of what it is worth."""
+    hidden, lexical = selection("hidden"), selection("lexical")
+    return [
+        *seeded(lexical[3:4], SEEDS[1:]),
+        *hidden[1:3],
+        *lexical[5:9],
+        *schedules()[3:8],
+        *completion_headline(tokens=16384)[:2],
+        *text_headline(tokens=16384)[:2],
+        *seeded(completion_headline("hidden")[:2], SEEDS[1:2]),
+        completion("S²-Attn", attention="s2"),
+        *(Job("base", task, seconds=0) for task in ("text", "lexical", "hidden", "summary")),
+        *lexical[4:5],
+        *lexical[9:],
+        *hidden[3:],
+        *schedules()[8:],
+        completion("overlap 0.3", seconds=2 * COMPLETION, lemo=overlap(), batch=2),
+    ]
+
+
+def tuning() -> list[Job]:
+    """Learning rates and batches of dense and of LeMo."""
+    jobs = []
+    for job in [*text_headline()[:2], *completion_headline()[:2]]:
+        for rate in (2e-3, 5e-4):
+            jobs.append(replace(job, arm=f"{job.arm}, rate {rate:g}", learning_rate=rate))
+    batches = [
+        replace(completion("dense"), batch=2),
+        replace(completion("overlap 0.3", lemo=overlap()), batch=1),
+        replace(text("dense"), batch=2),
+        replace(text_headline()[1], batch=2),
+        replace(text_headline()[2], batch=4),
+    ]
+    return jobs + [replace(job, arm=f"{job.arm}, {job.batch} rows a step") for job in batches]
+
+
+def with_predictor(path: str) -> list[Job]:
+    """A learned predictor in the place of words in common."""
+    lemo = {"predictor": path, "retention": 0.3}
+    return [completion("predictor 0.3", task, lemo=lemo, batch=2) for task in ("hidden", "lexical")]
+
+
+def smoke() -> list[Job]:
+    """Every kind of task and of arm, for seconds."""
+    jobs = [
+        *text_headline(),
+        completion_headline()[1],
+        selection("hidden")[0],
+        selection("lexical")[3],
+        completion_headline("summary")[1],
+        text("S²-Attn, dense finish", attention="s2", finish=FINISH),
+        schedules()[3],
+        text_headline(tokens=65536)[1],
+    ]
+    return [replace(job, seconds=4.0) for job in jobs]
+
+
+GROUPS = {"smoke": smoke, "headline": headline, "more": more, "tuning": tuning}
+
+
+def jobs_of(
+    groups: Iterable[str], predictor: str | None = None, tokens: int | None = None
+) -> list[Job]:
+    """Jobs of ``groups`` in order, each once; ``tokens``: of a row in all of them."""
+    found: dict[str, Job] = {}
+    for group in groups:
+        learned = with_predictor(predictor) if predictor else []
+        for job in [*GROUPS[group](), *learned]:
+            job = replace(job, group=group, tokens=tokens or job.tokens)
+            found.setdefault(job.name, job)
+    return list(found.values())

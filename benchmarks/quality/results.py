@@ -1,10 +1,28 @@
-"""Rows of the benchmark's JSON as settings: seeds together, beside dense, with what they cost."""
+"""Rows of the quality benchmark, and rows of several seeds as one setting."""
 
+import argparse
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-# Kinds that are measured for their quality alone: what they would save, they do not.
-NO_COST = ("nested", "subset-gradient")
-COMPLETION = "completion, "
+from benchmarks.record import load, save
+
+RESULTS = "results.jsonl"
+HEADER = ("gpu", "torch", "triton", "transformers", "peft", "date", "commit")
+
+
+def read_rows(paths: Iterable[Path]) -> list[dict]:
+    """Rows of run.py's folders; the latest of each name that ended well, or else the latest."""
+    rows: dict[str, dict] = {}
+    for path in paths:
+        if not (path / RESULTS).exists():
+            continue
+        for line in (path / RESULTS).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["status"] == "ok" or rows.get(row["name"], row)["status"] != "ok":
+                rows[row["name"]] = row
+    return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -12,68 +30,75 @@ class Setting:
     """Rows that differ in their seed alone.
 
     Attributes:
-        name: Of the setting.
         rows: One a seed.
-        dense: The dense row of the same seed for each of them, or of the first seed; None where
-            there is none.
-        timing: The setting's own row alone on a GPU, or None.
     """
 
-    name: str
     rows: list[dict]
-    dense: list[dict | None]
-    timing: dict | None
 
     @property
-    def is_dense(self) -> bool:
-        """It is what others are compared with."""
-        return self.name.removeprefix(COMPLETION) == "dense"
+    def first(self) -> dict:
+        """The row of the first seed."""
+        return self.rows[0]
 
     @property
-    def step_ms(self) -> float | None:
-        """Median ms of a step alone on a GPU."""
-        return self.timing and self.timing["step_ms"]
+    def lengths(self) -> list[str]:
+        """Of the rows that were asked."""
+        return list(self.first["asked"])
 
     @property
-    def peak_gib(self) -> float | None:
-        """Most memory allocated in training; None if that says nothing about the setting."""
-        if self.rows[0]["kind"] in NO_COST:
-            return None
-        return (self.timing or self.rows[0]).get("peak_gib")
+    def kinds(self) -> list[str]:
+        """Of the questions, as the longest rows ask them."""
+        return sorted(self.first["asked"][self.lengths[-1]])
 
-    def mean(self, *path: str) -> float:
-        """Of a number in the rows, over seeds."""
-        values = [_at(row, path) for row in self.rows]
-        return sum(values) / len(values)
+    def values(self, *path: str) -> list[float]:
+        """A figure of each seed; empty where it was not measured."""
+        found = [_at(row, path) for row in self.rows]
+        return [x for x in found if x is not None]
 
-    def changes(self, *path: str) -> list[float]:
-        """Of a number against dense, as shares of it, a seed each; empty without a dense row."""
-        pairs = zip(self.rows, self.dense, strict=True)
-        return [_at(row, path) / _at(dense, path) - 1 for row, dense in pairs if dense is not None]
+    def mean(self, *path: str) -> float | None:
+        """Over seeds."""
+        found = self.values(*path)
+        return sum(found) / len(found) if found else None
 
-
-def settings_of(rows: list[dict], group: str) -> list[Setting]:
-    """The evaluated settings of a group: dense first, then the best on the first kind of text."""
-    done = [row for row in rows if row["status"] == "ok"]
-    timings = {row["setting"]: row for row in done if not row["evaluate"]}
-    evaluated = [row for row in done if row["evaluate"]]
-    dense = {(row["name"].split(", seed")[0], row["seed"]): row for row in evaluated}
-    by_name: dict[str, list[dict]] = {}
-    for row in evaluated:
-        if group in row["groups"]:
-            by_name.setdefault(row["setting"], []).append(row)
-    found = []
-    for name, some in by_name.items():
-        some = sorted(some, key=lambda row: row["seed"])
-        base = COMPLETION * name.startswith(COMPLETION) + "dense"
-        beside = [dense.get((base, row["seed"]), dense.get((base, 0))) for row in some]
-        timing = None if some[0]["kind"] in NO_COST else timings.get(name)
-        found.append(Setting(name, some, beside, timing))
-    text = next(iter(evaluated[0]["perplexity"])) if evaluated else ""
-    return sorted(found, key=lambda s: (not s.is_dense, s.mean("perplexity", text)))
+    def answered(self, kind: str | None, length: str) -> list[float]:
+        """Share answered exactly, a seed each; ``kind`` None: the mean of all kinds."""
+        kinds = self.kinds if kind is None else [kind]
+        return [
+            sum(row["asked"][length][k]["exact"] for k in kinds) / len(kinds) for row in self.rows
+        ]
 
 
-def _at(row: dict, path: tuple[str, ...]) -> float:
+def settings_of(rows: Iterable[dict]) -> list[Setting]:
+    """Rows that ended well, seeds together, in the order in which settings first came."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(row["name"].rpartition(", seed")[0], []).append(row)
+    return [Setting(sorted(some, key=lambda row: row["seed"])) for some in found.values()]
+
+
+def _at(row: dict, path: tuple[str, ...]) -> float | None:
     for name in path:
+        if name not in row:
+            return None
         row = row[name]
     return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Rows of run.py's folders as one JSON.")
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True, help="results/<gpu>/quality.json")
+    args = parser.parse_args(argv)
+    rows = read_rows(args.folders)
+    header = {name: " / ".join(sorted({row[name] for row in rows})) for name in HEADER}
+    if args.output.exists():
+        fresh = {row["name"] for row in rows}
+        rows = [row for row in load(args.output)[1] if row["name"] not in fresh] + rows
+        header = {name: " / ".join(sorted({row[name] for row in rows})) for name in HEADER}
+    save(args.output, header, rows)
+    print(f"{args.output}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

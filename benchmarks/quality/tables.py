@@ -1,143 +1,200 @@
-"""Markdown tables of the quality benchmark, one a group, from its JSON alone."""
+"""Markdown tables of the quality benchmark, from its JSON alone: means, and ranges over seeds."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.quality.facts import HIDDEN_KINDS, LEXICAL_KINDS
+from benchmarks.quality.job import DENSE
 from benchmarks.quality.results import Setting, settings_of
 from benchmarks.record import load
 
+Column = tuple[str, Callable[[Setting], str]]
 TITLES = {
-    "recipe": "Dense recipes",
-    "policy": "Policies",
-    "retention": "Retention",
-    "block": "Tokens a block",
-    "sets": "Kept sets",
-    "dense_layers": "Dense first layers",
-    "mlp": "Attention alone",
-    "supervise": "Loss on kept tokens or on all",
-    "paper": "The paper's setting",
-    "controls": "Other ways to save",
-    "completion": "Completion-only fine-tuning",
-    "headline": "Headline settings, seeds together, equal tokens",
-    "equal_time": "Equal wall-clock",
+    "lexical": "Completion, questions that share words with the place of their answer",
+    "hidden": "Completion, questions that share no words with the place of their answer",
+    "summary": "Summaries of news (LongBench's multi_news)",
+    "text": "Book text, all tokens labelled",
 }
 
 
-def changes(setting: Setting, text: str) -> str:
-    """Against dense: the mean, and the range over seeds if there are several."""
-    found = [] if setting.is_dense else setting.changes("perplexity", text)
-    if not found:
+def spread(values: Sequence[float], form: str) -> str:
+    """The mean, and the range where there are several seeds."""
+    if not values:
         return ""
-    mean = f"{sum(found) / len(found):+.1%}"
-    return mean if len(found) == 1 else f"{mean} ({min(found):+.1%} to {max(found):+.1%})"
+    mean = format(sum(values) / len(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({format(min(values), form)}–{format(max(values), form)})"
 
 
-def group_table(rows: list[dict], group: str) -> str:
-    """Markdown of one group; empty if nothing of it was measured."""
-    settings = settings_of(rows, group)
-    if not settings:
-        return ""
-    first = settings[0].rows[0]
-    texts, lengths = list(first["perplexity"]), list(first["retrieval"]["accuracy"])
-    head = ["trained", "seeds", "steps", "kept, attention / MLP"]
-    for text in texts:
-        head += [f"{text} (end)", "against dense"]
-    head += [f"found at {int(length):,}" for length in lengths]
-    head += ["nats an answer", "ms a step", "peak GiB"]
-    lines = [head, ["---"] * len(head)]
-    for setting in settings:
-        row = setting.rows[0]
-        steps = sorted({r["steps"] for r in setting.rows})
-        kept = [f"{row.get(f'{part}_retention', 1):.2f}" for part in ("attention", "mlp")]
-        line = [
-            setting.name,
-            str(len(setting.rows)),
-            " to ".join(map(str, steps[:: len(steps) - 1 or 1])),
+def figure(form: str, *path: str) -> Callable[[Setting], str]:
+    """A figure of the rows themselves."""
+    return lambda setting: spread(setting.values(*path), form)
+
+
+def answered(kind: str | None, length: str) -> Callable[[Setting], str]:
+    """Share answered exactly."""
+    return lambda setting: spread(setting.answered(kind, length), ".2f")
+
+
+def thousands(length: str) -> str:
+    """Tokens in short."""
+    return f"{int(length) // 1024}K" if int(length) >= 1024 else length
+
+
+def quality_columns(task: str, lengths: list[str], kinds: list[str]) -> list[Column]:
+    """What a task is measured by."""
+    last = lengths[-1]
+    if task == "summary":
+        nats = [("asked", n, "summary", "nats") for n in lengths]
+        return [
+            (f"nats a token at {thousands(n)}", figure(".3f", *path))
+            for n, path in zip(lengths, nats, strict=True)
         ]
-        line.append(" / ".join(kept))
-        for text in texts:
-            whole, end = setting.mean("perplexity", text), setting.mean("late_perplexity", text)
-            line += [f"{whole:.2f} ({end:.2f})", changes(setting, text)]
-        for length in lengths:
-            line.append(f"{setting.mean('retrieval', 'accuracy', length):.0%}")
-        line.append(f"{setting.mean('retrieval', 'log_probability', lengths[-1]):.1f}")
-        line.append("" if setting.step_ms is None else f"{setting.step_ms:.0f}")
-        line.append("" if setting.peak_gib is None else f"{setting.peak_gib:.1f}")
-        lines.append(line)
+    columns: list[Column] = []
+    if task == "text":
+        columns = [
+            ("perplexity", figure(".2f", "perplexity")),
+            ("of key tokens", figure(".2f", "key_perplexity")),
+            *((f"values at {thousands(n)}", answered("value", n)) for n in lengths),
+            (f"nats a quotation token, {thousands(last)}", _nats("quotation", last)),
+        ]
+    elif task == "lexical":
+        columns = [
+            (f"{kind}s at {thousands(n)}", answered(kind, n)) for kind in kinds for n in lengths
+        ]
+    else:
+        columns = [
+            *((f"mean at {thousands(n)}", answered(None, n)) for n in lengths),
+            *((f"{kind}, {thousands(last)}", answered(kind, last)) for kind in kinds),
+            (f"nats a token, {thousands(last)}", _mean_nats(kinds, last)),
+        ]
+    return columns
+
+
+def _nats(kind: str, length: str) -> Callable[[Setting], str]:
+    return figure(".2f", "asked", length, kind, "nats")
+
+
+def _mean_nats(kinds: list[str], length: str) -> Callable[[Setting], str]:
+    def mean(setting: Setting) -> str:
+        found = [setting.values("asked", length, kind, "nats") for kind in kinds]
+        return spread([sum(x) / len(x) for x in zip(*found, strict=True)], ".2f")
+
+    return mean
+
+
+NAME: Column = ("trained", lambda s: s.first["arm"])
+COST: list[Column] = [
+    ("seeds", lambda s: str(len(s.rows))),
+    ("rows a step", lambda s: str(s.first["batch"])),
+    ("steps", lambda s: spread(s.values("steps"), ".0f").partition(" ")[0]),
+    ("ms a step", lambda s: spread(s.values("step_ms"), ".0f").partition(" ")[0]),
+    ("GiB a row", lambda s: spread(s.values("gib_a_row"), ".1f").partition(" ")[0]),
+    ("needed blocks kept", lambda s: spread(s.values("recall"), ".2f").partition(" ")[0]),
+]
+
+
+def table(settings: list[Setting], task: str) -> str:
+    """Markdown of settings of one task, row length and time."""
+    first = settings[0]
+    kinds = [kind for kind in (*LEXICAL_KINDS, *HIDDEN_KINDS) if kind in first.kinds]
+    columns = [NAME, *quality_columns(task, first.lengths, kinds), *COST]
+    return _markdown(columns, settings)
+
+
+def _markdown(columns: list[Column], settings: list[Setting]) -> str:
+    """A line a setting; columns that hold nothing are left out."""
+    cells = [[make(setting) for _, make in columns] for setting in settings]
+    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    lines = [[columns[i][0] for i in kept], ["---"] * len(kept)]
+    lines += [[line[i] for i in kept] for line in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary_table(rows: list[dict], groups: Sequence[str]) -> str:
-    """Markdown: quality, time and memory of the settings of ``groups`` in few columns; what is
-    found is the mean over lengths."""
-    settings = {}
-    for group in groups:
-        for setting in settings_of(rows, group):
-            late = ", as long as dense" if group == "equal_time" else ""
-            settings.setdefault(setting.name + late, setting)
-    first = next(iter(settings.values())).rows[0]
-    texts, lengths = list(first["perplexity"]), list(first["retrieval"]["accuracy"])
-    head = ["trained", "seeds", "steps", *(f"perplexity, {text}" for text in texts)]
-    head += ["found", "ms a step", "peak GiB"]
-    lines = [head, ["---"] * len(head)]
-    for name, setting in settings.items():
-        line = [name, str(len(setting.rows)), str(setting.rows[0]["steps"])]
-        for text in texts:
-            mean, change = f"{setting.mean('perplexity', text):.2f}", changes(setting, text)
-            line.append(f"{mean}, {change}" if change else mean)
-        found = [setting.mean("retrieval", "accuracy", length) for length in lengths]
-        line.append(f"{sum(found) / len(found):.0%}")
-        line.append("" if setting.step_ms is None else f"{setting.step_ms:.0f}")
-        line.append("" if setting.peak_gib is None else f"{setting.peak_gib:.1f}")
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def span_of(setting: Setting) -> str:
+    """How long its rows trained."""
+    name = setting.first["name"].split(", ")
+    return name[-2]
 
 
-def timing_table(rows: list[dict]) -> str:
-    """Markdown: cost of each setting alone on a GPU; empty if none was measured."""
-    timed = [row for row in rows if row["status"] == "ok" and not row["evaluate"]]
-    if not timed:
-        return ""
-    lines = [["trained", "rows a step", "ms a step", "peak GiB"], ["---"] * 4]
-    for row in sorted(timed, key=lambda row: -row["step_ms"]):
-        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-        lines.append([row["setting"], str(row["batch"]), f"{row['step_ms']:.1f}", peak])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def blocks(settings: list[Setting]) -> dict[tuple[str, int, str], list[Setting]]:
+    """Settings that are compared, by task, tokens and time; the base beside all of its task."""
+    found: dict[tuple[str, int, str], list[Setting]] = {}
+    bases = [s for s in settings if s.first["arm"] == "base"]
+    for setting in settings:
+        if setting not in bases:
+            first = setting.first
+            found.setdefault((first["task"], first["tokens"], span_of(setting)), []).append(setting)
+    for (task, tokens, _), some in found.items():
+        some[:0] = [s for s in bases if (s.first["task"], s.first["tokens"]) == (task, tokens)]
+    order = list(TITLES)
+    return dict(sorted(found.items(), key=lambda x: (order.index(x[0][0]), x[0][1], x[0][2])))
+
+
+def where(header: dict) -> str:
+    """What was measured on, and with what."""
+    names = ("torch", "triton", "transformers", "peft")
+    versions = ", ".join(f"{name} {header[name]}" for name in names)
+    return f"{header['gpu']}, {versions}, commit `{header['commit']}`, {header['date']}."
 
 
 def all_tables(header: dict, rows: list[dict]) -> str:
-    """Every group that was measured, what went wrong, and how to reproduce it."""
-    parts, shown = [], set()
-    for group, title in TITLES.items():
-        names = {row["name"] for row in rows if group in row["groups"]}
-        if not names <= shown and (table := group_table(rows, group)):
-            parts.append(f"### {title}\n\n{table}")
-        shown |= names  # a group of rows that others lent it says nothing
-    if timing := timing_table(rows):
-        parts.append(f"### Step time and memory, alone on a GPU\n\n{timing}")
+    """Every comparison, and what went wrong."""
+    parts = []
+    for (task, tokens, span), settings in blocks(settings_of(rows)).items():
+        title = f"### {TITLES[task]}: {thousands(str(tokens))}, {span}"
+        parts.append(f"{title}\n\n{table(settings, task)}")
     if wrong := [row for row in rows if row["status"] != "ok"]:
         lines = [f"- {row['name']}: {row['status']}" for row in wrong]
         parts.append("### Without a result\n\n" + "\n".join(lines))
-    versions = ", ".join(
-        f"{name} {header[name]}" for name in ("torch", "triton", "transformers", "peft")
-    )
-    before = next((row for row in rows if row["name"] == "base" and row["status"] == "ok"), None)
-    untrained = ""
-    if before is not None:
-        values = ", ".join(f"{name} {value:.1f}" for name, value in before["perplexity"].items())
-        untrained = f"Before fine-tuning: {values}. "
-    commands = "\n".join(header["commands"])
-    parts.append(
-        f"{untrained}{header['gpu']}, {versions}, commit `{header['commit']}`, {header['date']}. "
-        f"*End*: the last quarter of a window's tokens.\n\n```bash\n{commands}\n```"
-    )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, where(header)])
+
+
+def headline_table(header: dict, rows: list[dict]) -> str:
+    """The comparisons of the group "headline" with what matters most, for the README."""
+    tables: dict[tuple[str, int], list[Setting]] = {}
+    chosen = [
+        setting
+        for setting in settings_of(rows)
+        if setting.first["group"] == "headline" and setting.first["asks"] == "policy"
+    ]
+    for (task, tokens, _), settings in blocks(chosen).items():
+        tables.setdefault((task, tokens), []).extend(settings)
+    parts = []
+    for (task, tokens), settings in tables.items():
+        settings.sort(key=lambda setting: setting.first["lemo"] != DENSE)
+        last = str(tokens)
+        columns: dict[str, list[Column]] = {
+            "text": [
+                ("perplexity", figure(".2f", "perplexity")),
+                ("values found", answered("value", last)),
+                ("nats a quotation token", _nats("quotation", last)),
+            ],
+            "lexical": [(f"{kind}s", answered(kind, last)) for kind in LEXICAL_KINDS],
+            "hidden": [("answered", answered(None, last))],
+            "summary": [("nats a token", _nats("summary", last))],
+        }
+        cost = [column for column in COST if column[0] in ("seeds", "steps", "GiB a row")]
+        head = [NAME, ("for", span_of), *columns[task], *cost]
+        title = f"**{TITLES[task]}**, rows of {thousands(last)}"
+        parts.append(f"{title}\n\n{_markdown(head, settings)}")
+    return "\n\n".join([*parts, where(header)])
+
+
+def short_table(rows: list[dict]) -> str:
+    """A line a setting, for a terminal."""
+    lines = []
+    for (task, tokens, span), settings in blocks(settings_of(rows)).items():
+        lines += [f"== {task} {thousands(str(tokens))} {span}", table(settings, task)]
+    lines += [f"{row['name']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON file of run.py")
+    parser.add_argument("results", type=Path, help="JSON file of results.py")
     print(all_tables(*load(parser.parse_args(argv).results)))
 
 

@@ -110,8 +110,10 @@ def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
         config.save_pretrained(output)
         return
     from lemo_hf.load_predictor import load_predictor
+    from lemo_hf.predictors.base_model import BaseModel
 
-    load_predictor(config, model_config).save_files(output, config)
+    base = BaseModel.from_config(model_config)
+    load_predictor(config, base).save_files(output, config)
 
 
 def _start_config(source: str | None, predictor: str | None, block_size: int | None) -> LeMoConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,19 +21,26 @@ def inspect(
         int | None, typer.Option(min=2, help="Of the text, the first ones; default: at most 8192.")
     ] = None,
     retention: Annotated[
-        float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.5.")
+        float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Directory or Hub id of the lemo_config.json to start from."),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Ranks blocks: pooled, oracle, random, recent or window.")
+        str | None, typer.Option(help="Ranks blocks: overlap, chunks, pooled, recent, ...")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Each layer chooses blocks of its own.")
     ] = False,
+    question: Annotated[
+        str | None, typer.Option(help="Asked at the end of the text; its answer alone has labels.")
+    ] = None,
+    answer: Annotated[str | None, typer.Option(help="To the question.")] = None,
+    needle: Annotated[
+        list[str] | None, typer.Option(help="Words of the text to mark; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw what your model needs of your text, and what LeMo would keep of it."""
@@ -40,6 +48,11 @@ def inspect(
         raise ValueError("give --output DIR for the pictures, or --json for the numbers, or both.")
     if not text.is_file():
         raise FileNotFoundError(f"--text {text}: there is no such file.")
+    if (question is None) != (answer is None):
+        lone = f"--question {question!r} without --answer"
+        if question is None:
+            lone = f"--answer {answer!r} without --question"
+        raise ValueError(f"{lone}: give both, or neither, which labels the whole text.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
     given = {"retention": retention, "policy": policy, "block_size": block_size}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -51,18 +64,40 @@ def inspect(
         changes["agree_across_layers"] = False
     lemo_config = dataclasses.replace(start, **changes)
     if output is not None:
+        from lemo_hf.inspection_kept_plots import save_comparison
         from lemo_hf.inspection_plots import save_figures
     from lemo_hf.inspection import SMALL, inspect_text
+    from lemo_hf.inspection_kept import FEW, compare_policies
+    from lemo_hf.inspection_row import text_row
 
     lm, tokenizer = model.load(tokens or 8192)
-    ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    if tokens is not None and len(ids) < tokens:
-        raise ValueError(f"--tokens {tokens}: {text} has {len(ids)}.")
-    found = inspect_text(lm, ids[: tokens or 8192], lemo_config, progress=not as_json)
-    wrote = [] if output is None else save_figures(found, output)
+    words = text.read_text(encoding="utf-8")
+    row = text_row(tokenizer, words, tokens or 8192, question, answer, needle or ())
+    if tokens is not None and len(row.input_ids) < tokens:
+        raise ValueError(f"--tokens {tokens}: {text} has {len(row.input_ids)}.")
+    blocks = -(-len(row.input_ids) // lemo_config.block_size)
+    if blocks < FEW:
+        raise ValueError(
+            f"--text {text}: {len(row.input_ids)} tokens are {blocks} blocks of "
+            f"{lemo_config.block_size}, and a picture needs {FEW}: give more text, or a smaller "
+            "--block-size."
+        )
+    shown = not as_json
+    labels = None if question is None else row.labels
+    found = inspect_text(lm, row.input_ids, lemo_config, progress=shown, labels=labels)
+    comparable = lemo_config
+    if lemo_config.threshold is not None:  # policies are compared at the share that it keeps
+        sparse = map(bool, lemo_config.layer_rules(len(found.recall)))
+        shares = list(compress(found.retention["attention"], sparse))
+        mean = sum(shares) / len(shares)
+        comparable = dataclasses.replace(lemo_config, retention=mean, threshold=None)
+    compared = compare_policies(lm, tokenizer, row, comparable, progress=shown)
+    wrote = []
+    if output is not None:
+        wrote = [*save_figures(found, output), *save_comparison(compared, output)]
     if as_json:
         what = {"model": model.model, "adapter": model.adapter, "text": str(text)}
-        print(json.dumps({**what, **found.to_dict()}))
+        print(json.dumps({**what, **found.to_dict(), "by_policy": compared.to_dict()}))
         return
     print("layer  attention     MLP  recall")
     kept = zip(found.retention["attention"], found.retention["mlp"], found.recall, strict=True)
@@ -74,5 +109,6 @@ def inspect(
         print(
             f"{length:>9,} tokens: {small:.1%} of the blocks below {SMALL:g} of their layer's best"
         )
+    print(f"\n{compared.to_text()}")
     for path in wrote:
         print(f"Wrote {path}")

@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lemo_hf.cli.options import AsJson, DType, Dtype, Model, TrustRemoteCode
 from lemo_hf.config import LeMoConfig
+
+if TYPE_CHECKING:
+    from lemo_hf.plan import Plan
+
+GIB = 2**30
+COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without"}
 
 
 def plan(
@@ -20,7 +26,17 @@ def plan(
         float, typer.Option(help="Of that, for the CUDA context and fragmentation.")
     ] = 2.0,
     retention: Annotated[
-        float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.5.")
+        float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
+    ] = None,
+    dense_finish: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps, at the end, that keep everything; 0: none. Default: 0.1, for "
+            "rows that are labelled throughout."
+        ),
+    ] = None,
+    finish_retention: Annotated[
+        float | None, typer.Option(help="What these steps keep, if not everything.")
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="Instead: directory or Hub id of a lemo_config.json.")
@@ -60,17 +76,23 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the peak memory of a training step, part by part, from the model's config alone."""
+    """Predict the peak memory of training, part by part, from the model's config alone."""
     if config is not None and retention is not None:
         raise ValueError("--config brings its own retention: leave out --retention.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
-    given = {"retention": retention, "recompute": recompute, "offload_gib": offload_gib}
+    given = {
+        "retention": retention,
+        "dense_finish": dense_finish,
+        "finish_retention": finish_retention,
+        "recompute": recompute,
+        "offload_gib": offload_gib,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
     from transformers import AutoConfig
 
-    from lemo_hf.plan import GIB, longest
+    from lemo_hf.plan import fitting_finish, longest, plans
     from lemo_hf.plan import plan as predict
 
     model_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -89,39 +111,73 @@ def plan(
         "gradient_checkpointing": gradient_checkpointing,
     }
     room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
-    plans = {
-        name: predict(model_config, what, tokens, **settings, **room)
-        for name, what in (("LeMo", lemo), ("without", None))
-    }
+    found = plans(model_config, lemo, tokens, **settings, **room)
+    found["stock"] = predict(model_config, None, tokens, **settings, **room)
     result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
-    for name, found in plans.items():
-        result[name] = {"peak": found.peak, "phase": found.phase, "parts": found.parts}
-        result[name] |= {"recompute": list(found.levels), "pinned": found.pinned}
+    for name, phase in found.items():
+        entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
+        entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
         if memory_gib is not None:
-            what = lemo if name == "LeMo" else None
-            result[name] |= {
-                "fits": found.fits(memory_gib - reserve_gib),
-                "longest": longest(model_config, what, **settings, **room),
-            }
+            alone = {"sparse": dataclasses.replace(lemo, dense_finish=0), "stock": None}
+            alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
+            entry["fits"] = phase.fits(memory_gib - reserve_gib)
+            entry["longest"] = longest(model_config, alone[name], **settings, **room)
+        result[COLUMNS[name]] = entry
+    fits = {name: result[COLUMNS[name]].get("fits") for name in found}
+    if memory_gib is not None and fits.get("sparse") and fits.get("finish") is False:
+        result["fitting_finish"] = fitting_finish(
+            model_config, lemo, tokens, memory_gib, reserve_gib=reserve_gib, **settings
+        )
     if as_json:
         print(json.dumps(result))
         return
-    names = list(dict.fromkeys(part for found in plans.values() for part in found.parts))
-    lines = [["GiB", *plans]]
-    for part in names:
-        sizes = [found.parts.get(part, 0) / GIB for found in plans.values()]
-        lines.append([part, *(f"{size:.2f}" for size in sizes)])
-    lines.append(["peak", *(f"{found.peak / GIB:.2f}" for found in plans.values())])
-    lines.append(["reached in", *(found.phase for found in plans.values())])
-    levels = {name: "/".join(dict.fromkeys(found.levels)) or "-" for name, found in plans.items()}
-    lines.append(["recomputed", *levels.values()])
-    if any(found.pinned for found in plans.values()):
-        pinned = [f"{found.pinned / GIB:.2f}" for found in plans.values()]
-        lines.append(["pinned host memory", *pinned])
+    _print_table(found, result, memory_gib)
+    if "finish" in found:
+        print(_on_phases(lemo, result))
+
+
+def _print_table(
+    found: dict[str, "Plan"], result: dict[str, Any], memory_gib: float | None
+) -> None:
+    """A column for each phase, and one for the stock model."""
+    names = [COLUMNS[name] for name in found]
+    phases = found.values()
+    lines = [["GiB", *names]]
+    for part in dict.fromkeys(part for phase in phases for part in phase.parts):
+        lines.append([part, *(f"{phase.parts.get(part, 0) / GIB:.2f}" for phase in phases)])
+    lines.append(["peak", *(f"{phase.peak / GIB:.2f}" for phase in phases)])
+    lines.append(["reached in", *(phase.phase for phase in phases)])
+    lines.append(["recomputed", *("/".join(dict.fromkeys(x.levels)) or "-" for x in phases)])
+    if any(phase.pinned for phase in phases):
+        lines.append(["pinned host memory", *(f"{phase.pinned / GIB:.2f}" for phase in phases)])
     if memory_gib is not None:
-        fits = ["yes" if result[name]["fits"] else "no" for name in plans]
+        fits = ["yes" if result[name]["fits"] else "no" for name in names]
         lines.append([f"fits into {memory_gib:g} GiB", *fits])
-        lines.append(["longest row", *(f"{result[name]['longest']:,}" for name in plans)])
+        lines.append(["longest row", *(f"{result[name]['longest']:,}" for name in names)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+
+
+def _on_phases(lemo: LeMoConfig, result: dict[str, Any]) -> str:
+    """In plain words: what the finish is, which phase sets the peak, and what would fit."""
+    from lemo_hf.describe import describe_finish
+
+    said = describe_finish(lemo)
+    finish, sparse = result["finish"], result.get("LeMo")
+    if sparse is None:
+        return f"{said}There are no other steps."
+    ends = finish["peak"] > sparse["peak"]
+    high, low = ("finish", "sparse steps") if ends else ("sparse steps", "finish")
+    peaks = sorted((finish["peak"] / GIB, sparse["peak"] / GIB), reverse=True)
+    verb, other = ("sets", "take") if ends else ("set", "takes")
+    said += f"The {high} {verb} the peak, {peaks[0]:.2f} GiB; the {low} {other} {peaks[1]:.2f}."
+    if "fits" in finish:
+        rows = min(finish["longest"], sparse["longest"])
+        said += f" Both fit with rows of up to {rows:,} tokens."
+    if result.get("fitting_finish") is not None:
+        share, tokens = result["fitting_finish"], result["tokens"]
+        said += f" With --finish-retention {share:g} the finish fits rows of {tokens:,} as well."
+    if lemo.dense_finish is None:
+        said += " Rows whose labels cover a part of them have no finish: --dense-finish 0."
+    return said

@@ -156,7 +156,8 @@ class Settings:
                 start = LeMoConfig.from_pretrained(source)
             if "threshold" in values:
                 values.setdefault("retention", None)
-            if "predictor" in values:
+            by_score = start.policy == "auto" and {"threshold", "mlp_threshold"} & values.keys()
+            if "predictor" in values or by_score:
                 values.setdefault("policy", None)
             return dataclasses.replace(start, **values)
 

@@ -7,14 +7,12 @@ No display is needed, and no state of
 import math
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 DPI = 150
 # Told apart by readers who see no red or no green, and in this order also in grey.
 COLORS = ("#1f6f8b", "#d1783c", "#6a4c93", "#3d8b5f", "#a33b5b", "#8a7a1f", "#555b61")
 GREY, WRONG, RIGHT = "#6b7278", "#f3efe9", "#1f6f8b"
-DASHES = ("--", ":", "-.", (0, (8, 3)), (0, (1, 3)))
 
 
 def retrieval_figure(result: Any) -> Any:
@@ -94,100 +92,6 @@ def loss_by_position_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) 
     _open(axis)
     figure.legend(loc="outside lower center", ncols=min(3, len(results)), frameon=False)
     return figure
-
-
-def recall_figure(table: Sequence[Mapping[str, Any]]) -> Any:
-    """Recall of the predictor, layer by layer, a panel for each head and retention.
-
-    In a panel, a line for each documents. Baselines are dashed: their mean over layers and
-    documents.
-
-    Args:
-        table: As `lemo_hf.recall.recall_table` returns it.
-
-    Returns:
-        A matplotlib figure.
-
-    Raises:
-        ValueError: No row is of policy ``"predictor"``.
-    """
-    heads, retentions, documents = (
-        list(dict.fromkeys(row[name] for row in table if row["policy"] == "predictor"))
-        for name in ("head", "retention", "documents")
-    )
-    if not heads:
-        raise ValueError("the table has no row of policy 'predictor': make it with recall_table.")
-    figure = _figure((1 + 4.6 * len(retentions), 1 + 3.3 * len(heads)))
-    axes = figure.subplots(len(heads), len(retentions), sharex=True, sharey=True, squeeze=False)
-    for head, line in zip(heads, axes, strict=True):
-        for retention, axis in zip(retentions, line, strict=True):
-            rows = [r for r in table if (r["head"], r["retention"]) == (head, retention)]
-            _draw_recall(axis, rows, documents)
-            axis.set_title(f"{head}, retention {retention:g}", loc="left", fontsize=11)
-        line[0].set_ylabel("recall of the oracle's blocks")
-    for axis in axes[-1]:
-        axis.set_xlabel("layer")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        lines, names = axis.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        frameon=False,
-    )
-    return figure
-
-
-def _draw_recall(axis: Any, rows: list[Mapping[str, Any]], documents: list[str]) -> None:
-    """One head and retention."""
-    baselines: dict[str, list[float]] = {}
-    for row in rows:
-        if row["policy"] == "predictor":
-            y = [math.nan if value is None else value for value in row["layers"]]
-            color = COLORS[documents.index(row["documents"]) % len(COLORS)]
-            label = f"predictor, {row['documents']}"
-            axis.plot(range(len(y)), y, color=color, lw=1.8, marker="o", ms=3.5, label=label)
-        else:
-            baselines.setdefault(row["policy"], []).append(row["mean"])
-    means = {name: sum(values) / len(values) for name, values in baselines.items()}
-    over = "layers" if len(documents) == 1 else "layers and documents"
-    for number, mean in enumerate(means.values()):
-        style = {"color": GREY, "lw": 1, "ls": DASHES[number % len(DASHES)], "zorder": 1}
-        axis.axhline(mean, label=f"baselines, mean over {over}", **style)
-    places = _spread(list(means.values()), 0.06)
-    for (name, mean), place in zip(means.items(), places, strict=True):
-        axis.annotate(
-            f"{name} {mean:.2f}",
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            color=GREY,
-            fontsize=9,
-            va="center",
-        )
-    axis.set_ylim(0, 1.02)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    _open(axis)
-
-
-def _spread(values: list[float], gap: float) -> list[float]:
-    """Places for labels at ``values``, moved as far as it takes to be ``gap`` apart."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    places = list(values)
-    for _ in range(100):
-        for low, high in pairwise(order):
-            lack = gap - (places[high] - places[low])
-            if lack > 1e-6:
-                places[low] -= lack / 2
-                places[high] += lack / 2
-    # The topmost label stays inside the axes, and pushes the others down if it must.
-    limit = 1.0
-    for i in reversed(order):
-        places[i] = min(places[i], limit)
-        limit = places[i] - gap
-    return places
 
 
 def _middle(bucket: Mapping[str, Any], geometric: bool) -> float:

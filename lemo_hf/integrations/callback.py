@@ -76,9 +76,18 @@ class LeMoCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The random policy draws anew."""
+        """Chance draws anew, and the finish may begin."""
         assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
-        self.lemo.passes.global_step = state.global_step
+        self.lemo.begin_step(state.global_step, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says what the first batch kept."""
+        assert self.lemo is not None
+        first = self.lemo.take_first_batch()
+        if first is not None and state.is_world_process_zero:
+            print(first)
 
     def on_log(
         self,

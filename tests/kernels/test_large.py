@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from lemo_hf.kernels.block_scores import block_scores, block_scores_reference
 from lemo_hf.kernels.gated_activation import gated_activation, gated_activation_reference
 from lemo_hf.kernels.gather_norm import add_norm, gather_norm
 from lemo_hf.kernels.norm import Norm, norm_reference
@@ -80,19 +79,6 @@ def test_rotary_beyond_two_to_the_31_elements():
     torch.testing.assert_close(key, out[:, :2])
 
 
-def test_block_scores_beyond_two_to_the_31_elements():
-    tokens, window = 600_000, 200
-    query = torch.zeros(1, 32, tokens, 128, **BF16)
-    key = torch.zeros(1, 2, tokens, 128, **BF16)
-    tail = slice(tokens - 1024, None)
-    query[:, :, tail].normal_()
-    key[:, :, tail].normal_()
-    scores = block_scores(query, key, 64, 0.1, window=window)
-    expected = block_scores_reference(query[:, :, tail], key[:, :, tail], 64, 0.1, window=window)
-    torch.testing.assert_close(scores[:, -16:], expected)
-    assert (scores[:, :-16] == 0).all()
-
-
 def test_segments_beyond_two_to_the_31_logits():
     rows, vocabulary = 17_000, 128_256
     logits = torch.zeros(rows, vocabulary, **BF16)
@@ -120,8 +106,7 @@ def test_two_runs_are_bit_equal():
         stream, rows, hidden = gather_norm(open_stream(x), index, norm)
         heads = hidden.unflatten(2, (-1, 64)).transpose(1, 2)
         tables = KeptRotary(table, index), KeptRotary(table, index)
-        heads, keys = rotary(heads, heads[:, :4], *tables)
-        scores = block_scores(heads, keys, 64, 0.1, normalize=True)
+        heads, _ = rotary(heads, heads[:, :4], *tables)
         update = heads.transpose(1, 2).flatten(2)
         rows, hidden = add_norm(rows, update, norm)
         update = gated_activation(hidden, update, "silu")
@@ -130,7 +115,7 @@ def test_two_runs_are_bit_equal():
             out, targets, torch.ones(8192, device="cuda"), head, parameters=[head.weight]
         )
         wanted = (x, norm.weight, head.weight)
-        return scores, loss, *torch.autograd.grad(loss, wanted)
+        return loss, *torch.autograd.grad(loss, wanted)
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)

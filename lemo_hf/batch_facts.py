@@ -1,0 +1,166 @@
+"""What is known of a batch before any layer has chosen: padding, documents, labels, counts."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.predictors.training_free import Places, row_keys
+from lemo_hf.row_counts import Counts, RowCounts
+from lemo_hf.selection import block_any
+
+# Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
+# that is masked like padding) still count as labels on the whole sequence.
+WHOLE_SEQUENCE = 0.9
+
+
+class BatchFacts:
+    """Padding, documents, blocks and labels of a batch.
+
+    Args:
+        block_size: Tokens a block.
+        shape: ``(B, T)``.
+        device: Of the batch.
+        input_ids: ``[B, T]``, or None if the model was given ``inputs_embeds``.
+        attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
+        position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
+            and no attention mask is given, a new document begins: transformers' own rule.
+        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
+        rows: Counts of each row, where the host knows them already.
+
+    Attributes:
+        valid: ``[B, T]`` bool, False at padding; None if there is none.
+        documents: ``[B, T]`` ascending ids; None if rows are not packed.
+        real: ``[B, N]`` bool: blocks with tokens.
+        required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
+            of each document, and those with labels.
+        label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        rows: list[RowCounts] | None = None,
+    ):
+        self.block_size = block_size
+        self.batch, self.tokens = shape
+        self.device = device
+        self.num_blocks = -(-self.tokens // block_size)
+        self.valid: Tensor | None = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            self.valid = attention_mask.bool()
+        self.documents = None
+        if position_ids is not None and attention_mask is None:
+            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+            self.documents = restarts.cumsum(1).expand(self.batch, -1)
+        self.input_ids = input_ids
+        self.real, self.required, self.label_blocks, table = self._blocks(targets)
+        self._counts = Counts(table, rows)
+        self._tokens = self._counts.on_device[:, :1]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
+        if self.input_ids is None:
+            return torch.arange(self.batch, device=self.device)
+        return row_keys(self.input_ids, self.valid)
+
+    @cached_property
+    def middles(self) -> Tensor:
+        """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` if rows are padded.
+
+        In a block that is cut short it is a token's, whether the row ends there or padding begins.
+        """
+        size = self.block_size
+        middles = torch.arange(self.num_blocks, device=self.device)[None] * size + size // 2
+        if self.valid is None:
+            return middles.clamp_max(self.tokens - 1)
+        first = self.valid.int().argmax(1, keepdim=True)
+        last = self.tokens - 1 - self.valid.flip(1).int().argmax(1, keepdim=True)
+        return middles.clamp(first, last)
+
+    @cached_property
+    def block_documents(self) -> Tensor | None:
+        """The document of each block's middle, ``[B, N]``; None if rows are not packed."""
+        if self.documents is None:
+            return None
+        return torch.take_along_dim(self.documents, self.middles, 1)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where each block lies within its document."""
+        return Places.of(self.real, self.block_documents)
+
+    @cached_property
+    def asks(self) -> Tensor:
+        """Rows whose labels cover only a part of them, ``[B, 1]`` bool."""
+        return self.label_blocks.any(1, keepdim=True)
+
+    @cached_property
+    def asking_blocks(self) -> Tensor:
+        """Blocks that others are kept for, ``[B, N]`` bool: those with labels where a row asks,
+        else all."""
+        return torch.where(self.asks, self.label_blocks, self.real)
+
+    @cached_property
+    def asking_tokens(self) -> Tensor:
+        """Tokens of the blocks with labels and of the one before each, where a question may stand:
+        ``[B, T]`` bool; none in a row whose labels cover all of it."""
+        before = self.label_blocks & (self.places.place > 0)
+        before = torch.nn.functional.pad(before[:, 1:], (0, 1))
+        return self.tokens_of((self.label_blocks | before) & self.real)
+
+    @property
+    def rows(self) -> list[RowCounts]:
+        """Counts of each row. The host waits for them once, and never for what layers compute."""
+        return self._counts.on_host
+
+    @property
+    def owns_embeddings(self) -> bool:
+        """Nobody else holds the first layer's input, which may then be updated in place."""
+        return self.input_ids is not None
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the batch that are no padding."""
+        return sum(row.tokens for row in self.rows)
+
+    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Blocks with tokens, always kept, and with labels, ``[B, N]``; and each row's counts."""
+        size = self.block_size
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
+        real = block_any(valid, size)
+        documents = self.block_documents
+        if documents is None:
+            first = real & (real.cumsum(1) == 1)
+            last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        else:  # no row is padded then
+            first = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+            last = documents.diff(dim=1, append=documents[:, -1:] + 1) != 0
+        required = first | last
+        label_blocks, labels = torch.zeros_like(required), torch.zeros_like(required)
+        if targets is not None:
+            labels = targets != IGNORE_INDEX
+            predicts = labels & valid
+            answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
+            partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
+            label_blocks = block_any(predicts | answers, size) & partial[:, None]
+            required = required | label_blocks
+        in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
+        counts = [valid, real, required, in_required, label_blocks, labels]
+        return real, required, label_blocks, torch.stack([count.sum(1) for count in counts], 1)
+
+    def tokens_of(self, blocks: Tensor) -> Tensor:
+        """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""
+        tokens = blocks.repeat_interleave(self.block_size, 1)[:, : self.tokens]
+        return tokens if self.valid is None else tokens & self.valid

@@ -1,0 +1,102 @@
+"""What trains and what does not, in plain words: of a run, and of a batch."""
+
+from collections.abc import Sequence
+
+from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.row_counts import RowCounts
+
+_BEST = {
+    "overlap": "the blocks with labels and those that share rare words with them",
+    "recent": "the last blocks: what cutting the row would keep",
+    "window": "neighbouring blocks from a random place on, another at each step",
+    "random": "blocks by chance, others at each step",
+    "pooled": "the blocks that others attend to most, by their mean queries and keys",
+    "oracle": "the blocks that others attend to most",
+    "predictor": "the blocks that a predictor says others attend to most",
+}
+
+
+def describe_run(
+    config: LeMoConfig,
+    rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
+    attention: str,
+    predictor: str | None,
+) -> str:
+    """One line: which layers leave out how much, chosen how; the schedule; what stays dense.
+
+    Args:
+        config: The user's choice.
+        rules: `LeMoConfig.layer_rules`.
+        attention: Which kernels run it.
+        predictor: What there is to say of learned ones, or None.
+    """
+    pairs = [pair for pair in rules if pair is not None]
+    sparse = [i for i, pair in enumerate(rules) if pair is not None]
+    mlp = [rule for _, rule in pairs if rule is not None]
+    mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
+    one = "one kept set for all" if config.agree_across_layers else "a kept set each"
+    learned = "" if predictor is None else f" ({predictor})"
+    return (
+        f"LeMo: {len(sparse)} of {len(rules)} layers ({sparse[0]} to {sparse[-1]}) are sparse, "
+        f"attention {_span([rule for rule, _ in pairs])}, {mlp_text}, {config.block_size}-token "
+        f"blocks, {one}. Kept: {_kept(config)}{learned}; always the first and the last block of "
+        f"each document and every block with a label where labels cover a part of a row. "
+        f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
+        "The other layers, evaluation and generation stay dense."
+    )
+
+
+def _kept(config: LeMoConfig) -> str:
+    chunks = f"runs of {config.chunk_size} tokens by chance, others at each step"
+    if config.policy == "chunks":
+        return chunks
+    if config.policy == "auto":
+        return (
+            f"where labels cover a part of a row, {_BEST['overlap']}; where they cover all of it, "
+            f"{chunks}"
+        )
+    assert config.policy is not None  # settled when the config was made
+    return _BEST[config.policy]
+
+
+def describe_finish(config: LeMoConfig) -> str:
+    """One sentence and a space on the steps at the end; empty if there is no finish."""
+    if not config.finish:
+        return ""
+    rows = "" if config.dense_finish is not None else " for rows that are labelled throughout"
+    said = _finish(config)
+    return f"{said[0].upper()}{said[1:]}{rows}. "
+
+
+def _finish(config: LeMoConfig) -> str:
+    much = "are dense"
+    if config.finish_retention < 1:
+        much = f"keep {config.finish_retention:.0%} of the blocks"
+    return f"the last {config.finish:.0%} of the steps {much}"
+
+
+def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequence[int]) -> str:
+    """One line on the longest row of a batch: its labels, how many tokens train, and which.
+
+    Args:
+        config: The user's choice.
+        rows: Counts of the rows.
+        slots: Tokens that a sparse layer keeps of each.
+    """
+    row, kept = max(zip(rows, slots, strict=True), key=lambda pair: pair[0].tokens)
+    labels = f"labels on {row.labels:,} of them" if row.label_blocks else "labels throughout"
+    said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
+    if kept >= row.tokens:
+        return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."
+    said += f"about {kept:,} tokens ({kept / row.tokens:.0%}) train in each sparse layer"
+    finish = config.finish if config.dense_finish is not None or not row.label_blocks else 0
+    if not finish:
+        return f"{said}, in every step."
+    return f"{said}; {_finish(config)}."
+
+
+def _span(rules: list[KeepRule]) -> str:
+    name = "retention" if rules[0].threshold is None else "threshold"
+    values = [getattr(rule, name) for rule in rules]
+    low, high = min(values), max(values)
+    return f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}"

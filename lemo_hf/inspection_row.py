@@ -1,0 +1,107 @@
+"""A text in tokens as a trainer would be given it, with a question at its end if there is one."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of the text that somebody marked.
+
+    Attributes:
+        text: Its words.
+        first: Its first token.
+        last: Its last token.
+    """
+
+    text: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text in tokens, as a trainer would be given it.
+
+    Attributes:
+        input_ids: ``[T]``.
+        labels: ``[T]``: the ids; where there is a question, `IGNORE_INDEX` outside the answer.
+        question: Asked at the end of the text, or None.
+        answer: To it, or None.
+        passages: That were marked.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    question: str | None = None
+    answer: str | None = None
+    passages: tuple[Passage, ...] = ()
+
+
+def text_row(
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    question: str | None = None,
+    answer: str | None = None,
+    needles: Sequence[str] = (),
+) -> TextRow:
+    """The beginning of a text, or that and a question at its end.
+
+    Args:
+        tokenizer: Of the model.
+        text: The whole of it.
+        tokens: Of the row, at most.
+        question: Follows the text as a paragraph of its own.
+        answer: Follows the question. Its tokens alone are labelled.
+        needles: Parts of the text to mark, as the text has them but for white space.
+
+    Raises:
+        ValueError: A question comes without its answer or the other way round, or does not fit, or
+            a needle is not in the row.
+    """
+    if (question is None) != (answer is None):
+        raise ValueError(
+            f"question {question!r} and answer {answer!r}: give both, or neither, which labels the "
+            "whole text."
+        )
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    asked: list[int] = []
+    wanted: list[int] = []
+    if question is not None and answer is not None:
+        asked = tokenizer(f"\n\n{question}", add_special_tokens=False)["input_ids"]
+        wanted = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        if len(asked) + len(wanted) >= tokens:
+            raise ValueError(
+                f"question and answer have {len(asked) + len(wanted)} tokens, of a row of {tokens}."
+                " Give a longer row."
+            )
+    ids = ids[: tokens - len(asked) - len(wanted)]
+    passages = tuple(_find(tokenizer, text, needle, len(ids)) for needle in needles)
+    row = [*ids, *asked, *wanted]
+    labels = row if question is None else [*[IGNORE_INDEX] * (len(ids) + len(asked)), *wanted]
+    return TextRow(row, list(labels), question, answer, passages)
+
+
+def _find(tokenizer: Any, text: str, needle: str, tokens: int) -> Passage:
+    """The first place of ``needle`` in a text of which a row holds ``tokens``."""
+    found = re.search(r"\s+".join(map(re.escape, needle.split())), text) if needle.split() else None
+    if found is None:
+        raise ValueError(f"{needle!r} is not in the text: copy some words of it.")
+    # Counted in what stands before, which any tokenizer can; a word cut there may be a token more.
+    # White space before a word is most often a part of the word's token.
+    starts, ends = found.span()
+    first, end = (
+        len(tokenizer(before, verbose=False)["input_ids"])
+        for before in (text[:starts].rstrip(), text[:ends])
+    )
+    if end > tokens:
+        raise ValueError(
+            f"{needle!r} ends at token {end:,} of the text, of which the row holds the first "
+            f"{tokens:,}: give a longer row, or other words."
+        )
+    return Passage(" ".join(found.group().split()), first, max(first, end - 1))

@@ -1,0 +1,185 @@
+"""Which blocks share rare words with the tokens that ask: no model, one sort a word length.
+
+Pure functions of their inputs. Sums are of integers, so they depend on no order: the same row gives
+the same scores on any device, in any batch, in a recomputation and after a resume.
+"""
+
+import torch
+from torch import Tensor
+
+# A word is one token or two neighbours. A word weighs log(blocks / blocks that hold it) to this
+# power: what stands everywhere hardly counts, however often.
+LENGTHS, POWER = (1, 2), 3
+# Words that are found within so many tokens of each other add up.
+NEAR = 8
+# How often what was found asks in turn.
+HOPS = 4
+_UNIT = 2**16  # of a weight
+_BITS = 21  # of a block's number; a word's has 32
+
+
+def overlap_scores(
+    input_ids: Tensor,
+    asking: Tensor,
+    block_size: int,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+    hops: int = HOPS,
+) -> Tensor:
+    """How much rare wording a block shares, in one place, with the tokens that ask.
+
+    A word (one token, or two neighbours) weighs ``log(blocks / blocks that hold it) ** POWER``, and
+    counts once a block. A place finds what the wanted words within `NEAR` tokens of it weigh; a
+    block scores what its best place finds. The first hop wants the words of tokens that ask. Each
+    further one also wants the words of every place, as much as that place found, of what the best
+    one did: so the links of a chain of facts are found one after the other. Blocks that ask score
+    above all others, and nothing is found in them.
+
+    The host waits for nothing; one sort a length of words.
+
+    Args:
+        input_ids: ``[B, T]``.
+        asking: ``[B, T]`` bool: tokens whose words are wanted.
+        block_size: Tokens a block; a word belongs to the block of its first token.
+        valid: ``[B, T]`` bool, False at padding; or None.
+        documents: ``[B, T]`` ascending ids, or None. Words are wanted, counted and found within one
+            document.
+        hops: At least 1.
+
+    Returns:
+        ``[B, ceil(T / block_size)]`` fp32, >= 0; 0 in a row where nobody asks.
+
+    Source: design measured in ``docs/QUALITY.md``; the weights are inverse document frequencies.
+    """
+    row = _Row(input_ids, block_size, valid, documents)
+    words = [_Words(row, input_ids, length) for length in LENGTHS]
+    strength = (asking if valid is None else asking & valid).double()
+    asks = row.in_blocks(strength)  # nothing is to be found there, nor beside it because of it
+    wanted = [word.most(strength) for word in words]
+    found = row.near([w.weigh(x) for w, x in zip(words, wanted, strict=True)], ~asks)
+    for _ in range(hops - 1):
+        share = row.share(found)
+        wanted = [torch.maximum(x, w.most(share)) for w, x in zip(words, wanted, strict=True)]
+        found = row.near([w.weigh(x) for w, x in zip(words, wanted, strict=True)], ~asks)
+    scores = row.by_block(found).amax(2)
+    best = scores.amax(1, keepdim=True) + _UNIT
+    return (torch.where(row.by_block(asks).any(2), best, scores).double() / _UNIT).float()
+
+
+class _Row:
+    """Places of a batch: blocks, and the documents that bound what is near.
+
+    Args:
+        input_ids: ``[B, T]``.
+        block_size: Tokens a block.
+        valid: ``[B, T]`` bool, or None.
+        documents: ``[B, T]`` ascending ids, or None.
+    """
+
+    def __init__(
+        self, input_ids: Tensor, block_size: int, valid: Tensor | None, documents: Tensor | None
+    ):
+        self.shape, self.size = input_ids.shape, block_size
+        self.valid, self.documents = valid, documents
+        place = torch.arange(self.shape[1], device=input_ids.device).expand(self.shape)
+        self.block = place // block_size
+        first, end = place * 0, place * 0 + self.shape[1]
+        self.number = first  # of the document in its row
+        tokens = end if valid is None else valid.sum(1, keepdim=True).expand_as(place)
+        if documents is not None:
+            begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+            self.number = begins.cumsum(1) - 1
+            first = (place * begins).cummax(1).values
+            tokens = torch.zeros_like(place).scatter_add_(1, self.number, place * 0 + 1)
+            tokens = tokens.gather(1, self.number)
+            end = first + tokens
+        self.blocks = -(-tokens // block_size)  # of each token's document
+        self._from = torch.maximum(place - NEAR, first)
+        self._to = torch.minimum(place + NEAR + 1, end)
+
+    def near(self, weights: list[Tensor], where: Tensor) -> Tensor:
+        """What places find, ``[B, T]`` int64, by weights of words that begin there, likewise.
+
+        Words and places count ``where [B, T]`` bool is True.
+        """
+        sums = torch.nn.functional.pad((sum(weights[1:], weights[0]) * where).cumsum(1), (1, 0))
+        found = (sums.gather(1, self._to) - sums.gather(1, self._from)) * where
+        return found if self.valid is None else found * self.valid
+
+    def share(self, found: Tensor) -> Tensor:
+        """``found [B, T]`` of the most in its document, ``[B, T]`` fp64."""
+        most = torch.zeros_like(found).scatter_reduce_(1, self.number, found, "amax")
+        return found.double() / most.gather(1, self.number).clamp_min(1)
+
+    def by_block(self, x: Tensor) -> Tensor:
+        """``[B, T]`` as ``[B, N, block_size]``, zeros behind the end."""
+        padding = -self.shape[1] % self.size
+        return torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, self.size))
+
+    def in_blocks(self, strength: Tensor) -> Tensor:
+        """Tokens of blocks with any ``strength [B, T]``: ``[B, T]`` bool."""
+        blocks = self.by_block(strength).any(2)
+        return blocks.repeat_interleave(self.size, 1)[:, : self.shape[1]]
+
+
+class _Words:
+    """The words of ``length`` tokens of a batch, in the order of a sort by word and then by block.
+
+    A word that holds padding, or ends in another document, is none: it sorts last and weighs
+    nothing.
+    """
+
+    def __init__(self, row: _Row, ids: Tensor, length: int):
+        self._length = length
+        key, whole = ids.long() * 0, torch.ones_like(ids, dtype=torch.bool)
+        for part in range(length):
+            key = _mix(key * 31 + _shifted(ids.long(), part) + 1)
+            if row.valid is not None:
+                whole &= _shifted(row.valid, part)
+            if row.documents is not None:
+                whole &= _shifted(row.documents, part, -1) == row.documents
+        whole[:, whole.shape[1] - length + 1 :] = False
+        key = _mix(key * 31 + row.number)
+        both = torch.where(whole, (key << _BITS) + row.block, 2**62)
+        both, self._order = both.sort(dim=1, stable=True)  # a block's first place stays first
+        self._whole = whole.gather(1, self._order)
+        before = both.new_full((len(both), 1), -1)
+        first = (both.diff(dim=1, prepend=before) != 0) & self._whole
+        self._word = ((both >> _BITS).diff(dim=1, prepend=before) != 0).cumsum(1) - 1
+        holders = torch.zeros_like(both).scatter_add_(1, self._word, first.long())
+        holders = holders.gather(1, self._word).clamp_min(1)
+        rarity = row.blocks.gather(1, self._order).double() / holders
+        self._weight = rarity.clamp_min(1).log() ** POWER * first * _UNIT
+
+    def most(self, strength: Tensor) -> Tensor:
+        """How much each word is wanted, by the strongest of its places: ``[B, T]``, sorted.
+
+        A place of two tokens is as strong as the weaker of them; ``strength [B, T]`` in [0, 1].
+        """
+        weakest = strength
+        for part in range(1, self._length):
+            weakest = torch.minimum(weakest, _shifted(strength, part))
+        weakest = weakest.gather(1, self._order) * self._whole
+        best = torch.zeros_like(weakest).scatter_reduce_(1, self._word, weakest, "amax")
+        return best.gather(1, self._word)
+
+    def weigh(self, wanted: Tensor) -> Tensor:
+        """What the word that begins at each token weighs: ``[B, T]`` int64, by ``wanted``, sorted.
+
+        A word counts where a block first holds it.
+        """
+        weights = (self._weight * wanted).round().long()
+        return torch.empty_like(weights).scatter_(1, self._order, weights)
+
+
+def _shifted(x: Tensor, count: int, value: int = 0) -> Tensor:
+    """What stands ``count`` to the right: ``[B, T]``, ``value`` behind the end."""
+    return torch.nn.functional.pad(x[:, count:], (0, count), value=value)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit hash of integers (held in int64)."""
+    x = x & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x045D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

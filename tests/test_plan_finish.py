@@ -1,0 +1,154 @@
+"""The memory plan of both phases of a run, against every allocation of tiny steps; `lemo plan`."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from test_plan import LLAMA, Allocations, launched, tiny  # noqa: F401 - a fixture
+
+from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.offload import GIB
+from lemo_hf.plan import fitting_finish, longest, plan, plans
+from lemo_hf.plan_step import WORKSPACES
+
+FULL = {"recompute": "full"}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.75])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"retention": 0.25},
+        {"retention": 0.25, "recompute": "selective"},
+        {"retention": 0.25, "mlp_retention": 0.5, "supervise": "all"},
+        {"threshold": 1.0, "dense_first_layers": 1},
+    ],
+    ids=str,
+)
+def test_every_allocation_of_a_step_of_the_finish(options, share, launched):  # noqa: F811
+    model, config, _ = tiny()
+    policy = "pooled" if "threshold" in options else "recent"
+    how = LeMoConfig(
+        policy=policy, block_size=16, dense_finish=0.5, finish_retention=share, **options
+    )
+    apply_lemo(model, how).begin_step(1, 2)
+    parameters = list(model.parameters())
+    ids = torch.randint(64, (1, 512))
+    with Allocations([*parameters, *model.buffers()]) as allocations:
+        ids = ids.clone()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    expected = plan(config, how, 512, adapter_dtype="bfloat16", autocast=False, finish=True)
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    before = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
+    assert expected.peak - before == pytest.approx(allocations.peak, rel=0.015)
+
+
+def test_the_finish_is_that_of_its_retention():
+    """And a dense one that of retention 1, whatever else the config says."""
+    lemo = LeMoConfig(retention=0.3, mlp_retention=0.2, policy="recent", dense_finish=0.25)
+    for share in (1.0, 0.6):
+        found = plan(LLAMA, dataclasses.replace(lemo, finish_retention=share), 16384, finish=True)
+        same = dataclasses.replace(lemo, retention=share, mlp_retention=share)
+        assert found == plan(LLAMA, same, 16384)
+    with pytest.raises(ValueError, match="the stock model has no finish"):
+        plan(LLAMA, None, 1024, finish=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ({}, ["sparse", "finish"]),
+        ({"dense_finish": 0}, ["sparse"]),
+        ({"dense_finish": 0.2}, ["sparse", "finish"]),
+        ({"dense_finish": 1}, ["finish"]),
+        ({"policy": "recent"}, ["sparse"]),
+        ({"policy": "recent", "dense_finish": 0.2}, ["sparse", "finish"]),
+        ({"threshold": 1.0, "dense_finish": 1}, ["finish"]),
+    ],
+)
+def test_which_phases_a_run_has(options, phases):
+    lemo = LeMoConfig(**options)
+    found = plans(LLAMA, lemo, 4096)
+    assert list(found) == phases
+    for name, phase in found.items():
+        assert phase == plan(LLAMA, lemo, 4096, finish=name == "finish")
+
+
+def test_free_memory_chooses_the_level_of_each_phase():
+    """In the finish optimizer states are there, and more rows are stored."""
+    lemo = LeMoConfig(dense_first_layers=4)
+    settings = {"gradient_checkpointing": True}
+    roomy = plans(LLAMA, lemo, 65536, memory_gib=50, **settings)
+    assert roomy["sparse"].levels == ("selective",) * 32
+    assert roomy["finish"].levels == ("full",) * 32
+    # All parameters: two states of 12.55 GiB each, which the first step does not see.
+    one = LeMoConfig(dense_finish=1, retention=0.3)
+    several = dataclasses.replace(one, dense_finish=0.5)
+    first, later = (
+        plan(LLAMA, how, 8192, lora_rank=None, memory_gib=70, finish=True, **settings).levels[0]
+        for how in (one, several)
+    )
+    assert (first, later) == ("selective", "full")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+def test_the_longest_row_is_that_of_the_phase_at_the_peak(share):
+    lemo = LeMoConfig(retention=0.3, finish_retention=share, **FULL)
+    tokens = longest(LLAMA, lemo, 24)
+    found = plans(LLAMA, lemo, tokens)
+    peak = "finish" if share > 0.3 else "sparse"
+    assert max(found, key=lambda name: found[name].peak) == peak
+    assert all(phase.fits(24) for phase in found.values())
+    assert not plan(LLAMA, lemo, tokens + 64, finish=peak == "finish").fits(24)
+
+
+def test_the_finish_that_fits():
+    lemo = LeMoConfig(retention=0.3, **FULL)
+    alone = longest(LLAMA, dataclasses.replace(lemo, dense_finish=0), 24)
+    share = fitting_finish(LLAMA, lemo, alone, 26, reserve_gib=2)
+    assert 0.3 <= share < 1
+    for off, fits in ((0, True), (0.01, False)):
+        how = dataclasses.replace(lemo, finish_retention=share + off)
+        assert plan(LLAMA, how, alone, memory_gib=24, finish=True).fits(24) == fits
+    assert fitting_finish(LLAMA, lemo, 1024, 24) == 1.0
+    assert fitting_finish(LLAMA, lemo, 1024, 5) is None
+
+
+def test_the_command_line(lemo, tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    command = ("plan", "--model", tmp_path, "--recompute", "full", "--retention", 0.3)
+    how = LeMoConfig(retention=0.3, **FULL)
+    tokens = longest(LLAMA, dataclasses.replace(how, dense_finish=0), 22)
+    card = ("--tokens", tokens, "--memory-gib", 24)
+    code, out, err = lemo(*command, *card, "--json")
+    assert code == 0, err
+    result, found = json.loads(out), plans(LLAMA, how, tokens)
+    assert result["LeMo"]["peak"] == found["sparse"].peak and result["LeMo"]["fits"]
+    assert result["finish"]["peak"] == found["finish"].peak and not result["finish"]["fits"]
+    assert result["LeMo"]["longest"] == tokens
+    both = longest(LLAMA, how, 22)
+    assert result["finish"]["longest"] == both
+    share = fitting_finish(LLAMA, how, tokens, 22)
+    assert result["fitting_finish"] == share
+    code, out, _ = lemo(*command, *card)
+    peaks = [found[name].peak / GIB for name in ("finish", "sparse")]
+    assert "The last 10% of the steps are dense for rows that are labelled throughout." in out
+    assert (
+        f"The finish sets the peak, {peaks[0]:.2f} GiB; the sparse steps take {peaks[1]:.2f}"
+        in (out)
+    )
+    assert f"Both fit with rows of up to {both:,} tokens." in out
+    assert f"With --finish-retention {share:g} the finish fits rows of {tokens:,} as well." in out
+    assert "Rows whose labels cover a part of them have no finish: --dense-finish 0." in out
+    code, out, _ = lemo(*command, *card, "--dense-finish", 0.2, "--finish-retention", share)
+    assert f"The last 20% of the steps keep {share:.0%} of the blocks." in out
+    assert "as well" not in out and "have no finish" not in out
+    code, out, _ = lemo(*command, *card, "--dense-finish", 0)
+    assert code == 0 and "finish" not in out
+    code, out, _ = lemo(*command, *card, "--dense-finish", 1)
+    assert "The last 100% of the steps are dense. There are no other steps." in out
+    code, out, _ = lemo(*command, "--dense-finish", 0.2, "--finish-retention", 0.1)
+    assert "The sparse steps set the peak" in out and "Both fit" not in out
+    code, _, err = lemo(*command, "--dense-finish", 2)
+    assert code == 2 and "dense_finish must lie in [0, 1]" in err
