@@ -259,3 +259,28 @@ def scaling_table(header: dict, rows: list[dict]) -> str:
         f"`{header['commit']}`, {header['date']}, `benchmarks/bench_scaling.py`."
     )
     return "\n\n".join(parts)
+
+
+def completion_table(header: dict, rows: list[dict], short: bool = False) -> str:
+    """Rows whose last tokens alone are labels; ``short``: the default policy and the rivals."""
+    columns = ["row", "step", "ms", "peak GiB", "of it choosing, ms"]
+    lines = [columns]
+    for row in rows:
+        provider, _, policy = row["provider"].removeprefix("lemo ").partition(" ")
+        if short and policy:
+            continue
+        name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
+        name += f", `{policy}`" if policy else ""
+        cells = [length(row["tokens"]), name]
+        if row["status"] == "ok":
+            choosing = "" if "choosing_ms" not in row else f"{row['choosing_ms']:.1f}"
+            cells += [f"{row['ms_median']:,.0f}", f"{row['peak_gib']:.1f}", choosing]
+        else:
+            cells += [status_of(row), "", ""]
+        lines.append(cells)
+    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    return (
+        f"{markdown(lines)}\n\n{header['gpu']}, {rows[0]['model']} shapes, {header['labels']} labels a "
+        f"row, LoRA r = 8 on q, k, v, o, bf16; {versions}, commit `{header['commit']}`, "
+        f"{header['date']}, `benchmarks/bench_completion.py`."
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
 from step_table import (
+    completion_table,
     longest_table,
     longest_tables,
     scaling_table,
@@ -67,6 +68,7 @@ def blocks() -> dict[str, str]:
     """Every generated block of docs/BENCHMARKS.md by the name of its markers."""
     makers = {
         "bench_step": step_tables,
+        "bench_completion": completion_table,
         "bench_longest": longest_tables,
         "bench_kernels": kernel_tables,
         "bench_ablation": ablation_table,
@@ -92,6 +94,9 @@ def readme_blocks() -> dict[str, str]:
     found = {
         "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
         "steps": "\n\n".join(step_headlines(*found) for found in results("bench_step")),
+        "completion": "\n\n".join(
+            completion_table(*found, short=True) for found in results("bench_completion")
+        ),
         "longest": "\n\n".join(longest_table(rows) for _, rows in results("bench_longest")),
     }
     if quality := results(QUALITY_RUN):

@@ -43,7 +43,7 @@ def main() -> None:
     rows = token_rows(load_documents(args.data), tokenizer, args.tokens, max_rows=args.rows)
 
     how = PredictorTraining(
-        block_size=args.block_size, epochs=args.epochs, batch_size=4, learning_rate=5e-3
+        block_size=args.block_size, epochs=args.epochs, batch_size=4, learning_rate=1e-3
     )
     predictor = train_predictor(model, rows[:-4], how, provenance={"datasets": [args.data]})
 

@@ -60,11 +60,11 @@ class PredictorTraining:
 
     layers: tuple[int, ...] | None = None
     block_size: int = 64
-    rank: int = 64
+    rank: int = 128
     asking: int = 32
     epochs: int = 1
     batch_size: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-4
     seed: int = 0
 
     def of_model(self, num_layers: int) -> tuple[int, ...]:
@@ -125,6 +125,8 @@ def train_predictor(
                 total=run.steps, initial=done, desc="predictors", unit="step", disable=not main
             ) as bar,
         ):
+            if done == 0:
+                run.center()
             for step in range(done, run.steps):
                 losses = run.step(step)
                 bar.update()
@@ -187,6 +189,14 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.networks.parameters(), weight_decay=0.01, fused=self.device.type == "cuda"
         )
+
+    def center(self) -> None:
+        """Take what the tokens of one row have in common out of queries and keys."""
+        batch = collate(self.rows[:1], self.device)
+        layers = [int(name) for name in self.networks]
+        seen = LookedAt(self.model, self.config, batch, layers, 1)
+        for layer, module in zip(layers, self.networks.values(), strict=True):
+            cast(BlockPredictor, module).center(seen.rows(layer))
 
     def step(self, step: int) -> Tensor:
         """Step number ``step`` of all; the losses."""

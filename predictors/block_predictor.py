@@ -1,10 +1,11 @@
 """The network that predicts what blocks the asking blocks of a row will look at.
 
-Every token has a query and a key, maps of what a layer is about to read. A token i of a block that
-asks matches a block n by its best key there, ``s_in = max_j q_i . k_j``, and looks at the blocks
-before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m looks at is the mean
-over its tokens by ``softmax_i`` of a weight that is a map of the token, too, as rare words say more
-than common ones. So each asking block gives one unit away, and a block scores what it is given.
+Every token has a query and a key of length 1, maps of what a layer is about to read. A token i of a
+block that asks matches a block n by its best key there, ``s_in = scale * max_j q_i . k_j``, and
+looks at the blocks before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m
+looks at is the mean over its tokens by ``softmax_i`` of a weight that is a map of the token, too,
+as rare words say more than common ones. So each asking block gives one unit away, and a block scores
+what it is given. Before anything is learned a token looks for its like.
 
 Tokens meet tokens (late interaction) because means of blocks lose the words. The weights cost one
 pass over the stream and one product of the asking tokens with all keys.
@@ -18,12 +19,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from lemo_hf.predictors.asked_shares import HIDDEN
 
 # Products of an asking token and a key that exist at a time, 256 MiB in fp32.
 PAIRS = 2**26
+SCALE = 16.0  # of the cosines, at the beginning
 
 
 class Projected(NamedTuple):
@@ -49,12 +51,13 @@ class BlockPredictor(nn.Module):
         rank: Size of queries and keys.
     """
 
-    def __init__(self, hidden_size: int, block_size: int, rank: int = 64):
+    def __init__(self, hidden_size: int, block_size: int, rank: int = 128):
         super().__init__()
         self.hidden_size, self.block_size, self.rank = hidden_size, block_size, rank
         self.query = nn.Linear(hidden_size, rank)
-        self.key = nn.Linear(hidden_size, rank, bias=False)
+        self.key = nn.Linear(hidden_size, rank)
         self.weight = nn.Linear(hidden_size, 1, bias=False)
+        self.scale = nn.Parameter(torch.full((1,), SCALE))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw the weights anew, on the CPU, from ``generator`` alone.
@@ -64,7 +67,15 @@ class BlockPredictor(nn.Module):
         nn.init.normal_(self.key.weight, std=self.hidden_size**-0.5, generator=generator)
         self.query.weight.data.copy_(self.key.weight)
         nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.key.bias)
         nn.init.zeros_(self.weight.weight)
+
+    @torch.no_grad()
+    def center(self, rows: Tensor) -> None:
+        """Take what all of ``rows [..., H]`` have in common out of queries and keys."""
+        mean = rows.flatten(0, -2).mean(0, dtype=torch.float32)
+        for linear in (self.query, self.key):
+            linear.bias.copy_(-linear.weight @ mean)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,11 +95,12 @@ class BlockPredictor(nn.Module):
         rows = rows.to(self.key.weight.dtype)
         padding = -tokens % self.block_size
         keys, queries, weights = (
-            pad(linear(rows).float(), (0, 0, 0, padding)).unflatten(1, (-1, self.block_size))
-            for linear in (self.key, self.query, self.weight)
+            pad(part.float(), (0, 0, 0, padding)).unflatten(1, (-1, self.block_size))
+            for part in (self.key(rows), self.query(rows), self.weight(rows))
         )
+        keys, queries = normalize(keys, dim=3), normalize(queries, dim=3) * self.scale
         valid = pad(valid, (0, padding)).unflatten(1, (-1, self.block_size))
-        return Projected(keys, queries * self.rank**-0.5, weights[..., 0], valid)
+        return Projected(keys, queries, weights[..., 0], valid)
 
     def log_shares(
         self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None

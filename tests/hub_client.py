@@ -32,6 +32,8 @@ def make_predictor(dense=(), seed=0, **info):
     predictor = LeMoPredictor(PredictorInfo(**facts), layers)
     for parameter in predictor.parameters():  # so large that seeds choose different blocks
         parameter.data.normal_()
+    for network in filter(None, predictor.layers):
+        network.scale.data.fill_(16)
     return predictor
 
 

@@ -21,7 +21,7 @@ def network(seed=0) -> BlockPredictor:
     predictor = BlockPredictor(12, 4, rank=3)
     generator = torch.Generator().manual_seed(seed)
     predictor.init_weights(generator)
-    for parameter in (predictor.query.bias, predictor.weight.weight):
+    for parameter in (predictor.query.bias, predictor.key.bias, predictor.weight.weight):
         torch.nn.init.normal_(parameter, generator=generator)
     return predictor.requires_grad_(False)
 
@@ -33,8 +33,9 @@ def by_definition(net: BlockPredictor, rows: torch.Tensor, asking: list[int]) ->
     for m in asking:
         weights = net.weight(blocks[m])[:, 0].softmax(0)
         for row, weight in zip(blocks[m], weights, strict=True):
+            query = torch.nn.functional.normalize(net.query(row), dim=0)
             match = [
-                float((net.key(blocks[n]) @ net.query(row)).max()) / math.sqrt(net.rank)
+                float((torch.nn.functional.normalize(net.key(blocks[n]), dim=1) @ query).max()) * 16
                 for n in range(1, m)
             ]
             for n, share in enumerate(torch.tensor(match).softmax(0).tolist(), 1):

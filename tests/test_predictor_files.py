@@ -380,7 +380,8 @@ def test_auto_is_looked_up_for_the_model(saved, monkeypatch):
 
 
 def predicting(directory, **options):
-    return LeMoConfig(predictor=str(directory), block_size=8, dense_first_layers=1, **options)
+    shared = {"block_size": 8, "dense_first_layers": 1, "retention": 0.5}
+    return LeMoConfig(predictor=str(directory), **shared, **options)
 
 
 def test_training_saves_the_predictor_with_the_model(saved, tmp_path, capsys):

@@ -3,9 +3,9 @@
 Predictors are trained on the frozen base model's attention over training rows of all tasks; recall
 is measured on rows of held-out books and held-out words whose needed blocks are known by
 construction, a kind of question a row. Rankings by layer read the model: ``oracle`` the real
-queries and keys of the layer, ``oracle from`` the mean over it and those above it (predictors learn
-that of the upper half), ``pooled`` the means of blocks, ``predictor`` what was trained, ``untrained``
-what it began as, by which tokens look for their like.
+queries and keys of the layer, ``oracle from`` the mean over it and those above it (predictors
+learn that of the upper half), ``pooled`` the means of blocks, ``predictor`` what was trained,
+``untrained`` what it began as, by which tokens look for their like.
 
     python -m benchmarks.quality.recall out/recall.json --model BASE --data TEXTS
     python -m benchmarks.quality.recall rows.jsonl --export --model BASE --data TEXTS
@@ -96,7 +96,10 @@ def rankings(
         for name, network in (("predictor", trained), ("untrained", untrained(trained))):
             if network is None:
                 continue
-            projected = network.project(sublayer_input(inputs, inputs.x))
+            read = sublayer_input(inputs, inputs.x)
+            if name == "untrained":
+                network.center(read)
+            projected = network.project(read)
             scores = network.score(projected, *asked(step))
             found.append((name, layer, scores, inputs))
             for hops, overlap in ((1, found[0][2]), (2, found[1][2])):

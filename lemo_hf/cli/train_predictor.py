@@ -32,13 +32,13 @@ def train_predictor(
         typer.Option(help="That gets a predictor; repeatable. Default: see PredictorTraining."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 64,
-    rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 128,
     asking: Annotated[int, typer.Option(min=1, help="Blocks of a row that ask, at most.")] = 32,
     epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the rows; 0: tokens look for their like.")
     ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and device.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-4,
     split: Split = "train",
     text_column: TextColumn = "text",
     tokens: Tokens = 8192,
