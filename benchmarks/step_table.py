@@ -280,7 +280,8 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
         lines.append(cells)
     versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
     return (
-        f"{markdown(lines)}\n\n{header['gpu']}, {rows[0]['model']} shapes, {header['labels']} labels a "
-        f"row, LoRA r = 8 on q, k, v, o, bf16; {versions}, commit `{header['commit']}`, "
+        f"{markdown(lines)}\n\n{header['gpu']}, {rows[0]['model']} shapes, "
+        f"{header['labels']} labels a row, LoRA r = 8 on q, k, v, o, bf16; {versions}, "
+        f"commit `{header['commit']}`, "
         f"{header['date']}, `benchmarks/bench_completion.py`."
     )

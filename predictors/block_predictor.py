@@ -4,8 +4,8 @@ Every token has a query and a key of length 1, maps of what a layer is about to 
 block that asks matches a block n by its best key there, ``s_in = scale * max_j q_i . k_j``, and
 looks at the blocks before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m
 looks at is the mean over its tokens by ``softmax_i`` of a weight that is a map of the token, too,
-as rare words say more than common ones. So each asking block gives one unit away, and a block scores
-what it is given. Before anything is learned a token looks for its like.
+as rare words say more than common ones. So each asking block gives one unit away, and a block
+scores what it is given. Before anything is learned a token looks for its like.
 
 Tokens meet tokens (late interaction) because means of blocks lose the words. The weights cost one
 pass over the stream and one product of the asking tokens with all keys.

@@ -78,7 +78,7 @@ def test_an_order_holds_inside_alone():
 
 def test_the_log_line_names_it():
     lemo = apply_lemo(make_model("llama", "sdpa"), LeMoConfig(block_size=8))
-    assert "attention by sdpa;" in lemo.describe()
+    assert "attention by sdpa." in lemo.describe()
 
 
 STREAM, WIDTH, SIZE = (1, 4096, 32), 64, 4  # twice as wide as the stream: rows, sum 32, output 64
@@ -153,7 +153,7 @@ def test_layers_say_what_they_store_before_they_choose():
 def test_layers_follow_what_fits(level, monkeypatch, caplog):
     model = make_model("llama", "sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    lemo = apply_lemo(model, LeMoConfig(block_size=8))
+    lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
     asked = []
     monkeypatch.setattr(
         "lemo_hf.passes.Passes._fitting_level", lambda *ask: (asked.append(ask[3]), level)[1]

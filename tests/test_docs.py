@@ -177,7 +177,7 @@ def measured_rows():
         from table import quality_blocks
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    found = {**tables(), "bench_quality": quality_blocks()["summary"]}
+    found = {**tables(), "quality": quality_blocks()["quality"]}
     return {name: cells(text) for name, text in found.items()}
 
 

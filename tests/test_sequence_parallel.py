@@ -28,6 +28,8 @@ PASSES = {
     "predictor": ("llama", {**EACH, "policy": "predictor"}),
     "all_labels": ("llama", {"supervise": "all"}),
     "some_labels": ("llama", EACH),
+    "overlap": ("llama", {"policy": "overlap", "retention": 0.4}),
+    "chunks": ("llama", {**EACH, "policy": "chunks"}),
     **{f"recompute_{level}": ("llama", {**RECENT, "recompute": level})
        for level in LEVELS[1:]},
     "offload": ("llama", {**EACH, "recompute": "selective", "offload_gib": 1}),
@@ -56,7 +58,7 @@ def one_pass(name, processes=1, lora=False):
     config = LeMoConfig(block_size=8, segment_size=16, sequence_parallel_size=processes, **options)
     apply_lemo(model, config, predictors)
     row = {key: value[:1].to(device()) for key, value in batch().items()}
-    if name == "some_labels":
+    if name in ("some_labels", "overlap"):
         row["labels"][:, :50] = -100  # the first of two processes has no label
     loss, gradients = loss_and_gradients(model, **row)
     if processes > 1:  # as engines do

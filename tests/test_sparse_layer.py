@@ -108,7 +108,7 @@ def test_equals_masked_dense_layers(family, case, monkeypatch):
 @pytest.mark.parametrize("recompute", LEVELS)
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("mlp_retention", [None, 0.3])
-@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "recent", "window"])
+@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "auto", "chunks"])
 def test_every_policy_and_way_of_sharing(policy, mlp_retention, agree, recompute, monkeypatch):
     config = LeMoConfig(
         retention=0.4,

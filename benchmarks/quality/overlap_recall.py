@@ -1,4 +1,4 @@
-"""Which share of the needed blocks overlap keeps, by hops and by who asks; on a CPU, without a model.
+"""Which share of the needed blocks overlap keeps, by hops and by who asks: no model, no GPU.
 
 Rows are those of `recall.py`: held-out books and words, six questions of one kind each, whose
 needed blocks are known by construction.

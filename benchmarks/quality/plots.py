@@ -43,7 +43,10 @@ def panels(task: str, last: str) -> dict[str, Figures]:
             )
         }
         return figures
-    name = {"lexical": "questions with words in common", "hidden": "questions without words in common"}[task]
+    name = {
+        "lexical": "questions with words in common",
+        "hidden": "questions without words in common",
+    }[task]
     return {f"{name}: answered exactly": lambda s: s.answered(None, last)}
 
 
