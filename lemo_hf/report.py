@@ -127,16 +127,15 @@ def _speed(history: list[dict], rows: list[dict]) -> Any:
 
 
 def _recall(table: list[dict]) -> dict[str, Any]:
-    """A figure for each head and retention, with a line for each documents."""
+    """A figure for each retention, with a line for each documents over the predictors' layers."""
     figures: dict[str, Any] = {}
     learned = [row for row in table if row["policy"] == "predictor"]
-    for head, retention in dict.fromkeys((row["head"], row["retention"]) for row in learned):
-        rows = [row for row in learned if (row["head"], row["retention"]) == (head, retention)]
-        series = {
-            row["documents"]: [(i, x) for i, x in enumerate(row["layers"]) if x is not None]
-            for row in rows
-        }
-        title = f"{head}, retention {retention:g}"
+    for retention in dict.fromkeys(row["retention"] for row in learned):
+        series: dict[str, list] = {}
+        for row in learned:
+            if row["retention"] == retention:
+                series.setdefault(row["documents"], []).append((row["layer"], row["recall"]))
+        title = f"retention {retention:g}"
         figures[title] = line_chart(_present(series), "layer", "recall", from_zero=True)
     return figures
 

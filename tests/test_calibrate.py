@@ -23,7 +23,7 @@ from lemo_hf.measure import LossRise, sparse_evaluation, training_bytes
 from lemo_hf.text_rows import token_rows
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-CONFIG = LeMoConfig(block_size=8, policy="pooled")
+CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="pooled")
 
 
 def outside_of_weights(model):

@@ -12,7 +12,7 @@ from processes import launch, start
 from training_cases import CHECKPOINTED, assert_same, make_trainer, outcome, read, rows, train
 
 EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
-THRESHOLD = {"threshold": 1.0, "agree_across_layers": False}
+THRESHOLD = {"threshold": 1.2, "agree_across_layers": False}
 CASES = {
     "pooled": {"lemo": EACH},
     "own_mlp_sets": {"lemo": {**EACH, "mlp_retention": 0.3}, "ddp_find_unused_parameters": False},
@@ -40,7 +40,7 @@ RESUMED = {
         "lora": what == "lora",
         "lemo": EACH,
         "data": "answers",
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         **SAVED,
     }
     for what in ("lora", "full")

@@ -66,7 +66,7 @@ def test_predictors_and_policy_must_go_together():
         apply_lemo(model, LeMoConfig(policy="predictor"))
     with pytest.raises(ValueError, match="given: 3"):
         apply_lemo(model, LeMoConfig(policy="predictor"), predictors=[len] * 3)
-    with pytest.raises(ValueError, match="policy='recent': set policy='predictor'"):
+    with pytest.raises(ValueError, match="policy='auto': set policy='predictor'"):
         apply_lemo(model, LeMoConfig(), predictors=[len] * 4)
 
 

@@ -49,7 +49,7 @@ def test_fully_sharded_layers(mesh, checkpointing):
 
 def test_rows_saved_under_sharding_are_kept_rows(mesh):
     model = make_model("llama")
-    apply_lemo(model, LeMoConfig(block_size=8, recompute="full"))
+    apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, recompute="full"))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     shapes = []

@@ -75,7 +75,7 @@ SAVED = {
         "lemo": EACH,
         "data": "answers",
         "optim": "adamw_torch",
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,

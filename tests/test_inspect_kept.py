@@ -216,8 +216,9 @@ def test_a_question_on_the_command_line(lemo, tmp_path):
     assert stored == printed["by_policy"]
     kept = {row["name"]: row for row in stored["rows"]}
     assert kept["overlap"]["passages"] == [1.0]
-    # Without --policy the config's own, "auto", keeps what overlap does.
-    assert printed["kept"]["attention"][0] == kept["overlap"]["kept"]
+    code, out, err = lemo(*asking, "--policy", "overlap", "--json")
+    assert code == 0, err
+    assert json.loads(out)["kept"]["attention"][0] == kept["overlap"]["kept"]
     assert "tiny pond" in (tmp_path / "out" / "kept.txt").read_text()
     picture = imread(tmp_path / "out" / "kept.png")
     assert picture.shape[1] > 1200 and picture.std() > 0.05

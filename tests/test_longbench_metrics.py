@@ -61,8 +61,13 @@ def test_a_sentence_longer_than_the_recursion_limit():
     """Only every other word is common: half of the way through the table is no match."""
     answer = [f"w{i}" for i in range(1200)]
     prediction = [word if i % 2 else f"x{i}" for i, word in enumerate(answer)]
-    assert len(answer) > sys.getrecursionlimit()
-    assert metrics.rouge(" ".join(prediction), " ".join(answer)) == pytest.approx(0.5, abs=1e-7)
+    before = sys.getrecursionlimit()  # others raise it
+    sys.setrecursionlimit(1000)
+    try:
+        score = metrics.rouge(" ".join(prediction), " ".join(answer))
+    finally:
+        sys.setrecursionlimit(before)
+    assert score == pytest.approx(0.5, abs=1e-7)
 
 
 def test_code_sim_is_fuzzywuzzys_ratio(monkeypatch):

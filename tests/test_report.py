@@ -206,12 +206,12 @@ def test_recall_and_evaluations(lemo, tmp_path):
     text = (tmp_path / "page.html").read_text()
     for expected in ("ppl.json", "12.34", "7.389", "needles.json", "0.75", "bench/result.json"):
         assert expected in text
-    for expected in ("31.25", "8.125", "eval_loss", "attention, retention 0.3", "held-out books"):
+    for expected in ("31.25", "8.125", "eval_loss", "retention 0.3", "held-out books"):
         assert expected in text
     assert "other.json" not in text and "list.json" not in text
     table = json.loads((run / "lemo_config.json").read_text())["predictor"]["recall"]
     for row in table:
-        assert f"<td>{row['mean']:.4g}</td>" in text
+        assert f"<td>{row['recall']:.4g}</td>" in text
     code, _, err = lemo("report", tmp_path / "no")
     assert code == 2 and "there is no directory" in err
     (tmp_path / "empty").mkdir()
