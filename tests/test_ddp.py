@@ -40,7 +40,8 @@ RESUMED = {
         "lora": what == "lora",
         "lemo": EACH,
         "data": "answers",
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-5,  # or a gradient that is rounding alone would be a whole step
         **SAVED,
     }
     for what in ("lora", "full")

@@ -75,7 +75,8 @@ SAVED = {
         "lemo": EACH,
         "data": "answers",
         "optim": "adamw_torch",
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-5,  # or a gradient that is rounding alone would be a whole step
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
