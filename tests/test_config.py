@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lemo_hf import LeMoConfig, __version__
+from lemo_hf import LeMoConfig, LeMoPredictor, __version__
 from lemo_hf.config import KeepRule
 
 
@@ -146,7 +146,9 @@ def test_layer_rules():
     assert LeMoConfig(retention=0.4).layer_rules(2) == [(KeepRule(0.4), None)] * 2
 
 
-def test_the_shipped_predictors_config_is_one_of_today():
-    directory = Path(__file__).parent.parent / "examples" / "demo" / "predictor"
+@pytest.mark.parametrize("place", ["demo/predictor", "smollm2"])
+def test_the_shipped_predictors_are_of_today(place):
+    directory = Path(__file__).parent.parent / "examples" / place
     config = LeMoConfig.from_pretrained(directory)
-    assert config.predictor == str(directory) and config.policy == "predictor"
+    assert config.policy == "predictor" and config.predictor == str(directory)
+    assert LeMoPredictor.from_pretrained(directory).known[0] == config.dense_first_layers
