@@ -97,12 +97,13 @@ def kept_attention_inputs(
     if kept.whole:
         positions = {} if position_ids is None else {"position_ids": position_ids}
         return {"attention_mask": attention_mask, **positions}
-    key = id(attention_mask)
+    key = "mask", id(attention_mask)
     if kept.cache is not None and key in kept.cache:
-        return kept.cache[key]
+        return kept.cache[key][1]
     inputs: dict[str, Any] = {"attention_mask": kept_mask(attention_mask, kept)}
     if flash and step.documents is not None:
         inputs |= kept_documents(step.documents, kept)
     if kept.cache is not None:
-        kept.cache[key] = inputs
+        # The mask is held, or another one might get its place in memory, and with it its id.
+        kept.cache[key] = attention_mask, inputs
     return inputs

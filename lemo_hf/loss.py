@@ -60,16 +60,17 @@ def segment_loss(
         norm: Between ``hidden`` and the head, or None.
 
     Returns:
-        Nats per label, fp32 scalar. Where processes share the sequence, the mean over them is the
-        loss: engines take the mean of their gradients, and Trainer of what it logs.
+        Nats per label, fp32 scalar; 0, with gradients of 0, if there is no label. Where processes
+        share the sequence, the mean over them is the loss: engines take the mean of their
+        gradients, and Trainer of what it logs.
     """
     count: Tensor | float
     if num_items_in_batch is None:
-        count = (targets != IGNORE_INDEX).sum()
+        count = (targets != IGNORE_INDEX).sum().clamp_min(1)
     elif isinstance(num_items_in_batch, Tensor):
-        count = num_items_in_batch.to(hidden.device)
+        count = num_items_in_batch.to(hidden.device).clamp_min(1)
     else:
-        count = num_items_in_batch
+        count = max(1, num_items_in_batch)
     targets, weights = supervised_targets(targets, step)
     if step.shards is not None:
         targets = step.shards.part(targets)

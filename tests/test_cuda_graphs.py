@@ -166,6 +166,16 @@ def test_every_setting(device, options, lora):
     assert_as_without(lambda: tiny(device, lora=lora), config, batches(device))
 
 
+@pytest.mark.parametrize("policy", ["auto", "overlap", "pooled"])
+def test_rows_of_which_a_part_is_labelled(device, policy):
+    """What is chosen for the labels is chosen inside the graph."""
+    inputs = [{**x, "labels": x["labels"].clone()} for x in batches(device)]
+    for x in inputs:
+        x["labels"][:, :60] = -100
+    config = LeMoConfig(policy=policy, retention=0.4, block_size=8, segment_size=40)
+    assert_as_without(lambda: tiny(device), config, inputs)
+
+
 def test_bf16_and_checkpointing(device):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 

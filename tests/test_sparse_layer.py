@@ -5,10 +5,12 @@ import torch
 from dense_reference import expected_loss, masked_dense, recorded_sets
 from models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
-from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, apply_lemo, kept_inputs, remove_lemo
 from lemo_hf.config import LEVELS
 from lemo_hf.families import FAMILIES
 from lemo_hf.patch import transformers_model
+from lemo_hf.selection import kept_set
+from lemo_hf.step import Step
 
 
 def plain():
@@ -227,3 +229,35 @@ def test_the_gradient_may_come_expanded():
     (hidden[1] * torch.ones_like(hidden[1])).sum().backward()
     model.model.norm = norm
     assert torch.equal(model.model.embed_tokens.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("retention", [0.5, 1.0])
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_a_batch_without_labels_teaches_nothing(retention, items, tokens):
+    """Answers that truncation cut off, or rows of one token: no NaN reaches a weight."""
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(retention=retention, block_size=8))
+    inputs = batch(2, tokens)
+    if tokens > 1:
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = model(**inputs, num_items_in_batch=items).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_mask_answers_for_another(monkeypatch):
+    """What was gathered from a mask is found by the mask, which lives as long."""
+    seen = []
+    real = kept_inputs.kept_mask
+    monkeypatch.setattr(kept_inputs, "kept_mask", lambda *a: (seen.append(a[0]), real(*a))[1])
+    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
+    kept = kept_set(torch.arange(32)[None] < 16, torch.arange(4)[None] < 2, 16, True, shared=True)
+    for number in range(20):  # freed masks would get each other's memory
+        mask = torch.full((1, 1, 32, 32), float(number))
+        found = kept_inputs.kept_attention_inputs(kept, step, mask, None, False)
+        assert found["attention_mask"].eq(number).all()
+        del mask
+    assert len(seen) == 20
