@@ -64,16 +64,17 @@ class LeMoConfig:
         mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
         policy: What ranks the blocks; within each document, where rows are packed.
-            ``"overlap"``: those that share rare word pairs with the blocks that hold labels, for
-            rows whose labels cover only a part. ``"chunks"``: runs of ``chunk_size`` neighbouring
+            ``"overlap"``: those that share rare words with the blocks that hold labels, for rows
+            whose labels cover only a part. ``"chunks"``: runs of ``chunk_size`` neighbouring
             tokens, others at each step, for rows that are labelled throughout. ``"auto"``: of each
             row the one of these two that fits it. ``"recent"``: the last ones first, which is what
             cutting the row does. ``"window"``: neighbours from a random place on. ``"random"``:
             blocks by chance. ``"pooled"``: how much blocks with labels attend to a block, by
             mean-pooled queries and keys. ``"oracle"``: the same from the layer's real queries and
             keys; exact and slow. ``"predictor"``: the learned ones of ``predictor``, or those given
-            to `apply_lemo`. ``None``: ``"predictor"`` if one is given, ``"pooled"`` if a threshold
-            is, else ``"auto"``.
+            to `apply_lemo`; half of the blocks by overlap in rows whose labels cover a part.
+            ``None``: ``"predictor"`` if one is given, ``"pooled"`` if a threshold is, else
+            ``"auto"``.
         chunk_size: Neighbouring tokens that ``"chunks"`` keeps together; whole blocks of them.
         random_share: Share of the kept blocks that ``"overlap"`` and ``"predictor"`` leave to
             ``"chunks"``, so that what is not needed is seen too, in [0, 1). ``None``: 0.25 under

@@ -12,7 +12,8 @@ _BEST = {
     "random": "blocks by chance, others at each step",
     "pooled": "the blocks that others attend to most, by their mean queries and keys",
     "oracle": "the blocks that others attend to most",
-    "predictor": "the blocks that a predictor says others attend to most",
+    "predictor": "the blocks that a predictor says others attend to most, and where labels cover a "
+    "part of a row, for half of them those that share rare words with the labels",
 }
 
 
@@ -48,15 +49,16 @@ def describe_run(
 
 def _kept(config: LeMoConfig) -> str:
     chunks = f"runs of {config.chunk_size} tokens by chance, others at each step"
+    chance = f", {config.chance:.0%} of them by chance" if config.chance else ""
     if config.policy == "chunks":
         return chunks
     if config.policy == "auto":
         return (
-            f"where labels cover a part of a row, {_BEST['overlap']}; where they cover all of it, "
-            f"{chunks}"
+            f"where labels cover a part of a row, {_BEST['overlap']}{chance}; where they cover all "
+            f"of it, {chunks}"
         )
     assert config.policy is not None  # settled when the config was made
-    return _BEST[config.policy]
+    return _BEST[config.policy] + chance
 
 
 def describe_finish(config: LeMoConfig) -> str:
@@ -85,6 +87,8 @@ def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequenc
     """
     row, kept = max(zip(rows, slots, strict=True), key=lambda pair: pair[0].tokens)
     labels = f"labels on {row.labels:,} of them" if row.label_blocks else "labels throughout"
+    if not row.labels:
+        labels = "no labels"
     said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
     if kept >= row.tokens:
         return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."

@@ -52,7 +52,9 @@ class Labels:
         after, _ = supervised_targets(before, step)
         if self.num_items is not None:
             count = (before != IGNORE_INDEX).sum().clamp_min(1)
-            self.num_items.mul_((after != IGNORE_INDEX).sum() / count)
+            left = (after != IGNORE_INDEX).sum()
+            # Of none that are left the sum is 0; divided by 0 it would be NaN.
+            self.num_items.mul_(torch.where(left > 0, left / count, 1))
         if self.name == "shift_labels":
             self.tensor.copy_(after)
         else:

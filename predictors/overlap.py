@@ -7,6 +7,8 @@ the same scores on any device, in any batch, in a recomputation and after a resu
 import torch
 from torch import Tensor
 
+from lemo_hf.predictors.training_free import Places, mix32
+
 # A word is one token or two neighbours. A word weighs log(blocks / blocks that hold it) to this
 # power: what stands everywhere hardly counts, however often.
 LENGTHS, POWER = (1, 2), 3
@@ -83,17 +85,14 @@ class _Row:
         self.valid, self.documents = valid, documents
         place = torch.arange(self.shape[1], device=input_ids.device).expand(self.shape)
         self.block = place // block_size
+        real = torch.ones_like(place, dtype=torch.bool) if valid is None else valid
+        places = Places.of(real, documents)  # of tokens within their documents
+        self.number = places.document
+        self.blocks = -(-places.size // block_size)  # of each token's document
         first, end = place * 0, place * 0 + self.shape[1]
-        self.number = first  # of the document in its row
-        tokens = end if valid is None else valid.sum(1, keepdim=True).expand_as(place)
         if documents is not None:
-            begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
-            self.number = begins.cumsum(1) - 1
-            first = (place * begins).cummax(1).values
-            tokens = torch.zeros_like(place).scatter_add_(1, self.number, place * 0 + 1)
-            tokens = tokens.gather(1, self.number)
-            end = first + tokens
-        self.blocks = -(-tokens // block_size)  # of each token's document
+            first = place - places.place
+            end = first + places.size
         self._from = torch.maximum(place - NEAR, first)
         self._to = torch.minimum(place + NEAR + 1, end)
 
@@ -133,13 +132,13 @@ class _Words:
         self._length = length
         key, whole = ids.long() * 0, torch.ones_like(ids, dtype=torch.bool)
         for part in range(length):
-            key = _mix(key * 31 + _shifted(ids.long(), part) + 1)
+            key = mix32(key * 31 + _shifted(ids.long(), part) + 1)
             if row.valid is not None:
                 whole &= _shifted(row.valid, part)
             if row.documents is not None:
                 whole &= _shifted(row.documents, part, -1) == row.documents
         whole[:, whole.shape[1] - length + 1 :] = False
-        key = _mix(key * 31 + row.number)
+        key = mix32(key * 31 + row.number)
         both = torch.where(whole, (key << _BITS) + row.block, 2**62)
         both, self._order = both.sort(dim=1, stable=True)  # a block's first place stays first
         self._whole = whole.gather(1, self._order)
@@ -175,11 +174,3 @@ class _Words:
 def _shifted(x: Tensor, count: int, value: int = 0) -> Tensor:
     """What stands ``count`` to the right: ``[B, T]``, ``value`` behind the end."""
     return torch.nn.functional.pad(x[:, count:], (0, count), value=value)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit hash of integers (held in int64)."""
-    x = x & 0xFFFFFFFF
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x045D9F3B) & 0xFFFFFFFF
-    return x ^ (x >> 16)

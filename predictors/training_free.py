@@ -41,7 +41,7 @@ def row_keys(input_ids: Tensor, valid: Tensor | None) -> Tensor:
     """A 32-bit hash of each row's tokens, ``[B, T]`` to ``[B]`` int64; padding does not count."""
     valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
     ranks = valid.cumsum(1)
-    return (_mix(input_ids.long() * 0x9E3779B1 + ranks) * valid).sum(1) & 0xFFFFFFFF
+    return (mix32(input_ids.long() * 0x9E3779B1 + ranks) * valid).sum(1) & 0xFFFFFFFF
 
 
 def random_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor:
@@ -147,10 +147,10 @@ def _uniform(keys: Tensor, labels: Tensor, *salts: Tensor | int) -> Tensor:
     salt: Tensor | int = 0
     for value in salts:
         salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF
-    return _mix(keys[:, None] ^ _mix(labels + salt)).double().div(2**32).float()
+    return mix32(keys[:, None] ^ mix32(labels + salt)).double().div(2**32).float()
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix32(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers (held in int64) whose output bits all depend on all inputs."""
     x = x & 0xFFFFFFFF
     for _ in range(2):

@@ -299,3 +299,34 @@ def test_graphs_through_trainer(monkeypatch, tmp_path):
     )
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-4)
     assert retentions(ours) == retentions(plain) == [SPARSE] * 4 + [DENSE] * 4
+
+
+def test_chance_and_rows_without_labels_are_said():
+    """A quarter by chance is a default, so the first line says it; no label is no label."""
+    from lemo_hf.describe import describe_batch, describe_run
+    from lemo_hf.row_counts import RowCounts
+
+    rules = LeMoConfig().layer_rules(2)
+    assert "25% of them by chance" in describe_run(LeMoConfig(), rules, "sdpa", None)
+    exact = LeMoConfig(random_share=0)
+    assert "% of them by chance" not in describe_run(exact, rules, "sdpa", None)
+    row = RowCounts(640, 10, 2, 128, 0, 0)
+    assert "640-token row (no labels) about 192" in describe_batch(exact, [row], [192])
+
+
+def test_a_loss_outside_of_which_nothing_is_asked_is_0():
+    """Kept blocks may hold no label: the count that the sum of 0 is divided by stays above 0."""
+    from lemo_hf.labels import Labels
+    from lemo_hf.step import Step
+
+    tensor = torch.full((1, 32), -100)
+    tensor[0, 9] = 5
+    labels = Labels.copy_of(tensor, 4)
+    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
+    step.times_kept[0, 16:] = 1  # not what predicts the label
+    labels.strike(step)
+    assert (labels.tensor == -100).all() and labels.num_items.item() == 4
+    kept = Labels.copy_of(tensor, 4)
+    step.times_kept[0, :16] = 1
+    kept.strike(step)
+    assert kept.num_items.item() == 4 and kept.tensor[0, 9] == 5

@@ -126,6 +126,7 @@ class LeMoCallback(TrainerCallback):
         assert self.lemo is not None and model is not None and args.output_dir is not None
         if args.should_save:
             self.lemo.save_files(args.output_dir)
+        self.lemo.passes.retention = None  # passes after the run are no part of its finish
         if not sharded(model):
             remove_lemo(model)
             self.lemo = None
