@@ -1,4 +1,4 @@
-"""Which blocks share rare words with the tokens that ask: no model, one sort a word length.
+"""Which blocks share rare words with the tokens that ask: no model, one sort of all words.
 
 Pure functions of their inputs. Sums are of integers, so they depend on no order: the same row gives
 the same scores on any device, in any batch, in a recomputation and after a resume.
@@ -37,7 +37,8 @@ def overlap_scores(
     one did: so the links of a chain of facts are found one after the other. Blocks that ask score
     above all others, and nothing is found in them.
 
-    The host waits for nothing; one sort a length of words.
+    The host waits for nothing. Words of all lengths share each operation: for one row the time is
+    that of launching kernels.
 
     Args:
         input_ids: ``[B, T]``.
@@ -54,15 +55,14 @@ def overlap_scores(
     Source: design measured in ``docs/QUALITY.md``; the weights are inverse document frequencies.
     """
     row = _Row(input_ids, block_size, valid, documents)
-    words = [_Words(row, input_ids, length) for length in LENGTHS]
+    words = _Words(row, input_ids)
     strength = (asking if valid is None else asking & valid).double()
     asks = row.in_blocks(strength)  # nothing is to be found there, nor beside it because of it
-    wanted = [word.most(strength) for word in words]
-    found = row.near([w.weigh(x) for w, x in zip(words, wanted, strict=True)], ~asks)
+    wanted = words.most(strength)
+    found = row.near(words.weigh(wanted), ~asks)
     for _ in range(hops - 1):
-        share = row.share(found)
-        wanted = [torch.maximum(x, w.most(share)) for w, x in zip(words, wanted, strict=True)]
-        found = row.near([w.weigh(x) for w, x in zip(words, wanted, strict=True)], ~asks)
+        wanted = torch.maximum(wanted, words.most(row.share(found)))
+        found = row.near(words.weigh(wanted), ~asks)
     scores = row.by_block(found).amax(2)
     best = scores.amax(1, keepdim=True) + _UNIT
     return (torch.where(row.by_block(asks).any(2), best, scores).double() / _UNIT).float()
@@ -96,12 +96,12 @@ class _Row:
         self._from = torch.maximum(place - NEAR, first)
         self._to = torch.minimum(place + NEAR + 1, end)
 
-    def near(self, weights: list[Tensor], where: Tensor) -> Tensor:
-        """What places find, ``[B, T]`` int64, by weights of words that begin there, likewise.
+    def near(self, weights: Tensor, where: Tensor) -> Tensor:
+        """What places find, ``[B, T]`` int64, by ``weights`` of words that begin there, likewise.
 
         Words and places count ``where [B, T]`` bool is True.
         """
-        sums = torch.nn.functional.pad((sum(weights[1:], weights[0]) * where).cumsum(1), (1, 0))
+        sums = torch.nn.functional.pad((weights * where).cumsum(1), (1, 0))
         found = (sums.gather(1, self._to) - sums.gather(1, self._from)) * where
         return found if self.valid is None else found * self.valid
 
@@ -122,53 +122,57 @@ class _Row:
 
 
 class _Words:
-    """The words of ``length`` tokens of a batch, in the order of a sort by word and then by block.
+    """The words of a batch, by their `LENGTHS` (L), in the order of a sort by word and then block.
 
     A word that holds padding, or ends in another document, is none: it sorts last and weighs
     nothing.
     """
 
-    def __init__(self, row: _Row, ids: Tensor, length: int):
-        self._length = length
-        key, whole = ids.long() * 0, torch.ones_like(ids, dtype=torch.bool)
-        for part in range(length):
+    def __init__(self, row: _Row, ids: Tensor):
+        real = torch.ones_like(ids, dtype=torch.bool) if row.valid is None else row.valid
+        key, whole = ids.long() * 0, real
+        keys, wholes = [], []
+        for part in range(max(LENGTHS)):
             key = mix32(key * 31 + _shifted(ids.long(), part) + 1)
-            if row.valid is not None:
-                whole &= _shifted(row.valid, part)
+            whole = whole & _shifted(real, part)
             if row.documents is not None:
-                whole &= _shifted(row.documents, part, -1) == row.documents
-        whole[:, whole.shape[1] - length + 1 :] = False
-        key = mix32(key * 31 + row.number)
-        both = torch.where(whole, (key << _BITS) + row.block, 2**62)
-        both, self._order = both.sort(dim=1, stable=True)  # a block's first place stays first
-        self._whole = whole.gather(1, self._order)
-        before = both.new_full((len(both), 1), -1)
-        first = (both.diff(dim=1, prepend=before) != 0) & self._whole
-        self._word = ((both >> _BITS).diff(dim=1, prepend=before) != 0).cumsum(1) - 1
-        holders = torch.zeros_like(both).scatter_add_(1, self._word, first.long())
-        holders = holders.gather(1, self._word).clamp_min(1)
-        rarity = row.blocks.gather(1, self._order).double() / holders
+                whole = whole & (_shifted(row.documents, part, -1) == row.documents)
+            if part + 1 in LENGTHS:
+                keys.append(key)
+                wholes.append(whole)
+        keys = mix32(torch.stack(keys) * 31 + row.number)
+        whole = torch.stack(wholes)
+        both = torch.where(whole, (keys << _BITS) + row.block, 2**62)
+        both, self._order = both.sort(dim=2, stable=True)  # a block's first place stays first
+        self._whole = whole.gather(2, self._order)
+        before = both.new_full((*both.shape[:2], 1), -1)
+        first = (both.diff(dim=2, prepend=before) != 0) & self._whole
+        self._word = ((both >> _BITS).diff(dim=2, prepend=before) != 0).cumsum(2) - 1
+        holders = torch.zeros_like(both).scatter_add_(2, self._word, first.long())
+        holders = holders.gather(2, self._word).clamp_min(1)
+        rarity = row.blocks.expand_as(both).gather(2, self._order).double() / holders
         self._weight = rarity.clamp_min(1).log() ** POWER * first * _UNIT
 
     def most(self, strength: Tensor) -> Tensor:
-        """How much each word is wanted, by the strongest of its places: ``[B, T]``, sorted.
+        """How much each word is wanted, by the strongest of its places: ``[L, B, T]``, sorted.
 
         A place of two tokens is as strong as the weaker of them; ``strength [B, T]`` in [0, 1].
         """
-        weakest = strength
-        for part in range(1, self._length):
-            weakest = torch.minimum(weakest, _shifted(strength, part))
-        weakest = weakest.gather(1, self._order) * self._whole
-        best = torch.zeros_like(weakest).scatter_reduce_(1, self._word, weakest, "amax")
-        return best.gather(1, self._word)
+        weakest = [strength]
+        for part in range(1, max(LENGTHS)):
+            weakest.append(torch.minimum(weakest[-1], _shifted(strength, part)))
+        each = torch.stack([weakest[length - 1] for length in LENGTHS])
+        each = each.gather(2, self._order) * self._whole
+        best = torch.zeros_like(each).scatter_reduce_(2, self._word, each, "amax")
+        return best.gather(2, self._word)
 
     def weigh(self, wanted: Tensor) -> Tensor:
-        """What the word that begins at each token weighs: ``[B, T]`` int64, by ``wanted``, sorted.
+        """What the words that begin at each token weigh: ``[B, T]`` int64, by ``wanted``, sorted.
 
         A word counts where a block first holds it.
         """
         weights = (self._weight * wanted).round().long()
-        return torch.empty_like(weights).scatter_(1, self._order, weights)
+        return torch.empty_like(weights).scatter_(2, self._order, weights).sum(0)
 
 
 def _shifted(x: Tensor, count: int, value: int = 0) -> Tensor:
