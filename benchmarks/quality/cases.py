@@ -18,7 +18,7 @@ FINISH = 0.3
 # as six sparse ones at 0.3 and 32K, so 0.1 of the steps, the default, is this share of the time.
 DEFAULT_FINISH = 0.4
 CHUNK = 512  # tokens
-PREDICTOR_LAYER = 8  # that chooses; those below it stay dense
+PREDICTOR_LAYER = 12  # that chooses; those below it stay dense
 
 
 def overlap(retention: float = 0.3, **fields: Any) -> dict[str, Any]:
@@ -69,23 +69,40 @@ def seeded(jobs: Iterable[Job], seeds: Iterable[int]) -> list[Job]:
 
 
 def headline() -> list[Job]:
-    """Three seeds of lexical questions and of text, and the first look at all else."""
+    """What the README shows: tasks beside their controls, three seeds of the main ones."""
     lexical, whole = completion_headline(), text_headline()
     hidden = completion_headline("hidden")
     return [
         *seeded([*whole, *lexical, *hidden[:2]], SEEDS[:1]),
         *selection("hidden")[:1],
-        *selection("lexical")[:4],
+        *selection("lexical")[:3],
+        *seeded(selection("lexical")[3:4], SEEDS),
         *(equal_steps(seed) for seed in SEEDS[:1]),
         *seeded([*whole, *lexical], SEEDS[1:2]),
-        text("chunks 0.3, dense finish", lemo=chunks(0.3), finish=FINISH),
         *completion_headline(tokens=65536, seconds=60.0)[:2],
         *text_headline(tokens=65536, seconds=90.0),
         *(completion("dense", seconds=2 * COMPLETION, seed=seed) for seed in SEEDS[:2]),
         *seeded([*whole, *lexical], SEEDS[2:]),
         *(equal_steps(seed) for seed in SEEDS[1:]),
-        *schedules()[:3],
-        *completion_headline("summary"),
+        *controls(),
+        *seeded(completion_headline("summary"), SEEDS[:2]),
+        *seeded([default()], SEEDS),
+        *tuned()[:4],
+        *seeded(hidden[:2], SEEDS[1:]),
+        *seeded(completion_headline(tokens=65536, seconds=60.0)[:2], SEEDS[1:2]),
+        *seeded(text_headline(tokens=65536, seconds=90.0), SEEDS[1:2]),
+    ]
+
+
+def controls() -> list[Job]:
+    """What else anybody can do."""
+    recent = {"policy": "recent", "retention": 0.5}
+    return [
+        text("rows cut to 1/4, dense finish", cut=4, batch=4, finish=FINISH),
+        text("recent 0.5, dense finish", lemo=recent, finish=FINISH),
+        text("S²-Attn", attention="s2"),
+        completion("rows cut to 1/4", cut=4, batch=4),
+        completion("S²-Attn", attention="s2"),
     ]
 
 
@@ -108,7 +125,6 @@ def selection(task: str) -> list[Job]:
         completion("chunks 0.3", task, lemo=chunks(0.3, cuda_graphs=False), **two),
         completion("overlap 0.3, dense finish", task, lemo=overlap(), finish=FINISH, **two),
         completion("rows cut to 1/2, dense finish", task, cut=2, finish=FINISH, **two),
-        completion("rows cut to 1/4", task, cut=4, batch=4),
         completion("overlap 0.15", task, lemo=overlap(0.15), **two),
         completion("pooled 0.3", task, lemo={"policy": "pooled", "retention": 0.3}, **two),
         completion("recent 0.5", task, lemo={"policy": "recent", "retention": 0.5}, **two),
@@ -116,17 +132,14 @@ def selection(task: str) -> list[Job]:
 
 
 def schedules() -> list[Job]:
-    """How a run on full labels ends, and other ways to leave something out."""
+    """How a run on full labels ends, and how much it keeps until then."""
     half = {"lemo": chunks(0.5)}
-    recent = {"policy": "recent", "retention": 0.5}
     return [
         text("chunks 0.5", **half),
         text("chunks 0.5, dense finish 0.15", finish=0.15, **half),
-        text("rows cut to 1/4, dense finish", cut=4, batch=4, finish=FINISH),
+        text("chunks 0.3, dense finish", lemo=chunks(0.3), finish=FINISH),
         text("chunks, ramp 0.2 to 1", lemo=chunks(0.5, cuda_graphs=False), ramp=(0.2, 1.0)),
-        text("recent 0.5, dense finish", lemo=recent, finish=FINISH),
         text("rows cut to 1/2", cut=2, batch=2),
-        text("S²-Attn", attention="s2"),
         text("dense, half of the rows", steps=STEPS // 2, about=32),
         text(
             "chunks of 1,024, 0.5, dense finish", lemo=chunks(0.5, chunk_size=1024), finish=FINISH
@@ -144,36 +157,31 @@ def more() -> list[Job]:
     """Everything else, in the order of what it is worth."""
     hidden, lexical = selection("hidden"), selection("lexical")
     return [
-        *seeded([default()], SEEDS),
-        *schedules()[:7],
-        *lexical[6:8],
-        completion("S²-Attn", attention="s2"),
+        *schedules(),
+        *lexical[4:],
         *completion_headline(tokens=16384),
         *text_headline(tokens=16384),
-        *lexical[9:],
-        *lexical[4:5],
-        *completion_headline("summary"),
-        *seeded(completion_headline("hidden")[:2], SEEDS),
-        *seeded(completion_headline(tokens=65536, seconds=60.0)[:2], SEEDS[1:2]),
-        *seeded(text_headline(tokens=65536, seconds=90.0), SEEDS[1:2]),
-        *tuning()[:8],
+        *tuned()[4:9],
         completion("overlap 0.3", seconds=2 * COMPLETION, lemo=overlap(), batch=2),
         *hidden[1:5],
-        *schedules()[7:],
-        *seeded(completion_headline("summary")[:2], SEEDS[1:2]),
-        *lexical[5:6],
-        *lexical[8:9],
-        *seeded(lexical[1:4], SEEDS[1:]),
+        *seeded(lexical[1:3], SEEDS[1:]),
         *(Job("base", task, seconds=0) for task in ("text", "lexical", "hidden", "summary")),
+    ]
+
+
+def tuned() -> list[Job]:
+    """Other learning rates than 1e-3."""
+    lexical = selection("lexical")[3]
+    jobs = [default(), text("dense"), completion("dense"), lexical, text_headline()[1]]
+    return [
+        replace(job, arm=f"{job.arm}, rate {rate:g}", learning_rate=rate)
+        for rate in (2e-3, 4e-3, 5e-4)
+        for job in jobs
     ]
 
 
 def tuning() -> list[Job]:
     """Learning rates and batches of dense and of LeMo."""
-    jobs = []
-    for job in [*text_headline()[:2], *completion_headline()[:2]]:
-        for rate in (2e-3, 5e-4):
-            jobs.append(replace(job, arm=f"{job.arm}, rate {rate:g}", learning_rate=rate))
     batches = [
         replace(completion("dense"), batch=2),
         replace(completion("overlap 0.3", lemo=overlap()), batch=1),
@@ -181,7 +189,8 @@ def tuning() -> list[Job]:
         replace(text_headline()[1], batch=2),
         replace(text_headline()[2], batch=4),
     ]
-    return jobs + [replace(job, arm=f"{job.arm}, {job.batch} rows a step") for job in batches]
+    rows = [replace(job, arm=f"{job.arm}, {job.batch} rows a step") for job in batches]
+    return [*tuned(), *rows]
 
 
 def with_predictor(path: str) -> list[Job]:

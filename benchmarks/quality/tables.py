@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.quality.cases import jobs_of
 from benchmarks.quality.facts import HIDDEN_KINDS, LEXICAL_KINDS
 from benchmarks.quality.job import DENSE
 from benchmarks.quality.results import Setting, settings_of
@@ -155,11 +156,9 @@ def all_tables(header: dict, rows: list[dict]) -> str:
 def headline_table(header: dict, rows: list[dict]) -> str:
     """The comparisons of the group "headline" with what matters most, for the README."""
     tables: dict[tuple[str, int], list[Setting]] = {}
-    chosen = [
-        setting
-        for setting in settings_of(rows)
-        if setting.first["group"] == "headline" and setting.first["asks"] == "policy"
-    ]
+    names = {job.name for job in jobs_of(["headline"])}
+    shown = [row for row in rows if row["name"] in names and row["asks"] == "policy"]
+    chosen = [setting for setting in settings_of(shown) if setting.first["arm"] != "base"]
     for (task, tokens, _), settings in blocks(chosen).items():
         tables.setdefault((task, tokens), []).extend(settings)
     parts = []
