@@ -54,7 +54,8 @@ def recall_table(
     """Recall of the predictor and of baselines, for each layer that has a predictor.
 
     What is to be found is what the blocks that ask look at most (`LookedAt`). At most `ASKING`
-    blocks of a row ask, the same for all rankings.
+    blocks of a row ask, the same for all rankings. ``"untrained"`` is a predictor that learned
+    nothing, by which tokens look for their like.
 
     Args:
         model: The base model; run dense, in evaluation mode.
@@ -80,8 +81,14 @@ def recall_table(
                 for layer in predictor.known:
                     inputs, network = seen.streams[layer], predictor.layers[layer]
                     assert network is not None  # it is known
-                    projected = network.project(seen.rows(layer))
-                    scores = {"predictor": network.score(projected, seen.index, seen.asks)}
+                    read = seen.rows(layer)
+                    scores = {
+                        name: net(read, seen.index, seen.asks)
+                        for name, net in (
+                            ("predictor", network),
+                            ("untrained", network.untrained(read)),
+                        )
+                    }
                     for policy in baselines:
                         if policy != "overlap" or bool(inputs.step.asks.any()):
                             scores[policy] = POLICIES[policy](inputs)

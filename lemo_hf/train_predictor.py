@@ -1,4 +1,4 @@
-"""Train predictors for a model: one dense pass a batch, then one step of each layer's predictor.
+"""Make predictors for a model, and train them: a dense pass a batch, then a step of each of them.
 
 A predictor learns what the blocks that ask look at in the upper half of the model (`LookedAt`),
 from the stream its layer is about to read. Rows whose labels cover only a part ask
@@ -38,6 +38,7 @@ from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor, PredictorInfo
 
 WARMUP = 0.05
+MIDDLE = 0.4  # of the depth
 STATE = "training_state"
 
 
@@ -46,13 +47,15 @@ class PredictorTraining:
     """How predictors are trained.
 
     Args:
-        layers: That get a predictor; None: the first, and those at a quarter and half of the
-            depth. The first sparse layer chooses for all, if layers agree.
+        layers: That get a predictor; None: the one at `MIDDLE` of the depth, where states tell
+            meanings. The first sparse layer chooses for all, if layers agree; those below it are
+            dense.
         block_size: Tokens a block.
         rank: Size of a token's query and key.
         asking: Blocks of a row that ask, at most; drawn anew at each step.
-        epochs: Passes over the rows; 0 leaves the networks as they begin: tokens look for their
-            like.
+        epochs: Passes over the rows. 0 leaves the networks as they begin: tokens look for their
+            like, which finds more of what answers need than any training did
+            (docs/predictors.md).
         batch_size: Rows a step on each device.
         learning_rate: At its peak; a cosine leads down to 0.
         seed: Of the initial weights, the order of the rows, and the blocks that ask.
@@ -62,7 +65,7 @@ class PredictorTraining:
     block_size: int = 64
     rank: int = 128
     asking: int = 32
-    epochs: int = 1
+    epochs: int = 0
     batch_size: int = 1
     learning_rate: float = 3e-4
     seed: int = 0
@@ -74,7 +77,7 @@ class PredictorTraining:
             ValueError: The model has no such layer.
         """
         if self.layers is None:
-            return tuple(sorted({0, num_layers // 4, num_layers // 2}))
+            return (round(MIDDLE * num_layers),)
         if not self.layers or not all(0 <= i < num_layers for i in self.layers):
             raise ValueError(f"layers={self.layers}: the model has layers 0 to {num_layers - 1}.")
         return tuple(sorted(set(self.layers)))

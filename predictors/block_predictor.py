@@ -77,6 +77,13 @@ class BlockPredictor(nn.Module):
         for linear in (self.query, self.key):
             linear.bias.copy_(-linear.weight @ mean)
 
+    def untrained(self, rows: Tensor) -> "BlockPredictor":
+        """A network of the same sizes that learned nothing, centred on ``rows [..., H]``."""
+        new = BlockPredictor(**self.sizes)
+        new.init_weights(torch.Generator().manual_seed(0))
+        new.to(rows.device).center(rows)
+        return new
+
     @property
     def sizes(self) -> dict[str, int]:
         """Arguments that make a module of these shapes."""

@@ -140,9 +140,8 @@ class _Words:
             if part + 1 in LENGTHS:
                 keys.append(key)
                 wholes.append(whole)
-        keys = mix32(torch.stack(keys) * 31 + row.number)
-        whole = torch.stack(wholes)
-        both = torch.where(whole, (keys << _BITS) + row.block, 2**62)
+        key, whole = mix32(torch.stack(keys) * 31 + row.number), torch.stack(wholes)
+        both = torch.where(whole, (key << _BITS) + row.block, 2**62)
         both, self._order = both.sort(dim=2, stable=True)  # a block's first place stays first
         self._whole = whole.gather(2, self._order)
         before = both.new_full((*both.shape[:2], 1), -1)

@@ -178,9 +178,26 @@ def test_training_leaves_the_model_alone_and_beats_chance(rows):
     policies = ("random", "pooled", "recent", *(() if rows is ROWS else ("overlap",)))
     table = recall_table(model, predictor, {"rows": rows}, (0.5,), ("overlap", *policies[:3]))
     found = {(row["layer"], row["policy"]): row["recall"] for row in table}
-    assert set(found) == {(i, p) for i in (0, 2) for p in ("predictor", *policies)}
+    assert set(found) == {(i, p) for i in (0, 2) for p in ("predictor", "untrained", *policies)}
     for layer in (0, 2):
         assert found[layer, "predictor"] > found[layer, "random"] + 0.02
+
+
+def test_by_default_nothing_is_learned_and_tokens_look_for_their_like():
+    model = make_model("llama")
+    row = ROWS[0].clone()
+    row[17:23] = row[41:47]  # block 2 holds what block 5 does
+    rows = [labelled(row)]
+    assert train_predictor(model, rows, PredictorTraining(block_size=8)).known == [2]
+    network = train_predictor(model, rows, PredictorTraining((0,), block_size=8)).layers[0]
+    assert torch.equal(network.query.weight, network.key.weight)
+    seen = LookedAt(model, CONFIG, collate(rows, torch.device("cpu")), [0])
+    read = seen.rows(0)
+    torch.testing.assert_close(network.key(read).mean((0, 1)), torch.zeros(128))  # it is centred
+    index, asks = torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool)
+    scores = network(read, index, asks)
+    assert scores.argmax() == 2
+    torch.testing.assert_close(scores, network.untrained(read)(read, index, asks))
 
 
 def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch):

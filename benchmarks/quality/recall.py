@@ -35,7 +35,6 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.looked_at import collate
 from lemo_hf.observe import observe
 from lemo_hf.policies import POLICIES, ScoreInputs, sublayer_input
-from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.overlap import overlap_scores
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.predictors.training_free import mix_ranks, random_scores
@@ -82,7 +81,7 @@ def rankings(
         layer, step = inputs.layer_index, inputs.step
         if layer == 0:
             ids, asking = step.input_ids, step.asking_tokens
-            for hops in (1, 2, 3):
+            for hops in (1, 2, 4):
                 scores = overlap_scores(ids, asking, config.block_size, hops=hops)
                 found.append((f"overlap, {hops} hops", None, scores, inputs))
             found.append(("recent", None, POLICIES["recent"](inputs), inputs))
@@ -92,17 +91,14 @@ def rankings(
         if layer in layers:
             found.append(("oracle", layer, oracles[layer], inputs))
             found.append(("pooled", layer, POLICIES["pooled"](inputs), inputs))
-        trained = predictor.layers[layer]
-        for name, network in (("predictor", trained), ("untrained", untrained(trained))):
-            if network is None:
-                continue
-            read = sublayer_input(inputs, inputs.x)
-            if name == "untrained":
-                network.center(read)
-            projected = network.project(read)
-            scores = network.score(projected, *asked(step))
+        network = predictor.layers[layer]
+        if network is None:
+            return
+        read = sublayer_input(inputs, inputs.x)
+        for name, net in (("predictor", network), ("untrained", network.untrained(read))):
+            scores = net(read, *asked(step))
             found.append((name, layer, scores, inputs))
-            for hops, overlap in ((1, found[0][2]), (2, found[1][2])):
+            for hops, overlap in ((2, found[1][2]), (4, found[2][2])):
                 mixture = mix_ranks(overlap, scores, MIXED)
                 found.append((f"overlap, {hops} hops + {name}", layer, mixture, inputs))
 
@@ -112,15 +108,6 @@ def rankings(
         above = torch.stack([scores for i, scores in oracles.items() if i >= layer]).mean(0)
         found.append(("oracle from", layer, above, first))
     yield from found
-
-
-def untrained(network: BlockPredictor | None) -> BlockPredictor | None:
-    """A predictor of the same shape that learned nothing: tokens look for their like."""
-    if network is None:
-        return None
-    new = BlockPredictor(**network.sizes)
-    new.init_weights(torch.Generator().manual_seed(0))
-    return new.to(network.key.weight.device)
 
 
 def asked(step) -> tuple[Tensor, Tensor]:
@@ -186,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--oracles", type=int, nargs="+", default=[0, 4, 8, 12, 16, 20, 24, 28])
     add("--rank", type=int, default=PredictorTraining.rank)
     add("--asking", type=int, default=PredictorTraining.asking)
+    add("--epochs", type=int, default=1)
     add("--learning-rate", type=float, default=PredictorTraining.learning_rate)
     add("--rows", type=int, default=3, help="of each kind, to measure")
     add("--seed", type=int, default=0)
@@ -205,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         block_size=args.block_size,
         rank=args.rank,
         asking=args.asking,
+        epochs=args.epochs,
         learning_rate=args.learning_rate,
         seed=args.seed,
     )

@@ -36,7 +36,7 @@ def train_predictor(
     asking: Annotated[int, typer.Option(min=1, help="Blocks of a row that ask, at most.")] = 32,
     epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the rows; 0: tokens look for their like.")
-    ] = 1,
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and device.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-4,
     split: Split = "train",
@@ -47,7 +47,10 @@ def train_predictor(
         int, typer.Option(min=0, help="Of them, rows to measure recall on; not trained on.")
     ] = 16,
 ) -> None:
-    """Train small networks that predict which blocks labels need, and measure their recall.
+    """Make small networks that find the blocks that labels need, and measure their recall.
+
+    Without --epochs nothing is learned: tokens look for their like. That found more of what answers
+    need than training on the model's attention did.
 
     The dataset holds texts, or rows of which a part is labelled: columns prompt and completion, or
     input_ids and labels.
