@@ -88,7 +88,9 @@ def _segment_kernel(
     target = tl.load(targets_ptr + row)
     weight = tl.load(weights_ptr + row)
     # Read before the first reduction: later on another thread may have overwritten it.
-    at_target = _capped(tl.load(logits_ptr + target), scale, softcap, HAS_SOFTCAP)
+    is_token = (target >= 0) & (target < vocabulary)  # a neighbour's logits are not its loss
+    at_target = tl.load(logits_ptr + target, mask=is_token, other=float("nan"))
+    at_target = _capped(at_target, scale, softcap, HAS_SOFTCAP)
     lane = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -299,7 +301,7 @@ def _labelled(
         order = has_label.byte().sort(descending=True, stable=True).indices
         labelled = order[:most_labels]
     weights = weights * has_label
-    targets = targets.clamp_min(0)
+    targets = targets.masked_fill(~has_label, 0)
     if len(labelled) >= WHOLE * len(targets):  # not worth moving rows for
         return targets, weights, None
     return targets[labelled], weights[labelled], labelled
@@ -367,6 +369,7 @@ def segment_cross_entropy(
     Args:
         hidden: What the head reads, ``[N, H]``, any float dtype; before ``norm`` if there is one.
         targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` where there is none.
+            What is no token of the head's is an error on the CPU, and a loss of NaN by the kernel.
         weights: Factor of each row's loss, ``[N]`` fp32.
         head: Maps ``[S, H]`` to logits ``[S, V]``; a module with adapters or quantised weights
             works, since only its call is used. One that is sharded must be whole for the time of

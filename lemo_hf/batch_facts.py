@@ -15,6 +15,12 @@ from lemo_hf.selection import block_any
 WHOLE_SEQUENCE = 0.9
 
 
+def outside(targets: Tensor, vocabulary: int | None) -> Tensor:
+    """Where ``targets [B, T]`` name no token and are not ignored: ``[B, T]`` bool."""
+    wrong = (targets < 0) & (targets != IGNORE_INDEX)
+    return wrong if vocabulary is None else wrong | (targets >= vocabulary)
+
+
 class BatchFacts:
     """Padding, documents, blocks and labels of a batch.
 
@@ -26,7 +32,9 @@ class BatchFacts:
         attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
         position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
             and no attention mask is given, a new document begins: transformers' own rule.
-        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None.
+        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None. What
+            padding would have to predict is never asked, nor is what is no token.
+        vocabulary: Tokens that there are; None: nobody counts labels that are none of them.
         rows: Counts of each row, where the host knows them already.
 
     Attributes:
@@ -34,7 +42,8 @@ class BatchFacts:
         documents: ``[B, T]`` ascending ids; None if rows are not packed.
         real: ``[B, N]`` bool: blocks with tokens.
         required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
-            of each document, and those with labels.
+            of each document, those with labels, and one that has something to predict in each
+            document that has anything.
         label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part.
     """
 
@@ -48,9 +57,10 @@ class BatchFacts:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        vocabulary: int | None = None,
         rows: list[RowCounts] | None = None,
     ):
-        self.block_size = block_size
+        self.block_size, self.vocabulary = block_size, vocabulary
         self.batch, self.tokens = shape
         self.device = device
         self.num_blocks = -(-self.tokens // block_size)
@@ -62,7 +72,11 @@ class BatchFacts:
             restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
             self.documents = restarts.cumsum(1).expand(self.batch, -1)
         self.input_ids = input_ids
-        self.real, self.required, self.label_blocks, table = self._blocks(targets)
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(shape, dtype=torch.bool, device=device)
+        self.real = block_any(valid, block_size)
+        self.required, self.label_blocks, table = self._blocks(valid, targets, vocabulary)
         self._counts = Counts(table, rows)
         self._tokens = self._counts.on_device[:, :1]
 
@@ -133,13 +147,25 @@ class BatchFacts:
         """Tokens of the batch that are no padding."""
         return sum(row.tokens for row in self.rows)
 
-    def _blocks(self, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Blocks with tokens, always kept, and with labels, ``[B, N]``; and each row's counts."""
-        size = self.block_size
-        valid = self.valid
-        if valid is None:
-            valid = torch.ones(self.batch, self.tokens, dtype=torch.bool, device=self.device)
-        real = block_any(valid, size)
+    def check_labels(self, targets: Tensor) -> None:
+        """Raises ValueError if ``targets [B, T]``, of this batch, are neither tokens nor ignored.
+
+        By counts that the host has once a layer has chosen: it waits for nothing.
+        """
+        wrong = sum(row.wrong_labels for row in self.rows)
+        if wrong:
+            label = int(targets[outside(targets, self.vocabulary)][0])
+            raise ValueError(
+                f"{wrong} labels of the batch are not among the {self.vocabulary} tokens of the "
+                f"model, the first of them is {label}. Set labels that are to be ignored to "
+                f"{IGNORE_INDEX}; for added tokens call model.resize_token_embeddings first."
+            )
+
+    def _blocks(
+        self, valid: Tensor, targets: Tensor | None, vocabulary: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks that are always kept, and those with labels, ``[B, N]``; and each row's counts."""
+        size, real = self.block_size, self.real
         documents = self.block_documents
         if documents is None:
             first = real & (real.cumsum(1) == 1)
@@ -148,17 +174,33 @@ class BatchFacts:
             first = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
             last = documents.diff(dim=1, append=documents[:, -1:] + 1) != 0
         required = first | last
-        label_blocks, labels = torch.zeros_like(required), torch.zeros_like(required)
+        label_blocks = torch.zeros_like(required)
+        predicts = wrong = torch.zeros_like(valid)
         if targets is not None:
-            labels = targets != IGNORE_INDEX
-            predicts = labels & valid
+            predicts = (targets >= 0) & valid
+            wrong = outside(targets, vocabulary)
             answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
             partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
             label_blocks = block_any(predicts | answers, size) & partial[:, None]
-            required = required | label_blocks
+            required = self._with_something_to_predict(
+                required | label_blocks, block_any(predicts, size)
+            )
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
-        counts = [valid, real, required, in_required, label_blocks, labels]
-        return real, required, label_blocks, torch.stack([count.sum(1) for count in counts], 1)
+        counts = [valid, real, required, in_required, label_blocks, predicts, wrong]
+        return required, label_blocks, torch.stack([count.sum(1) for count in counts], 1)
+
+    def _with_something_to_predict(self, required: Tensor, predicting: Tensor) -> Tensor:
+        """``required``, and the last of the ``predicting`` blocks of each document of which none is
+        required: ``[B, N]`` bool each. A set without one would teach nothing."""
+        order = torch.arange(1, self.num_blocks + 1, device=self.device)
+        order = (order + self.num_blocks * required) * predicting  # required ones come after all
+        if self.documents is None:
+            latest = order.amax(1, keepdim=True)
+        else:
+            document = self.places.document
+            latest = torch.zeros_like(order).scatter_reduce(1, document, order, "amax")
+            latest = latest.gather(1, document)
+        return required | (predicting & (order == latest))
 
     def tokens_of(self, blocks: Tensor) -> Tensor:
         """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""

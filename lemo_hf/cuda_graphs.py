@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, masking_utils
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.passes import Passes, runs_own_forward
+from lemo_hf.lazy_logits import Logits, stock_class, with_logits
+from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
+from lemo_hf.passes import Passes
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
 from lemo_hf.row_counts import RowCounts
 from lemo_hf.step import Seen
@@ -99,9 +101,7 @@ class CudaGraphs:
         loss = recorded.replay(kwargs, passes.global_step)
         passes.add(recorded.written.seen.clone())
         output = tree_map_only(Tensor, torch.clone, recorded.written.output)
-        if isinstance(output, tuple):
-            return loss, *output
-        return type(output)(loss=loss, **output)
+        return with_logits(output, loss, Logits(None, OF_GRAPHS))
 
     def _why_not(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
         """Why a batch cannot run by a graph; None if it may."""
@@ -110,8 +110,10 @@ class CudaGraphs:
         ids = kwargs.get("input_ids")
         if ids is None or ids.device.type != DEVICE:
             return "it needs input_ids on a GPU"
-        if self.passes.promised:
+        if self.passes.promised or not makes_plain_loss(model, kwargs):
             return "the loss is not the model's own"
+        if returns_tuple(model, kwargs):
+            return "return_dict=False asks for logits as well"
         if not isinstance(kwargs.get("labels"), Tensor):
             return "the model is given no labels"
         mask = kwargs.get("attention_mask")
@@ -185,17 +187,14 @@ def _forward_and_backward(
     trained = [p for p in model.parameters() if p.requires_grad]
     with aliases(model) as alias:
         output = stock_call(model, **inputs)
-        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        loss = output["loss"]
         # By themselves as well, to notice one that is used past the modules that own it.
         weights = [*(alias[p] for p in trained), *trained]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
     if any(x is not None for x in found[len(trained) :]):
         raise RuntimeError("it uses weights past the modules that hold them")
     pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
-    if isinstance(output, tuple):
-        rest = output[1:]
-    else:
-        rest = type(output)(**{name: x for name, x in output.items() if name != "loss"})
+    rest = stock_class(output)(**{name: x for name, x in output.items() if name != "loss"})
     return Written(
         loss.detach(),
         [p for p, _ in pairs],
@@ -257,8 +256,6 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
         return "the host picks the frequencies of its rotary embedding by length"
     if getattr(model, "is_loaded_in_8bit", False):
         return "bitsandbytes asks the host about outliers of 8-bit weights"
-    if not runs_own_forward(model):
-        return "the loss is not the model's own"
     adapters = getattr(model, "peft_config", {}).values()
     if any(getattr(adapter, "module_dropout", 0) for adapter in adapters):
         return "the host draws which of PEFT's modules are dropped"

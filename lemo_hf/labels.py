@@ -1,13 +1,13 @@
 """The labels of a pass, of which a loss that is not LeMo's gets those of kept tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.loss import shifted, supervised_targets
+from lemo_hf.loss import share_left, shifted, supervised_targets
 from lemo_hf.step import Step
 
 
@@ -19,43 +19,74 @@ class Labels:
         name: The argument they came by; ``"shift_labels"`` stand where they are predicted.
         tensor: ``[B, T]`` int64, a copy that may be changed.
         num_items: fp32 scalar tensor that may be changed, or None.
+        ignored: What a loss that is given ``ignore_index`` takes for no label.
     """
 
     name: str
     tensor: Tensor
     num_items: Tensor | None
+    ignored: int = IGNORE_INDEX
 
     @classmethod
     def copy_of(
-        cls, tensor: Tensor, num_items: Tensor | int | None, name: str = "labels"
+        cls,
+        tensor: Tensor,
+        num_items: Tensor | int | None,
+        name: str = "labels",
+        ignored: int = IGNORE_INDEX,
     ) -> "Labels":
         """Labels that the pass may change; the caller's stay as they are."""
         if num_items is not None:
             num_items = torch.as_tensor(num_items, device=tensor.device).float().clone()
-        return cls(name, tensor.clone(), num_items)
+        return cls(name, tensor.clone(), num_items, ignored)
 
     @classmethod
     def in_call(cls, kwargs: dict[str, Any]) -> "Labels | None":
         """The labels among the arguments of the model, if there are any."""
         for name in ("shift_labels", "labels"):
             if kwargs.get(name) is not None:
-                return cls.copy_of(kwargs[name], kwargs.get("num_items_in_batch"), name)
+                ignored = kwargs.get("ignore_index", IGNORE_INDEX)
+                return cls.copy_of(kwargs[name], kwargs.get("num_items_in_batch"), name, ignored)
         return None
 
+    def fit(self, batch: Tensor) -> bool:
+        """Whether they are of as many tokens as ``batch``, ``[B, T]`` ids or their embeddings."""
+        return self.tensor.shape == batch.shape[:2]
+
     def targets(self) -> Tensor:
-        """``[B, T]``: the token each position must predict."""
-        return self.tensor if self.name == "shift_labels" else shifted(self.tensor)
+        """``[B, T]``: the token each position must predict, `IGNORE_INDEX` for none."""
+        targets = self.tensor
+        if self.ignored != IGNORE_INDEX:
+            targets = targets.masked_fill(targets == self.ignored, IGNORE_INDEX)
+        return targets if self.name == "shift_labels" else shifted(targets)
 
     def strike(self, step: Step) -> None:
         """Ignore what eliminated tokens would have to predict; take it out of the item count."""
         before = self.targets()
         after, _ = supervised_targets(before, step)
         if self.num_items is not None:
-            count = (before != IGNORE_INDEX).sum().clamp_min(1)
-            left = (after != IGNORE_INDEX).sum()
-            # Of none that are left the sum is 0; divided by 0 it would be NaN.
-            self.num_items.mul_(torch.where(left > 0, left / count, 1))
+            self.num_items.mul_(share_left(before, after))
+        struck = (before != IGNORE_INDEX) & (after == IGNORE_INDEX)
         if self.name == "shift_labels":
-            self.tensor.copy_(after)
+            self.tensor.masked_fill_(struck, self.ignored)
         else:
-            self.tensor[:, 1:] = after[:, :-1]
+            self.tensor[:, 1:].masked_fill_(struck[:, :-1], self.ignored)
+
+
+@dataclass
+class StepLabels(Labels):
+    """Labels of a training step, of which each of its passes may strike some.
+
+    Attributes:
+        whole: As they were.
+    """
+
+    whole: Labels = field(kw_only=True)
+
+    def restored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a pass, with these as they were where they are among them."""
+        changed = ((self.tensor, self.whole.tensor), (self.num_items, self.whole.num_items))
+        return {
+            name: next((whole for struck, whole in changed if value is struck), value)
+            for name, value in kwargs.items()
+        }

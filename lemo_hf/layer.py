@@ -75,7 +75,8 @@ class SparseLayer(_Mixed):
         step = plan.passes.step
         if step is None:
             cached = kwargs.get("past_key_values") is not None
-            if self.training and torch.is_grad_enabled() and not cached:
+            stray = not cached and not plan.passes.plain
+            if self.training and torch.is_grad_enabled() and stray:
                 raise RuntimeError(
                     f"layer {plan.index} was called in training mode outside a pass of its causal "
                     "LM, where it would run dense. Call the causal LM itself; for a dense pass "
@@ -88,9 +89,11 @@ class SparseLayer(_Mixed):
     def _gradient_checkpointing_func(self) -> Callable:
         # transformers checkpoints a layer by this function. A sparse layer stores its kept rows
         # rather than its whole input, so during a sparse pass the wrapper must do nothing.
-        if self.__dict__[_PLAN].passes.step is None:
-            return self.__dict__["_gradient_checkpointing_func"]
-        return _call
+        passes = self.__dict__[_PLAN].passes
+        if passes.step is not None:
+            return _call
+        own = self.__dict__["_gradient_checkpointing_func"]
+        return partial(_plainly, passes, own) if passes.plain else own
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable) -> None:
@@ -99,6 +102,19 @@ class SparseLayer(_Mixed):
 
 def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
+
+
+def _plainly(passes: Passes, checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint a layer of a plain pass: its second run, in the backward, is plain as well."""
+
+    def run(*inner: Any, **kwargs: Any) -> Any:
+        before, passes.plain = passes.plain, True
+        try:
+            return function(*inner, **kwargs)
+        finally:
+            passes.plain = before
+
+    return checkpoint(run, *args)
 
 
 @cache

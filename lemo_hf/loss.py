@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lemo_hf.families import Family
@@ -13,6 +14,11 @@ from lemo_hf.step import Step
 def shifted(labels: Tensor) -> Tensor:
     """The token each position must predict: ``labels [B, T]`` one to the left, the end ignored."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def of_tokens(targets: Tensor, step: Step) -> Tensor:
+    """``targets [B, T]`` without those of padding, which no layer reads and nobody may ask."""
+    return targets if step.valid is None else targets.masked_fill(~step.valid, IGNORE_INDEX)
 
 
 def supervised_targets(targets: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -28,11 +34,22 @@ def supervised_targets(targets: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     Returns:
         Targets ``[B, T]`` and weights ``[B, 1]`` fp32.
     """
+    targets = of_tokens(targets, step)
     before = (targets != IGNORE_INDEX).sum(1, keepdim=True)
     if step.config.supervise == "kept":
         targets = targets.masked_fill(~step.supervised(), IGNORE_INDEX)
     after = (targets != IGNORE_INDEX).sum(1, keepdim=True)
     return targets, before / after.clamp_min(1)
+
+
+def share_left(before: Tensor, after: Tensor) -> Tensor:
+    """Of the targets ``before`` the share that is left ``after``, fp32 scalar.
+
+    Of none that are left the sum of losses is 0; divided by 0 items it would be NaN: 1 then.
+    """
+    count = (before != IGNORE_INDEX).sum().clamp_min(1)
+    left = (after != IGNORE_INDEX).sum()
+    return torch.where(left > 0, left / count, 1.0)
 
 
 def segment_loss(
@@ -64,13 +81,16 @@ def segment_loss(
         share the sequence, the mean over them is the loss: engines take the mean of their
         gradients, and Trainer of what it logs.
     """
+    step.check_labels(targets)
     count: Tensor | float
     if num_items_in_batch is None:
-        count = (targets != IGNORE_INDEX).sum().clamp_min(1)
+        count = (of_tokens(targets, step) != IGNORE_INDEX).sum().clamp_min(1)
     elif isinstance(num_items_in_batch, Tensor):
         count = num_items_in_batch.to(hidden.device).clamp_min(1)
     else:
         count = max(1, num_items_in_batch)
+    if num_items_in_batch is not None and step.valid is not None:
+        count = count * share_left(targets, of_tokens(targets, step))  # they count padding's too
     targets, weights = supervised_targets(targets, step)
     if step.shards is not None:
         targets = step.shards.part(targets)

@@ -1,10 +1,11 @@
 """Hooks on the causal LM: they see each batch come in, and the loss go out.
 
-In a sparse pass the loss belongs to one of three: the model itself, then `segment_loss` takes its
-place and no ``[B, T, V]`` logits are made; a forward that somebody put on the instance or its class
-(Liger, TRL, cut cross-entropy); or a function of the logits outside the model
-(``compute_loss_func``, label smoothing). The last two keep their loss. They are given labels from
-which the targets of eliminated tokens are struck once the last sparse layer has run.
+In a sparse pass the loss belongs to one of three: the model itself, then `OwnLoss` takes its place
+and no ``[B, T, V]`` logits are made; a forward or loss function that somebody put on the instance
+or its class (Liger, TRL, cut cross-entropy); or a function of the logits outside the model
+(``compute_loss_func``, label smoothing, a `compute_loss` of the user's). The last two keep their
+loss. They are given labels from which the targets of eliminated tokens are struck once the last
+sparse layer has run. A pass in training mode without labels is sparse in a training step alone.
 """
 
 import inspect
@@ -16,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo_hf.checks import check_call, check_sharded_head
+from lemo_hf.checks import check_call
 from lemo_hf.config import UNITS, LeMoConfig
 from lemo_hf.families import Family
-from lemo_hf.fused import final_norm
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.kernels.norm import Norm
-from lemo_hf.labels import Labels
-from lemo_hf.loss import segment_loss, shifted
+from lemo_hf.labels import Labels, StepLabels
+from lemo_hf.loss import shifted
 from lemo_hf.memory import fitting_level, free_bytes, local_bytes
 from lemo_hf.offload import HostMemory
+from lemo_hf.own_loss import OwnLoss, makes_plain_loss, returns_tuple
 from lemo_hf.row_counts import RowCounts
 from lemo_hf.selection import LayerRows
 from lemo_hf.sequence_checks import (
@@ -38,6 +38,15 @@ from lemo_hf.step import Seen, Step
 
 logger = logging.getLogger(__name__)
 
+PLAIN_UNLABELLED = (
+    "LeMo: a pass in training mode without labels is the plain model's, all tokens in every layer. "
+    "If it trains, give the model its labels, or call LeMo.begin_step before each step."
+)
+SPARSE_UNLABELLED = (
+    "LeMo: a training step gives the model no labels, so that nothing says which blocks hold "
+    "answers, and its loss may ask tokens that were left out. Give the model its labels; for a "
+    "loss of your own use LeMoTrainer, where inputs['labels'] are those of kept tokens."
+)
 MOST_SHAPES = 1024  # whose levels of recomputation are remembered
 
 
@@ -50,6 +59,9 @@ class Passes:
         rows: Counts of the rows of the next pass, where the host knows them already.
         retention: What rows keep in passes from now on, whatever the config says; None: what it
             says.
+        asked: A training step is under way, whose passes are sparse without labels too.
+        expected: Labels of the step, which a loss outside the model may take.
+        plain: The pass under way is the stock model's, though in training mode.
         counts: Tokens that were no padding, and kept token-layers of attention and MLP.
         kept_blocks: Of the last sparse pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
         dtype: Of products in the last sparse pass.
@@ -71,7 +83,7 @@ class Passes:
         host: HostMemory | None,
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
-        self._parameters = model.parameters
+        self._parameters, self._model_config = model.parameters, model.config
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         if config.sequence_parallel_size > 1:
             check_sequence_model(config, model, family)
@@ -80,6 +92,8 @@ class Passes:
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
+        self.asked = self.plain = False
+        self.expected: StepLabels | None = None
         self.first: tuple[list[RowCounts], list[int]] | None = None
         self.counts: dict[str, Any] = {}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
@@ -89,12 +103,14 @@ class Passes:
         self.reset_counts()
         self._warned = self._begun = False
         self._levels: dict[tuple, str] = {}
+        self._said_unlabelled = False
         self._promised: Labels | None = None
-        self._loss: Tensor | None = None
+        self._own: OwnLoss | None = None
         self._for_this_pass: list = []
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
+            # Before other hooks, which may look at the loss.
+            model.register_forward_hook(self._after, always_call=True, prepend=True),
         ]
 
     def remove(self) -> None:
@@ -120,10 +136,19 @@ class Passes:
         self._promised = Labels.copy_of(tensor, num_items)
         return self._promised
 
+    def expect(self, tensor: Tensor, num_items: Any) -> Labels:
+        """Announce labels that any pass of the step may take, given them or not.
+
+        ``num_items``, a tensor or None, may be changed.
+        """
+        whole = Labels.copy_of(tensor, num_items)
+        self.expected = StepLabels("labels", tensor.clone(), num_items, whole=whole)
+        return self.expected
+
     @property
     def promised(self) -> bool:
-        """Whether the loss of the next pass is made outside the model."""
-        return self._promised is not None
+        """Whether the loss of the next pass may be made outside the model."""
+        return self._promised is not None or self.expected is not None
 
     def count_rows(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor) -> list[RowCounts]:
         """Counts of a batch before its pass; the host waits for them.
@@ -135,13 +160,22 @@ class Passes:
         """
         batch, tokens = input_ids.shape
         targets = shifted(labels)
-        device = input_ids.device
-        return Step(self.config, (batch, tokens), device, attention_mask=mask, targets=targets).rows
+        step = Step(
+            self.config,
+            (batch, tokens),
+            input_ids.device,
+            attention_mask=mask,
+            targets=targets,
+            vocabulary=self._model_config.vocab_size,
+        )
+        step.check_labels(targets)
+        return step.rows
 
     def _before(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         promised, self._promised = self._promised, None
+        self.plain = False
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         if not model.training or kwargs.get("past_key_values") is not None:
@@ -150,17 +184,27 @@ class Passes:
         main = kwargs.get("inputs_embeds") if ids is None else ids
         if main is None:
             return (), kwargs  # the model's own error is as good
+        if self.expected is not None:
+            kwargs = self.expected.restored(kwargs)
+        given, labels = Labels.in_call(kwargs), promised
+        if promised is None and self.expected is not None and self.expected.fit(main):
+            promised, labels = self.expected, self.expected.whole
+        labels = given or labels
+        fused = kwargs.get("fused_lm_head") and torch.is_grad_enabled()  # which is refused
+        if labels is None and not fused and not self._asked_without_labels():
+            self.plain = True
+            return (), kwargs
         check_call(model, kwargs, promised is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
-        labels = promised or Labels.in_call(kwargs)
-        own = promised is None and runs_own_forward(model)
+        own = given is not None and makes_plain_loss(model, kwargs)
+        own = own and not returns_tuple(model, kwargs)
         shards = None
         if self.group is not None:
             check_sequence_call(self.config, self._layers, self.family, kwargs, main)
             check_sequence_loss(self.config, labels is not None, own)
             kwargs["attention_mask"] = None
             shards = Shards(self.group, main.shape[1], self.config.block_size)
-        self.step = Step(
+        self.step = step = Step(
             self.config,
             tuple(main.shape[:2]),
             main.device,
@@ -168,6 +212,7 @@ class Passes:
             attention_mask=kwargs.get("attention_mask"),
             position_ids=_position_ids(kwargs, main.shape[1]),
             targets=None if labels is None else labels.targets(),
+            vocabulary=model.config.vocab_size,
             global_step=self.global_step,
             score_always=sharded(self.last),
             shards=shards,
@@ -176,72 +221,35 @@ class Passes:
         )
         if shards is not None:
             _take_shard(shards, kwargs, main)
-        if labels is None:
-            return (), kwargs
+        others = [] if promised is None else [promised]
         if own:
-            self._own_loss(model, self.step, labels.targets(), kwargs)
-        elif self.config.supervise == "kept":
-            if promised is None:
-                kwargs[labels.name] = labels.tensor
-                if labels.num_items is not None:
-                    kwargs["num_items_in_batch"] = labels.num_items
-            step = self.step
-            strike = self.last.register_forward_hook(lambda *_: labels.strike(step))
-            self._for_this_pass.append(strike)
+            assert given is not None  # or there would be no loss of the model's own
+            for name in ("labels", "shift_labels"):
+                kwargs.pop(name, None)
+            items = given.num_items
+            self._own = OwnLoss(model, self.family, step, given.targets(), items)
+        elif given is not None:
+            kwargs[given.name] = given.tensor
+            if given.num_items is not None:
+                kwargs["num_items_in_batch"] = given.num_items
+            others.append(given)
+        if others and (self.config.supervise == "kept" or step.valid is not None):
+
+            def strike(*_: Any) -> None:
+                for labels in others:
+                    labels.strike(step)
+
+            self._for_this_pass.append(self.last.register_forward_hook(strike))
         return (), kwargs
 
-    def _own_loss(
-        self, model: PreTrainedModel, step: Step, targets: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Compute the loss from what the head is about to read; it then sees one row a sequence."""
-        head = model.get_output_embeddings()
-        num_items = kwargs.get("num_items_in_batch")
-        for name in ("labels", "shift_labels"):
-            kwargs.pop(name, None)
-
-        def loss_of(hidden: Tensor, norm: Norm | None = None) -> Tensor:
-            config, family = model.config, self.family
-            return segment_loss(hidden, targets, step, head, family, config, num_items, norm)
-
-        def at_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            self._for_this_pass.pop().remove()
-            if self._loss is None:
-                self._loss = loss_of(args[0])
-            return (args[0][:, :1].detach(),)
-
-        def catch_head() -> None:
-            self._for_this_pass.append(head.register_forward_pre_hook(at_head))
-
-        if sharded(head):
-            self._loss_inside(head, loss_of)
-            return
-        norm = final_norm(model, self.family)
-        if norm is None:
-            catch_head()
-            return
-
-        def at_norm(hidden: Tensor) -> Tensor:
-            self._loss = loss_of(hidden, norm)
-            catch_head()
-            return hidden.detach()
-
-        # From here on the gradient of the stream is the loss's own, and norms exist by segments.
-        step.owns_gradient = True
-        stand_in = _StandIn(model.get_submodule(self.family.final_norm), at_norm)
-        self._for_this_pass.append(stand_in)
-
-    def _loss_inside(self, head: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Let the head's next call return the loss.
-
-        FSDP2 and ZeRO-3 gather a head for its call and for the backward of what that returns.
-        """
-        check_sharded_head(head)
-        stand_in = _StandIn(head, loss_of)
-
-        def after_head(_: nn.Module, args: Any, output: Tensor) -> None:
-            self._loss = output
-
-        self._for_this_pass += [stand_in, head.register_forward_hook(after_head)]
+    def _asked_without_labels(self) -> bool:
+        """Whether a pass without labels is one of a training step; says once what follows."""
+        if not torch.is_grad_enabled():
+            return False  # generation, a look at the logits
+        if not self._said_unlabelled:
+            self._said_unlabelled = True
+            logger.warning("%s Said once.", SPARSE_UNLABELLED if self.asked else PLAIN_UNLABELLED)
+        return self.asked
 
     def fitting_level(self, layer: nn.Module, x: Tensor) -> str:
         """What all layers that follow gradient checkpointing compute again: one of `UNITS`.
@@ -283,7 +291,10 @@ class Passes:
         while self._for_this_pass:
             self._for_this_pass.pop().remove()
         step, self.step = self.step, None
-        loss, self._loss = self._loss, None
+        own, self._own = self._own, None
+        self.plain = False
+        if own is not None:
+            own.remove()
         if step is None or output is None:
             return output
         if step.exceeded and not self._warned:
@@ -292,43 +303,7 @@ class Passes:
         if not self._begun and step.retention is None:  # a run may go on within its finish
             self.first, self._begun = (step.rows, step.row_slots), True
         self.deliver(step.seen())
-        if loss is None:
-            return output
-        if isinstance(output, tuple):
-            return (loss, *output[1:])
-        output["loss"] = loss
-        output["logits"] = None
-        return output
-
-
-def runs_own_forward(model: nn.Module) -> bool:
-    """Whether the loss is the model class's own: nobody put another forward on it or its class."""
-    # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
-    forward = vars(model).get("_original_forward", vars(model).get("forward"))
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
-        return False
-    owner = next(base for base in type(model).__mro__ if "forward" in vars(base))
-    return vars(owner)["forward"].__module__ == owner.__module__
-
-
-class _StandIn:
-    """``function`` in place of a module's forward, for one call."""
-
-    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]):
-        self._attributes, self._function = vars(module), function
-        self._before = self._attributes.get("forward")
-        self._attributes["forward"] = self
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        self.remove()  # the function calls the module's own
-        return self._function(hidden)
-
-    def remove(self) -> None:
-        if self._attributes.get("forward") is not self:
-            return
-        del self._attributes["forward"]
-        if self._before is not None:
-            self._attributes["forward"] = self._before
+        return output if own is None else own.give(output)
 
 
 def _take_shard(shards: Shards, kwargs: dict[str, Any], main: Tensor) -> None:

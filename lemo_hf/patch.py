@@ -174,7 +174,8 @@ class LeMo:
         return f"{name} ({kernels[0].name.lower()})" if kernels else name
 
     def begin_step(self, step: int, steps: int | None = None) -> None:
-        """Say which optimizer step comes; trainers do.
+        """Say which optimizer step comes; trainers do. From now on passes that are given no labels
+        are sparse too.
 
         Args:
             step: Optimizer steps done.
@@ -182,8 +183,12 @@ class LeMo:
         """
         finish = 0 if steps is None else round(self.config.finish * steps)
         ends = steps is not None and finish > 0 and step >= steps - finish
-        self.passes.global_step = step
+        self.passes.global_step, self.passes.asked = step, True
         self.passes.retention = self.config.finish_retention if ends else None
+
+    def end_step(self) -> None:
+        """The step is over: passes without labels are those of the plain model again."""
+        self.passes.asked, self.passes.expected = False, None
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.

@@ -18,7 +18,8 @@ class RowCounts:
     required_blocks: int
     required_tokens: int  # in required blocks
     label_blocks: int
-    labels: int
+    labels: int  # that a token predicts, not padding
+    wrong_labels: int = 0  # that are no token and not ignored
 
     def num_blocks(self, retention: float) -> int:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)

@@ -61,8 +61,8 @@ class Step(BatchFacts):
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
         retention: What rows keep in this pass, whatever the config says: the finish of a run. With
             policy ``"auto"`` and no ``dense_finish`` of the user's, rows that ask are spared.
-        **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets`` and
-            ``rows``, see `BatchFacts`.
+        **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
+            ``vocabulary`` and ``rows``, see `BatchFacts`.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.

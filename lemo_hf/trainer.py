@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -39,6 +40,7 @@ class LeMoMixin(_Mixed):
             raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
+        self._in_step = False
         super().__init__(*args, **kwargs)
         if lemo_config is not None:
             check_trainer(
@@ -110,14 +112,40 @@ class LeMoMixin(_Mixed):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """As Trainer's, telling LeMo which optimizer step this is."""
-        if self.lemo is not None:
-            self.lemo.begin_step(self.state.global_step, self.state.max_steps)
-        loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
-        if self.lemo is not None and self.is_world_process_zero():
+        if self.lemo is None:
+            return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.lemo.begin_step(self.state.global_step, self.state.max_steps)
+        if self._loss_is_overridden() and num_items_in_batch is not None:
+            device = self.args.device
+            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=device).float().clone()
+        self._items, self._in_step = num_items_in_batch, True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        finally:
+            self._in_step = False
+            self.lemo.end_step()
+        if self.is_world_process_zero():
             first = self.lemo.take_first_batch()
             if first is not None:
                 print(first)
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
+        """As Trainer's; a `compute_loss` of the user's is given labels that LeMo may strike."""
+        inputs = super()._prepare_inputs(inputs)
+        if self._in_step and self._loss_is_overridden() and "labels" in inputs:
+            assert self.lemo is not None  # or no step would be marked
+            labels = self.lemo.passes.expect(inputs["labels"], self._items)
+            inputs["labels"] = labels.tensor
+        return inputs
+
+    def _loss_is_overridden(self) -> bool:
+        """Whether a `compute_loss` of the user's may make its own loss."""
+        if "compute_loss" in vars(self):
+            return True
+        owners = (base for base in type(self).__mro__ if "compute_loss" in vars(base))
+        known = ("lemo_hf", "transformers", "trl")
+        return any(base.__module__.partition(".")[0] not in known for base in owners)
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; processes that share sequences get the same rows."""

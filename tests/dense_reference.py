@@ -68,12 +68,18 @@ def masked_dense(layers, sets, mlp_output):
 
 
 def expected_loss(logits, labels, supervised, attention_mask=None):
-    """Mean over rows of the mean loss on supervised tokens, rows weighted by their labels."""
+    """Mean over rows of the mean loss on supervised tokens, rows weighted by their labels.
+
+    What padding would have to predict, the first token of a row that is padded on the left, is no
+    label.
+    """
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     nll = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
     ).view_as(targets)
     labelled = targets != -100
+    if attention_mask is not None:
+        labelled = labelled & attention_mask.bool()
     asked = labelled & supervised
     rows = (nll * asked).sum(1) / asked.sum(1).clamp_min(1) * labelled.sum(1)
     return rows.sum() / labelled.sum()

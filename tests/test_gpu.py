@@ -45,7 +45,7 @@ def test_no_further_from_the_truth_than_a_masked_dense_model(
         with masked_dense(layers, sets, "mlp"):
             logits = model(**rest, use_cache=False).logits
             ones = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-            loss = expected_loss(logits, inputs["labels"], ones)
+            loss = expected_loss(logits, inputs["labels"], ones, inputs.get("attention_mask"))
             return loss.item(), gradients_of(model, loss)
 
     def build(implementation, dtype):

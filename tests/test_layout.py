@@ -55,6 +55,8 @@ FLOORS = {
     "recall": 9,
     "sublayer": 3,
     "labels": 5,
+    "lazy_logits": 0,
+    "own_loss": 5,
     "passes": 6,
     "layer": 7,
     "cuda_graphs": 7,

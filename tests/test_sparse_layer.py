@@ -86,7 +86,7 @@ def compare(model, inputs, config, monkeypatch, mlp_output="mlp"):
     rest = {k: v for k, v in inputs.items() if k != "labels"}
     model.zero_grad()
     with masked_dense(layers, sets, mlp_output):
-        expected = expected_loss(model(**rest, use_cache=False).logits, labels, supervised)
+        expected = expected_loss(model(**rest, use_cache=False).logits, labels, supervised, real)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=2e-6)
     for name, parameter in model.named_parameters():
@@ -166,7 +166,7 @@ def test_dense_layers_between_sparse_ones(monkeypatch):
     supervised = (times >= times.sum(1, keepdim=True) / real.sum(1, keepdim=True)) & real
     labels = inputs.pop("labels")
     with masked_dense(list(model.model.layers)[1:5], sets, "mlp"):
-        expected = expected_loss(model(**inputs, use_cache=False).logits, labels, supervised)
+        expected = expected_loss(model(**inputs, use_cache=False).logits, labels, supervised, real)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=2e-6)
     for name, parameter in model.named_parameters():

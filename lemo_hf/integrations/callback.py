@@ -85,6 +85,7 @@ class LeMoCallback(TrainerCallback):
     ) -> None:
         """Says what the first batch kept."""
         assert self.lemo is not None
+        self.lemo.end_step()
         first = self.lemo.take_first_batch()
         if first is not None and state.is_world_process_zero:
             print(first)

@@ -1,0 +1,187 @@
+"""Labels that are no token, labels of padding, and sets that must hold something to predict."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from dense_reference import expected_loss, recorded_sets
+from models import batch, loss_and_gradients, make_model, relative_error
+from peft import LoraConfig, get_peft_model
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.config import KeepRule
+from lemo_hf.labels import Labels
+from lemo_hf.step import Step
+
+
+@pytest.mark.parametrize("label", [-1, -99, 97, 10**6])
+@pytest.mark.parametrize("retention", [0.5, 1.0])
+@pytest.mark.parametrize("threshold", [False, True])
+def test_a_label_that_is_no_token_is_refused_as_by_the_stock_model(label, retention, threshold):
+    model = make_model("llama")
+    inputs = batch()
+    inputs["labels"][1, 40] = label
+    with pytest.raises(IndexError):
+        model(**inputs)
+    rule = {"threshold": 0.5, "policy": "oracle"} if threshold else {"retention": retention}
+    apply_lemo(model, LeMoConfig(block_size=8, agree_across_layers=False, **rule))
+    with pytest.raises(ValueError, match=f"1 labels .* 97 tokens of the model, .* {label}\\. Set"):
+        model(**inputs)
+    assert model(**batch()).loss.item() > 0  # the failed pass left nothing behind
+
+
+def test_a_label_that_nothing_predicts_may_be_anything():
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(block_size=8))
+    inputs = batch()
+    expected = model(**inputs).loss
+    inputs["labels"][:, 0] = -1
+    assert model(**inputs).loss == expected
+
+
+def test_added_tokens_may_be_labels():
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(block_size=8))
+    model.resize_token_embeddings(105)
+    inputs = batch()
+    inputs["labels"][0, 30] = 104
+    assert model(**inputs).loss.item() > 0
+
+
+def kept_targets(config, targets, **facts):
+    """How many targets the set of the first layer holds, for each row."""
+    step = Step(config, targets.shape, targets.device, targets=targets, **facts)
+    scores = torch.rand(targets.shape[0], step.num_blocks)
+    kept = step.choose(0, "attention", KeepRule(config.retention), lambda: scores)
+    tokens = step.tokens_of(kept.blocks)
+    return (tokens & (targets >= 0)).sum(1), step, kept
+
+
+def test_a_set_holds_something_to_predict():
+    """The last block is one token, which predicts nothing; the first has no label."""
+    ids = batch(1, 177)["input_ids"]
+    labels = ids.clone()
+    labels[:, :17] = -100
+    model = make_model("llama")
+    lemo = apply_lemo(model, LeMoConfig(retention=0.15, block_size=16))
+    loss, gradients = loss_and_gradients(model, input_ids=ids, labels=labels)
+    assert loss > 1 and all(x.abs().max() > 0 for x in gradients.values())
+    assert lemo.passes.kept_blocks[0, "attention"].sum() == 3
+
+
+def test_each_document_of_a_set_holds_something_to_predict():
+    lengths = (41, 49, 33)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    targets = torch.arange(123)[None].clone()
+    bounds = (0, 41, 90, 123)
+    for first, end in pairwise(bounds):
+        targets[0, first : first + 16] = -100
+        targets[0, end - 9 :] = -100
+    targets[0, 90:] = -100  # nothing in the last
+    config = LeMoConfig(retention=0.1, block_size=8, policy="recent")
+    # Whole labels bind no block by themselves: what is asked for is most of the row.
+    step = Step(config, (1, 123), positions.device, targets=targets, position_ids=positions)
+    blocks = step.block_documents[0]
+    predicting = torch.nn.functional.pad(targets >= 0, (0, -123 % 8)).view(-1, 8).any(1)
+    for document in blocks.unique():
+        inside = (blocks == document) & predicting
+        assert not inside.any() or (step.required[0] & inside).any()
+
+
+def test_rows_without_labels_ask_for_no_block():
+    targets = torch.full((1, 64), -100)
+    count, step, kept = kept_targets(LeMoConfig(retention=0.25, block_size=8), targets)
+    assert count.item() == 0 and kept.blocks.sum() == 2 and step.required.sum() == 2
+
+
+def left_padded():
+    inputs = batch(rows=3)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :9], mask[2, :25] = 0, 0
+    inputs["labels"][mask == 0] = -100
+    return {**inputs, "attention_mask": mask}
+
+
+def with_a_row_of_padding():
+    """Which has labels all the same."""
+    inputs = batch(rows=3)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def without_those_of_padding(inputs):
+    """The same batch, its labels none that padding would have to predict."""
+    labels = inputs["labels"].clone()
+    labels[:, 1:][inputs["attention_mask"][:, :-1] == 0] = -100
+    return {**inputs, "labels": labels}
+
+
+@pytest.mark.parametrize("items", [False, True])
+@pytest.mark.parametrize("supervise", ["kept", "all"])
+@pytest.mark.parametrize("case", [left_padded, with_a_row_of_padding])
+def test_what_padding_would_predict_is_in_no_count(case, supervise, items):
+    inputs, model = case(), make_model("llama")
+    honest = without_those_of_padding(inputs)
+    number = (inputs["labels"][:, 1:] != -100).sum()
+    assert number > (honest["labels"][:, 1:] != -100).sum()
+    loss, gradients = loss_and_gradients(model, **honest)
+    apply_lemo(model, LeMoConfig(retention=1.0, block_size=8, supervise=supervise))
+    given = {"num_items_in_batch": number} if items else {}
+    ours, found = loss_and_gradients(model, **inputs, **given)
+    assert ours == pytest.approx(loss, rel=2e-6)
+    assert all(relative_error(found[name], x) < 2e-5 for name, x in gradients.items())
+
+
+def test_accumulated_padding_weighs_as_its_batch_does():
+    """A batch's share of the items is that of all its labels, whether they can be asked or not."""
+    inputs, model = left_padded(), make_model("llama")
+    apply_lemo(model, LeMoConfig(retention=1.0, block_size=8))
+    number = (inputs["labels"][:, 1:] != -100).sum()
+    alone = model(**inputs).loss
+    half = model(**inputs, num_items_in_batch=2 * number).loss
+    assert half.item() == pytest.approx(alone.item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("supervise", ["kept", "all"])
+def test_a_loss_outside_asks_no_padding(supervise, monkeypatch):
+    inputs = left_padded()
+    labels = Labels.copy_of(inputs["labels"], 3 * 69)
+    model = make_model("llama")
+    lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, supervise=supervise))
+    lemo.passes._promised = labels
+    rest = {name: x for name, x in inputs.items() if name != "labels"}
+    with recorded_sets(monkeypatch) as chosen:
+        logits = model(**rest).logits
+    asked = chosen[0][1] if supervise == "kept" else inputs["attention_mask"].bool()
+    left = (labels.tensor[:, 1:] != -100).sum()
+    assert left == asked[:, :-1].sum()
+    assert labels.num_items.item() == pytest.approx(
+        3 * 69 * left.item() / (inputs["labels"][:, 1:] != -100).sum().item()
+    )
+    remove_lemo(model)
+    expected = expected_loss(
+        logits, inputs["labels"], asked, inputs["attention_mask"]
+    )  # rows weighted by their labels: the same targets, of a loss of its own
+    assert expected.isfinite()
+
+
+def test_other_labels_are_struck_as_their_loss_ignores():
+    """``ignore_index`` may be a token, which is then no label."""
+    tensor = torch.arange(3, 35)[None].clone()
+    tensor[0, 20] = 7
+    labels = Labels.copy_of(tensor, None, ignored=7)
+    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"), targets=labels.targets())
+    assert step.rows[0].labels == 31 - 2  # one 7 more stands at its own place
+    step.times_kept[0, :16] = 1
+    labels.strike(step)
+    assert (labels.tensor[0, 17:] == 7).all() and labels.tensor[0, 1:17].tolist() == [*range(4, 20)]
+
+
+def test_an_adapted_head_refuses_as_well():
+    model = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["lm_head"]))
+    apply_lemo(model, LeMoConfig(block_size=8))
+    inputs = batch()
+    inputs["labels"][0, 5] = 97
+    with pytest.raises(ValueError, match="is 97"):
+        model(**inputs)
