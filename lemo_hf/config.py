@@ -270,6 +270,12 @@ class LeMoConfig:
                 "asked to predict. Set cuda_graphs=False, or supervise='all'."
             )
 
+    def brief(self) -> str:
+        """In one line: the fields that are not at their defaults."""
+        default = vars(LeMoConfig())
+        changed = (f"{k}={v!r}" for k, v in vars(self).items() if v != default[k])
+        return f"LeMoConfig({', '.join(changed)})"
+
     def recompute_levels(self, num_layers: int) -> list[str | None]:
         """``recompute`` of each layer; None where the model's gradient checkpointing decides.
 

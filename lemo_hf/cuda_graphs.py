@@ -163,8 +163,11 @@ class CudaGraphs:
         try:
             graph, written = capture(run, self._pool, device)
         except RuntimeError as error:
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise RuntimeError(
-                f"this model's training pass cannot become a CUDA graph: {_first(error)}\nSet "
+                f"this model's training pass cannot become a CUDA graph: {first}\nSet "
                 "LeMoConfig(cuda_graphs=False)."
             ) from error
         self._pool = graph.pool()

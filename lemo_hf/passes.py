@@ -11,6 +11,7 @@ sparse layer has run. A pass in training mode without labels is sparse in a trai
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_call
+from lemo_hf.compiled import stock_call
 from lemo_hf.config import UNITS, LeMoConfig
 from lemo_hf.families import Family
 from lemo_hf.kernels.launch import sharded
@@ -25,6 +27,7 @@ from lemo_hf.labels import Labels, StepLabels
 from lemo_hf.loss import shifted
 from lemo_hf.memory import fitting_level, free_bytes, local_bytes
 from lemo_hf.offload import HostMemory
+from lemo_hf.out_of_memory import said_what_helps
 from lemo_hf.own_loss import OwnLoss, makes_plain_loss, returns_tuple
 from lemo_hf.row_counts import RowCounts
 from lemo_hf.selection import LayerRows
@@ -54,6 +57,8 @@ class Passes:
     """The forward passes of one model: the one under way, and counts of those that ended.
 
     Attributes:
+        resting: A trainer put LeMo on and does not train now: all passes are the plain model's. In
+            a loop of one's own it is False.
         step: The sparse pass under way, or None.
         global_step: Optimizer steps done, int64 scalar tensor or int.
         rows: Counts of the rows of the next pass, where the host knows them already.
@@ -88,6 +93,7 @@ class Passes:
         if config.sequence_parallel_size > 1:
             check_sequence_model(config, model, family)
         self.group = sequence_group(config.sequence_parallel_size)
+        self.resting = False
         self.step: Step | None = None
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
@@ -115,8 +121,32 @@ class Passes:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self.drop()
         for hook in self._hooks:
             hook.remove()
+
+    def run(self, train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call ``model``, which is in training mode, by ``train``."""
+        if self.resting:
+            return stock_call(model, *args, **kwargs)
+        try:
+            with self.said_what_helps():
+                return train(model, *args, **kwargs)
+        finally:
+            self.drop()  # Ctrl-C skips `_after`, and what it left would be the next pass's
+
+    def said_what_helps(self) -> AbstractContextManager[None]:
+        """Around what may run out of memory, see `out_of_memory.said_what_helps`."""
+        return said_what_helps(self.config, self._layers, finish=self.retention is not None)
+
+    def drop(self) -> None:
+        """Drop what is left of a pass."""
+        while self._for_this_pass:
+            self._for_this_pass.pop().remove()
+        if self._own is not None:
+            self._own.remove()
+        self.step = self._own = self._promised = None
+        self.plain = False
 
     def reset_counts(self) -> None:
         """Start the counts anew."""
@@ -178,7 +208,7 @@ class Passes:
         self.plain = False
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-        if not model.training or kwargs.get("past_key_values") is not None:
+        if self._is_plain(model, kwargs):
             return (), kwargs
         ids = kwargs.get("input_ids")
         main = kwargs.get("inputs_embeds") if ids is None else ids
@@ -242,6 +272,11 @@ class Passes:
             self._for_this_pass.append(self.last.register_forward_hook(strike))
         return (), kwargs
 
+    def _is_plain(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is the plain model's, and not one of whoever trains."""
+        cached = kwargs.get("past_key_values") is not None
+        return self.resting or not model.training or cached
+
     def _asked_without_labels(self) -> bool:
         """Whether a pass without labels is one of a training step; says once what follows."""
         if not torch.is_grad_enabled():
@@ -288,13 +323,8 @@ class Passes:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""
-        while self._for_this_pass:
-            self._for_this_pass.pop().remove()
-        step, self.step = self.step, None
-        own, self._own = self._own, None
-        self.plain = False
-        if own is not None:
-            own.remove()
+        step, own = self.step, self._own
+        self.drop()
         if step is None or output is None:
             return output
         if step.exceeded and not self._warned:

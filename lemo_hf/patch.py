@@ -6,8 +6,11 @@ training mode without a KV cache; in every other case the model is the stock one
 """
 
 import gc
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,10 +19,11 @@ from transformers import PreTrainedModel
 
 from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
-from lemo_hf.compiled import compile_all, train_eagerly
+from lemo_hf.compiled import compile_all, stock_call, train_eagerly
 from lemo_hf.config import LeMoConfig
 from lemo_hf.cuda_graphs import CudaGraphs
 from lemo_hf.describe import describe_batch, describe_run
+from lemo_hf.kernels.launch import sharded
 from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
@@ -27,6 +31,8 @@ from lemo_hf.passes import Passes
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+
+logger = logging.getLogger(__name__)
 
 _LEMO = "_lemo"
 
@@ -62,10 +68,8 @@ def apply_lemo(
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
-    if config.cuda_graphs:
-        train_eagerly(model, CudaGraphs(model, lemo.passes))
-    else:
-        train_eagerly(model)
+    train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
+    train_eagerly(model, partial(lemo.passes.run, train))
     return lemo
 
 
@@ -76,6 +80,48 @@ def remove_lemo(model: nn.Module) -> None:
         getattr(model, _LEMO).remove()
         delattr(model, _LEMO)
         compile_all(model)
+
+
+def take_over(
+    model: nn.Module, config: LeMoConfig, predictors: LeMoPredictor | None = None
+) -> "LeMo":
+    """`apply_lemo` for a trainer: the newest one's config holds, see `end_earlier`.
+
+    Passes are sparse while it trains (`LeMo.training`), and the plain model's at all other times.
+    """
+    end_earlier(model, config)
+    lemo = apply_lemo(model, config, predictors)
+    lemo.passes.resting = True
+    return lemo
+
+
+def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
+    """Take off what an earlier trainer left on ``model``, with a line in the log.
+
+    Args:
+        model: As of `apply_lemo`; without LeMo on it, nothing happens.
+        config: Of the newest trainer, None for dense training.
+
+    Raises:
+        ValueError: It cannot come off, since processes hold parts of the model.
+    """
+    lemo = lemo_of(model)
+    if lemo is None:
+        return
+    if not sharded(model):
+        remove_lemo(model)
+    elif config is None:
+        lemo.passes.resting = True
+    else:
+        raise ValueError(
+            "the model has LeMo of an earlier trainer on it and is in parts on several processes "
+            "(FSDP2, ZeRO-3), so that it cannot come off: load the model anew."
+        )
+    logger.warning(
+        "the model had LeMo of an earlier trainer on it (%s): the newest trainer's holds (%s).",
+        lemo.config.brief(),
+        None if config is None else config.brief(),
+    )
 
 
 def lemo_of(model: nn.Module) -> "LeMo | None":
@@ -172,6 +218,17 @@ class LeMo:
         kernels = fastest_attention(attention, weight.device, weight.dtype)
         name = attention.config._attn_implementation
         return f"{name} ({kernels[0].name.lower()})" if kernels else name
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While a trainer trains: passes of a model that it put LeMo on are sparse."""
+        before, self.passes.resting = self.passes.resting, False
+        try:
+            with self.passes.said_what_helps():
+                yield
+        finally:
+            self.passes.resting = before
+            self.passes.drop()  # labels that were promised to a pass that never came
 
     def begin_step(self, step: int, steps: int | None = None) -> None:
         """Say which optimizer step comes; trainers do. From now on passes that are given no labels

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sized
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
-from lemo_hf.patch import LeMo, apply_lemo, remove_lemo, transformers_model
+from lemo_hf.integrations.callback import LeMoCallback
+from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.sequence_parallel import sequence_group
 
@@ -42,7 +44,11 @@ class LeMoMixin(_Mixed):
         self.lemo: LeMo | None = None
         self._in_step = False
         super().__init__(*args, **kwargs)
-        if lemo_config is not None:
+        if lemo_config is None:
+            if not self._lemo_callbacks():
+                end_earlier(self._model(), None)
+        else:
+            self._refuse_callbacks()
             check_trainer(
                 self.args,
                 getattr(self.accelerator, "parallelism_config", None),
@@ -69,9 +75,21 @@ class LeMoMixin(_Mixed):
     def _apply_lemo(
         self, model: nn.Module, config: LeMoConfig, predictor: LeMoPredictor | None = None
     ) -> LeMo:
-        self.lemo = apply_lemo(model, config, predictor)
+        resting = self.lemo is None or self.lemo.passes.resting
+        self.lemo = take_over(model, config, predictor)
+        self.lemo.passes.resting = resting  # a fresh model may come when training has begun
         transformers_model(model).add_model_tags(["lemo-hf"])
         return self.lemo
+
+    def _lemo_callbacks(self) -> list[LeMoCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, LeMoCallback)]
+
+    def _refuse_callbacks(self) -> None:
+        if self._lemo_callbacks():
+            raise ValueError(
+                "this trainer has a lemo_config and a LeMoCallback, and its model can have one "
+                "LeMo: leave one of them out."
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
@@ -86,6 +104,7 @@ class LeMoMixin(_Mixed):
         """As Trainer's; checks first what would otherwise go wrong in the middle."""
         if self.lemo_config is not None:
             config = self.lemo_config
+            self._refuse_callbacks()
             self._check_train_dataset(config)
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
@@ -93,17 +112,27 @@ class LeMoMixin(_Mixed):
             if checkpoint:
                 self._check_resumed_config(config, checkpoint)
                 self._resume_predictor(config, checkpoint)
-            # None: the predictor was out of reach.
-            lemo = self._apply_lemo(self._model(), config) if self.lemo is None else self.lemo
+            lemo = self._lemo_on_model(config)
             if self.is_world_process_zero():
                 print(lemo.describe())
             lemo.passes.reset_counts()
+            lemo.passes.resting = False
             self._report_started = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self.lemo is not None:
+                self.lemo.passes.resting = True
                 self.lemo.passes.retention = None  # passes after the run are no part of its finish
+
+    def _lemo_on_model(self, config: LeMoConfig) -> LeMo:
+        """What `train` trains with: the predictor may have been out of reach, or another trainer
+        of the same model made since."""
+        if self.lemo is None:
+            return self._apply_lemo(self._model(), config)
+        if lemo_of(self._model()) is not self.lemo:
+            return self._apply_lemo(self._model(), config, self.lemo.predictor)
+        return self.lemo
 
     def training_step(
         self,
@@ -120,14 +149,14 @@ class LeMoMixin(_Mixed):
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=device).float().clone()
         self._items, self._in_step = num_items_in_batch, True
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+            with self.lemo.training():
+                loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         finally:
             self._in_step = False
             self.lemo.end_step()
-        if self.is_world_process_zero():
-            first = self.lemo.take_first_batch()
-            if first is not None:
-                print(first)
+        first = self.lemo.take_first_batch()
+        if first is not None and self.is_world_process_zero():
+            print(first)
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
@@ -177,14 +206,15 @@ class LeMoMixin(_Mixed):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """As Trainer's; labels of a loss outside the model are shown to LeMo as well."""
-        outside = self._loss_is_outside() and "labels" in inputs
-        if self.lemo is not None and model.training and outside:
-            labels = self.lemo.passes.promise(inputs["labels"], num_items_in_batch)
-            inputs = {**inputs, "labels": labels.tensor}
-            num_items_in_batch = labels.num_items
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        lemo = self.lemo if model.training else None
+        with nullcontext() if lemo is None else lemo.training():
+            if lemo is not None and self._loss_is_outside() and "labels" in inputs:
+                labels = lemo.passes.promise(inputs["labels"], num_items_in_batch)
+                inputs = {**inputs, "labels": labels.tensor}
+                num_items_in_batch = labels.num_items
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
 
     def _loss_is_outside(self) -> bool:
         """Whether the loss is made of what the model returns, with labels it is not given."""

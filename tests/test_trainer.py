@@ -373,7 +373,8 @@ def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
         tmp_path, SPARSE, model=with_lora(model) if lora else model, bf16=True, max_steps=1
     )
     trainer.train()
-    output = trainer.model_wrapped.train()(**batch(tokens=64))
+    with trainer.lemo.training():
+        output = trainer.model_wrapped.train()(**batch(tokens=64))
     assert output.loss is not None and output.logits is None
     assert isinstance(trainer.model_wrapped.forward, MethodType)
 

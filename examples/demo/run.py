@@ -162,7 +162,7 @@ def training_bytes(trainer) -> int:
     """Bytes that one training pass keeps for its backward."""
     model = trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    return saved_bytes(model, lambda: model(**batch).loss)
+    return saved_bytes(model, lambda: trainer.compute_loss(model, batch))
 
 
 def kept_blocks(lemo) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lemo_hf.checks import check_trainer
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.patch import LeMo, apply_lemo, lemo_of, remove_lemo, transformers_model
+from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
 
 
 class LeMoCallback(TrainerCallback):
@@ -71,6 +71,7 @@ class LeMoCallback(TrainerCallback):
         if state.is_world_process_zero:
             print(lemo.describe())
         lemo.passes.reset_counts()
+        lemo.passes.resting = False
         self._started = time.perf_counter()
 
     def on_step_begin(
@@ -127,6 +128,7 @@ class LeMoCallback(TrainerCallback):
         assert self.lemo is not None and model is not None and args.output_dir is not None
         if args.should_save:
             self.lemo.save_files(args.output_dir)
+        self.lemo.passes.resting = True
         self.lemo.passes.retention = None  # passes after the run are no part of its finish
         if not sharded(model):
             remove_lemo(model)
@@ -135,7 +137,7 @@ class LeMoCallback(TrainerCallback):
     def _apply(self, args: TrainingArguments, model: nn.Module) -> LeMo:
         _check(args, self.lemo_config)
         with args.main_process_first(desc="loading the LeMo predictor"):
-            self.lemo = apply_lemo(model, self.lemo_config)
+            self.lemo = take_over(model, self.lemo_config)
         transformers_model(model).add_model_tags(["lemo-hf"])
         return self.lemo
 

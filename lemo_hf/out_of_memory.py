@@ -1,0 +1,59 @@
+"""A training step that runs out of memory: its error says what takes less."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lemo_hf.config import LeMoConfig
+
+
+@contextmanager
+def said_what_helps(
+    config: LeMoConfig, layers: Iterable[nn.Module], finish: bool
+) -> Iterator[None]:
+    """Add `what_helps` to an out-of-memory error; it stays what it is, and is caught as ever."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        said, helps = str(error), what_helps(config, checkpointed, finish)
+        if helps not in said:
+            # One argument, in which accelerate looks for its words (`auto_find_batch_size`).
+            error.args = (f"{said}\n{helps}",)
+        raise
+
+
+def what_helps(config: LeMoConfig, checkpointed: bool, finish: bool) -> str:
+    """What is left to turn, what costs least first.
+
+    Args:
+        config: The user's choice.
+        checkpointed: The model's gradient checkpointing is on.
+        finish: The steps at the end of a run have begun, in which rows keep more.
+    """
+    ways = []
+    if finish:
+        ways.append(
+            f"LeMoConfig(finish_retention=...) below {config.finish_retention:g}, since the last "
+            "steps of the run have begun"
+        )
+    if not checkpointed and config.recompute in (None, "none", "mlp"):
+        ways.append("gradient_checkpointing=True")
+    if config.cuda_graphs:
+        ways.append("LeMoConfig(cuda_graphs=False)")
+    elif config.offload_gib is None:
+        ways.append("LeMoConfig(offload_gib=...)")
+    else:
+        ways.append(f"more than offload_gib={config.offload_gib:g}")
+    if config.retention is None:
+        ways.append("a higher threshold")
+    elif isinstance(config.retention, tuple):
+        ways.append("lower retentions")
+    else:
+        ways.append(f"retention below {config.retention:g}")
+    return (
+        f"LeMo: what takes less memory, in this order: {'; '.join(ways)}; shorter rows or fewer in "
+        "a batch. `lemo plan` says how much a step takes."
+    )
