@@ -14,7 +14,7 @@ from torch import nn
 
 # What `torch.nn.Module.__call__` calls, and what `Module.compile` compiles. It is looked up at each
 # call, so it does not matter whether the model is compiled before or after.
-_CALL = "_call_impl"
+CALL = "_call_impl"
 
 
 def stock_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -28,12 +28,12 @@ def train_eagerly(model: nn.Module, train: Callable = stock_call) -> None:
     if compiled is not None:  # by ``model.compile()``
         model._compiled_call_impl = partial(_call, compiled, train, model)
     # A method, since accelerate binds those anew to the copy whose layers it compiles one by one.
-    vars(model)[_CALL] = MethodType(partial(_call, None, train), model)
+    vars(model)[CALL] = MethodType(partial(_call, None, train), model)
 
 
 def compile_all(model: nn.Module) -> None:
     """Undo `train_eagerly`."""
-    del vars(model)[_CALL]
+    del vars(model)[CALL]
     compiled = model._compiled_call_impl
     if isinstance(compiled, partial):
         model._compiled_call_impl = compiled.args[0]
@@ -43,7 +43,7 @@ def _call(
     compiled: Callable | None, train: Callable, model: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     # Compiled since, this may be all that is left of `train_eagerly`.
-    if model.training and _CALL in vars(model):
+    if model.training and CALL in vars(model):
         return _eagerly(train, model, *args, **kwargs)
     if compiled is not None:
         return compiled(*args, **kwargs)

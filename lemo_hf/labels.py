@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import share_left, shifted, supervised_targets
@@ -20,12 +20,14 @@ class Labels:
         tensor: ``[B, T]`` int64, a copy that may be changed.
         num_items: fp32 scalar tensor that may be changed, or None.
         ignored: What a loss that is given ``ignore_index`` takes for no label.
+        prompt: Virtual tokens (prompt tuning) that the model has before them, and no label for.
     """
 
     name: str
     tensor: Tensor
     num_items: Tensor | None
     ignored: int = IGNORE_INDEX
+    prompt: int = 0
 
     @classmethod
     def copy_of(
@@ -54,11 +56,13 @@ class Labels:
         return self.tensor.shape == batch.shape[:2]
 
     def targets(self) -> Tensor:
-        """``[B, T]``: the token each position must predict, `IGNORE_INDEX` for none."""
+        """``[B, prompt + T]``: the token each position must predict, `IGNORE_INDEX` for none."""
         targets = self.tensor
         if self.ignored != IGNORE_INDEX:
             targets = targets.masked_fill(targets == self.ignored, IGNORE_INDEX)
-        return targets if self.name == "shift_labels" else shifted(targets)
+        if self.name == "shift_labels":
+            return targets
+        return shifted(nn.functional.pad(targets, (self.prompt, 0), value=IGNORE_INDEX))
 
     def strike(self, step: Step) -> None:
         """Ignore what eliminated tokens would have to predict; take it out of the item count."""
@@ -69,6 +73,8 @@ class Labels:
         struck = (before != IGNORE_INDEX) & (after == IGNORE_INDEX)
         if self.name == "shift_labels":
             self.tensor.masked_fill_(struck, self.ignored)
+        elif self.prompt:
+            self.tensor.masked_fill_(struck[:, self.prompt - 1 : -1], self.ignored)
         else:
             self.tensor[:, 1:].masked_fill_(struck[:, :-1], self.ignored)
 

@@ -23,6 +23,7 @@ from lemo_hf.kernels.gather_norm import gather_norm
 from lemo_hf.kernels.rows import add_update, close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.passes import Passes
+from lemo_hf.plain_pickle import deep_copy, pickled_as
 from lemo_hf.policies import ScoreInputs, rank
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.recompute import checkpointed, value_free
@@ -100,6 +101,11 @@ class SparseLayer(_Mixed):
     def _gradient_checkpointing_func(self, function: Callable) -> None:
         self.__dict__["_gradient_checkpointing_func"] = function
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return pickled_as(_stock_class(self), self, (_PLAN,))
+
+    __deepcopy__ = deep_copy
+
 
 def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
@@ -133,8 +139,12 @@ def make_sparse(layer: nn.Module, plan: LayerPlan) -> None:
 
 def make_stock(layer: nn.Module) -> None:
     """Undo `make_sparse`."""
-    layer.__class__ = type(layer).__mro__[2]
+    layer.__class__ = _stock_class(layer)
     del layer.__dict__[_PLAN]
+
+
+def _stock_class(layer: nn.Module) -> type:
+    return type(layer).__mro__[2]
 
 
 @torch.compiler.disable

@@ -226,6 +226,8 @@ class Passes:
             return (), kwargs
         check_call(model, kwargs, promised is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
+        if promised is not None:
+            promised.prompt = max(0, main.shape[1] - promised.tensor.shape[1])
         own = given is not None and makes_plain_loss(model, kwargs)
         own = own and not returns_tuple(model, kwargs)
         shards = None

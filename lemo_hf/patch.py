@@ -8,10 +8,10 @@ training mode without a KV cache; in every other case the model is the stock one
 import gc
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lemo_hf.attention import fastest_attention
 from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
-from lemo_hf.compiled import compile_all, stock_call, train_eagerly
+from lemo_hf.compiled import CALL, compile_all, stock_call, train_eagerly
 from lemo_hf.config import LeMoConfig
 from lemo_hf.cuda_graphs import CudaGraphs
 from lemo_hf.describe import describe_batch, describe_run
@@ -28,6 +28,7 @@ from lemo_hf.layer import LayerPlan, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
+from lemo_hf.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
@@ -69,8 +70,14 @@ def apply_lemo(
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
     train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
-    train_eagerly(model, partial(lemo.passes.run, train))
+    train_eagerly(model, partial(_run, train))
+    pickle_plain(model, own=(_LEMO, CALL))
     return lemo
+
+
+def _run(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A deep copy shares this function, and has passes of its own.
+    return getattr(model, _LEMO).passes.run(train, model, *args, **kwargs)
 
 
 def remove_lemo(model: nn.Module) -> None:
@@ -80,6 +87,7 @@ def remove_lemo(model: nn.Module) -> None:
         getattr(model, _LEMO).remove()
         delattr(model, _LEMO)
         compile_all(model)
+        pickle_whole(model)
 
 
 def take_over(

@@ -36,9 +36,10 @@ class ReportCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._record: dict[str, Any] = {}
+        self._record: dict[str, Any] = {}  # stays empty but in process 0's trainings
         self._lemo: LeMo | None = None
         self._layers = 0
+        self._reset()
 
     def on_train_begin(
         self,
@@ -51,6 +52,7 @@ class ReportCallback(TrainerCallback):
         """Note what is trained, and listen to its passes."""
         assert model is not None  # Trainer has one by now
         inner = transformers_model(model)
+        self._stop_listening()  # a training that failed had no end
         self._lemo = lemo_of(model)
         self._layers = 0 if self._lemo is None else len(self._lemo.rules)
         if self._lemo is not None:
@@ -76,7 +78,7 @@ class ReportCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep a row for each training log."""
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        if not self._record or "loss" not in (logs or {}):
             return
         row: dict[str, Any] = {
             "step": state.global_step,
@@ -112,8 +114,7 @@ class ReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the page."""
-        if self._lemo is not None:
-            self._lemo.passes.listeners.remove(self._count)
+        self._stop_listening()
         if state.is_world_process_zero:
             directory = _directory(args)
             os.makedirs(directory, exist_ok=True)
@@ -121,6 +122,10 @@ class ReportCallback(TrainerCallback):
                 write_json(path, self._record)
             state.save_to_json(os.path.join(directory, "trainer_state.json"))
             write_report(directory)
+
+    def _stop_listening(self) -> None:
+        if self._lemo is not None and self._count in self._lemo.passes.listeners:
+            self._lemo.passes.listeners.remove(self._count)
 
     def _reset(self) -> None:
         self._kept: dict[str, Tensor] = {}

@@ -3,16 +3,18 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
@@ -43,7 +45,10 @@ class LeMoMixin(_Mixed):
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
         self._in_step = False
+        self._report_started = time.perf_counter()
+        self._first_batch = True
         super().__init__(*args, **kwargs)
+        follow_log_level(self.args)
         if lemo_config is None:
             if not self._lemo_callbacks():
                 end_earlier(self._model(), None)
@@ -105,7 +110,7 @@ class LeMoMixin(_Mixed):
         if self.lemo_config is not None:
             config = self.lemo_config
             self._refuse_callbacks()
-            self._check_train_dataset(config)
+            self._first_batch = True
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -113,8 +118,7 @@ class LeMoMixin(_Mixed):
                 self._check_resumed_config(config, checkpoint)
                 self._resume_predictor(config, checkpoint)
             lemo = self._lemo_on_model(config)
-            if self.is_world_process_zero():
-                print(lemo.describe())
+            announce(self.args, lemo.describe())
             lemo.passes.reset_counts()
             lemo.passes.resting = False
             self._report_started = time.perf_counter()
@@ -143,6 +147,9 @@ class LeMoMixin(_Mixed):
         """As Trainer's, telling LeMo which optimizer step this is."""
         if self.lemo is None:
             return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self._first_batch:
+            self._check_block_size(inputs, self.lemo.config)
+            self._first_batch = False
         self.lemo.begin_step(self.state.global_step, self.state.max_steps)
         if self._loss_is_overridden() and num_items_in_batch is not None:
             device = self.args.device
@@ -155,8 +162,8 @@ class LeMoMixin(_Mixed):
             self._in_step = False
             self.lemo.end_step()
         first = self.lemo.take_first_batch()
-        if first is not None and self.is_world_process_zero():
-            print(first)
+        if first is not None:
+            announce(self.args, first)
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
@@ -239,24 +246,27 @@ class LeMoMixin(_Mixed):
             self.lemo.save_files(self._output_dir())
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _check_train_dataset(self, config: LeMoConfig) -> None:
-        """Refuse a block size that no sequence reaches; lengths of streamed data are not known."""
-        dataset = self.train_dataset
-        collator = self.data_collator
-        flattens = isinstance(collator, DataCollatorWithFlattening)
-        flattens |= getattr(collator, "padding_free", False)  # TRL's
-        if not isinstance(dataset, Sized) or flattens:
+    def _check_block_size(self, inputs: Mapping[str, Any], config: LeMoConfig) -> None:
+        """Refuse a block size that no sequence reaches, where that is certain.
+
+        Asked at the first batch, since a collator may pack rows, and only of a dataset that may be
+        read without consequences: others draw by chance when they are, or are endless.
+        """
+        ids, rows = inputs.get("input_ids"), self.train_dataset
+        if ids is None or ids.shape[-1] >= config.block_size:
             return
-        rows: Any = dataset  # `Sized` says nothing of indexing
+        chance = isinstance(rows, Dataset) and rows.format["type"] == "custom"
+        if chance or not isinstance(rows, list | Dataset):
+            return
         longest = 0
-        for i in range(len(dataset)):
-            sample = rows[i]
-            if not isinstance(sample, Mapping) or "input_ids" not in sample:
+        for row in rows:
+            if not isinstance(row, Mapping):
                 return
-            longest = max(longest, len(sample["input_ids"]))
+            longest = max(longest, len(row.get("input_ids", ())))
             if longest >= config.block_size:
                 return
-        check_block_size(config, longest)
+        if ids.shape[-1] <= longest:  # else it is packed, and another batch may be longer
+            check_block_size(config, longest)
 
     def _check_resumed_config(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):

@@ -11,6 +11,8 @@ FLOORS = {
     "version": 0,
     "files": 0,
     "modes": 0,
+    "announce": 0,
+    "plain_pickle": 0,
     "compiled": 0,
     "attention": 0,
     "offload": 0,

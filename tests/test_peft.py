@@ -17,9 +17,10 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from test_trainer import assert_same_weights, dataset, losses, make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
 
-from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -273,3 +274,46 @@ def test_loftq():
     config = lora(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
     wide = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
     assert_stock_at_retention_1(get_peft_model(wide, config).train())
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """Cross-entropy of the last positions, which are those of the labels; as of Trainer's users."""
+    logits = outputs.logits[:, -labels.shape[1] :]
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    asked.append((labels[:, 1:] != -100).sum(1).tolist())
+    return loss / num_items_in_batch
+
+
+asked = []
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "lora"])
+@pytest.mark.parametrize("answers", [None, 20])
+def test_a_loss_outside_of_a_model_with_a_prompt(tmp_path, method, answers):
+    """Virtual tokens stand before those that the labels are of."""
+
+    def trained(config, cls=LeMoTrainer):
+        asked.clear()
+        trainer = make_trainer(
+            tmp_path,
+            config,
+            cls=cls,
+            model=adapted(METHODS[method]),
+            compute_loss_func=own_loss,
+            data=dataset(answers=answers),
+        )
+        return losses(trainer), trainer
+
+    stock, plain = trained(None, Trainer)
+    full, ours = trained(LeMoConfig(retention=1.0, block_size=8))
+    assert full == pytest.approx(stock, rel=1e-5)
+    assert_same_weights(ours, plain, rtol=1e-3, atol=1e-5)
+    half, trainer = trained(LeMoConfig(retention=0.5, block_size=8, policy="random"))
+    assert all(0 < loss < 20 for loss in half)
+    assert trainer.state.log_history[0]["lemo/attention_retention"] < 0.6
+    if answers is None:  # about half of the tokens are asked to predict
+        assert all(24 <= count <= 40 for row in asked for count in row)
+    else:  # every answer is
+        assert {count for row in asked for count in row} == {20}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import batch, make_model, with_lora
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.report import write_report
 from lemo_hf.report_callback import ReportCallback
 from lemo_hf.report_figures import MOST_COLUMNS, heat_map, line_chart
@@ -22,19 +23,23 @@ DEMO = Path(__file__).parent.parent / "examples" / "demo"
 ROWS = [{name: values[0] for name, values in batch(1, 96).items()}] * 8
 
 
-def train(folder, lemo_config, steps=4, resume=None, model=None, rows=ROWS, **arguments):
+def train(*args, resume=None, **options):
+    trainer = make_trainer(*args, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def make_trainer(folder, lemo_config, steps=4, model=None, rows=ROWS, callbacks=(), **arguments):
     settings = {"max_steps": steps, "logging_steps": 2, "per_device_train_batch_size": 2}
     settings |= {"save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2, "report_to": "none"}
-    trainer = LeMoTrainer(
+    return LeMoTrainer(
         model=model or with_lora(make_model("llama")),
         args=TrainingArguments(str(folder), **{**settings, **arguments}),
         train_dataset=rows,
         eval_dataset=rows[:2],
         lemo_config=lemo_config,
-        callbacks=[ReportCallback()],
+        callbacks=[ReportCallback(), *callbacks],
     )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 class Page(HTMLParser):
@@ -171,6 +176,44 @@ def test_a_resumed_run_goes_on(tmp_path):
     assert after[:3] == before[:3] and after[4]["seconds"] != before[4]["seconds"]
     train(tmp_path, config, 2, **settings)  # a new run begins anew
     assert [row["step"] for row in record(tmp_path)["rows"]] == [1, 2]
+
+
+def test_a_run_after_one_that_failed_counts_once(tmp_path):
+    """Whether the trainer is used again or `auto_find_batch_size` begins anew."""
+
+    class BreaksOff(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_, **__):
+            self.steps += 1
+            if self.steps == 3:
+                raise RuntimeError("CUDA out of memory.")
+
+    for own in ({}, {"auto_find_batch_size": True}):
+        config = LeMoConfig(block_size=8)
+        trainer = make_trainer(tmp_path, config, callbacks=[BreaksOff()], **own)
+        if not own:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                trainer.train()
+        trainer.train()
+        rows = 1 if own else 2
+        assert [row["tokens"] for row in record(tmp_path)["rows"]] == [2 * rows * 96] * 2
+        assert len(trainer.lemo.passes.listeners) == 0
+
+
+@pytest.mark.parametrize("lemo_config", [None, LeMoConfig(block_size=8)])
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_before_training(tmp_path, lemo_config, by_callback):
+    """Trainer's methods may be called then, as without the callbacks."""
+    more = [LeMoCallback(lemo_config)] if by_callback and lemo_config is not None else []
+    trainer = make_trainer(tmp_path, None if by_callback else lemo_config, callbacks=more)
+    trainer.log({"loss": 3.0})
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.log({"loss": 2.0})
+    assert not (tmp_path / "lemo_report.json").exists()
+    trainer.train()
+    assert [row["step"] for row in record(tmp_path)["rows"]] == [2, 4]
+    trainer.evaluate()
 
 
 def test_dense_training_has_a_page_too(tmp_path):

@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+import transformers
 from models import batch, make_model, with_lora
 from peft import PeftModel
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import transformers_model
 
 SPARSE = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
@@ -203,6 +205,28 @@ def test_logs_say_what_was_kept(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "LeMo: 2 of 4 layers (2 to 3) are sparse, attention retention 0.5" in out
     assert "MLP retention 0.25" in out and "stay dense" in out
+
+
+@pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.parametrize("level", ["error", "critical", "warning", "passive"])
+def test_errors_alone_are_said_where_that_is_asked_for(
+    tmp_path, capsys, caplog, level, by_callback
+):
+    logger = logging.getLogger("lemo_hf")
+    verbosity = transformers.logging.get_verbosity()
+    arguments = {"log_level": level, "data": dataset(answers=50)}
+    try:
+        if by_callback:
+            arguments["callbacks"] = [LeMoCallback(SPARSE)]
+            make_trainer(tmp_path, None, cls=Trainer, **arguments).train()
+        else:
+            make_trainer(tmp_path, SPARSE, **arguments).train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        logger.setLevel(logging.NOTSET)  # and what children remembered of it
+    quiet = level in ("error", "critical")
+    assert ("LeMo: 4 of 4 layers" in capsys.readouterr().out) == (not quiet)
+    assert ("more than retention 0.5 allows" in caplog.text) == (not quiet)
 
 
 def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.checks import check_trainer
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
@@ -42,6 +43,7 @@ class LeMoCallback(TrainerCallback):
             raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
+        self._started = time.perf_counter()
 
     def on_init_end(
         self,
@@ -68,8 +70,7 @@ class LeMoCallback(TrainerCallback):
         lemo = self.lemo
         if lemo is None or lemo_of(model) is not lemo:
             lemo = self._apply(args, model)
-        if state.is_world_process_zero:
-            print(lemo.describe())
+        announce(args, lemo.describe())
         lemo.passes.reset_counts()
         lemo.passes.resting = False
         self._started = time.perf_counter()
@@ -88,8 +89,8 @@ class LeMoCallback(TrainerCallback):
         assert self.lemo is not None
         self.lemo.end_step()
         first = self.lemo.take_first_batch()
-        if first is not None and state.is_world_process_zero:
-            print(first)
+        if first is not None:
+            announce(args, first)
 
     def on_log(
         self,
@@ -135,6 +136,7 @@ class LeMoCallback(TrainerCallback):
             self.lemo = None
 
     def _apply(self, args: TrainingArguments, model: nn.Module) -> LeMo:
+        follow_log_level(args)
         _check(args, self.lemo_config)
         with args.main_process_first(desc="loading the LeMo predictor"):
             self.lemo = take_over(model, self.lemo_config)

@@ -1,0 +1,59 @@
+"""A model with LeMo on it is pickled as the plain one: what is written loads without lemo-hf.
+
+`copy.deepcopy` asks for what `pickle` asks, unless it finds a ``__deepcopy__``. A copy keeps LeMo.
+"""
+
+import copy
+import copyreg
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+def pickled_as(kind: type, module: nn.Module, own: Iterable[str]) -> tuple[Callable, tuple, dict]:
+    """What ``__reduce_ex__`` answers to make ``module`` a ``kind`` without attributes ``own``."""
+    state = {name: value for name, value in module.__getstate__().items() if name not in own}
+    # Not `copyreg.__newobj__`, for which pickle insists on the class of ``module``.
+    return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
+
+
+def deep_copy(module: _Module, memo: dict[int, Any]) -> _Module:
+    """What `copy.deepcopy` makes of a module whose class says nothing of pickles."""
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+    return twin
+
+
+def pickle_plain(model: nn.Module, own: Iterable[str]) -> None:
+    """From now on ``model`` is pickled without attributes ``own`` and without hooks of lemo-hf."""
+    # Its class stays as it is. Methods, for the same reason as in `compiled`.
+    vars(model)["__reduce_ex__"] = MethodType(partial(_reduce, own), model)
+    vars(model)["__deepcopy__"] = MethodType(deep_copy, model)
+
+
+def pickle_whole(model: nn.Module) -> None:
+    """Undo `pickle_plain`."""
+    for name in ("__reduce_ex__", "__deepcopy__"):
+        del vars(model)[name]
+
+
+def _reduce(own: Iterable[str], model: nn.Module, protocol: int) -> tuple[Callable, tuple, dict]:
+    names = {*own, "__reduce_ex__", "__deepcopy__"}
+    make, args, state = pickled_as(type(model), model, names)
+    ours = {i for name in _HOOKS for i, hook in state[name].items() if _is_ours(hook)}
+    for name, table in state.items():
+        if name.startswith(_HOOKS):  # what says how hooks are called, too
+            state[name] = type(table)((i, x) for i, x in table.items() if i not in ours)
+    return make, args, state
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.startswith("lemo_hf.")
