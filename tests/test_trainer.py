@@ -399,7 +399,7 @@ def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
     trainer.train()
     with trainer.lemo.training():
         output = trainer.model_wrapped.train()(**batch(tokens=64))
-    assert output.loss is not None and output.logits is None
+    assert output.loss is not None and "logits" not in output  # they come when asked for
     assert isinstance(trainer.model_wrapped.forward, MethodType)
 
 
