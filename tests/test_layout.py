@@ -108,6 +108,7 @@ FLOORS = {
     "inspection_kept": 11,
     "inspection_plots": 11,
     "inspection_kept_plots": 12,
+    "cli.positions": 10,
     "cli.options": 11,
     "cli.train_config": 12,
     "cli.env": 12,

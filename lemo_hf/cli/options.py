@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lemo_hf.cli.positions import change_positions
+
 
 class DType(StrEnum):
     """Of the model's weights."""
@@ -55,7 +57,7 @@ class ModelOptions:
     rope_parameters: Annotated[
         str | None,
         typer.Option(
-            help='JSON put over the model\'s: \'{"rope_type": "linear", "factor": 4.0}\'.'
+            help='JSON put over the model\'s: \'{"rope_type": "linear", "factor": 4.0}\'; every type.'
         ),
     ] = None
     max_position_embeddings: Annotated[
@@ -164,49 +166,25 @@ def prepared_config(
 
     Raises:
         OSError: There is no such model, or it cannot be reached.
-        ValueError: Positions cannot be stretched.
+        ValueError: The config is broken, or cannot have such positions.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, **from_pretrained)
     except OSError as error:
         raise OSError(f"model {name!r}: {error}") from error
-    if rope_type is not None:
-        if length is None:
-            raise ValueError(
-                f"--rope-type {rope_type} stretches positions to a length, which is not known "
-                "here: give --rope-parameters."
-            )
-        _stretch_positions(config, rope_type, length)
-    if rope_parameters is not None:
-        config.rope_parameters = {**(config.rope_parameters or {}), **rope_parameters}
-    if max_position_embeddings is not None:
-        config.max_position_embeddings = max_position_embeddings
+    except (StrictDataclassError, KeyError) as error:  # a field's type; RoPE without what it needs
+        raise ValueError(f"the config of {name!r}: {error.__cause__ or error}") from error
+    change_positions(
+        config,
+        rope_type=rope_type,
+        rope_parameters=rope_parameters,
+        max_position_embeddings=max_position_embeddings,
+        length=length,
+    )
     return config
-
-
-def _stretch_positions(config: Any, rope_type: str, length: int) -> None:
-    """Scale rotary positions so that ``length`` tokens fit where the model's own fitted before."""
-    rope, known = config.rope_parameters, config.max_position_embeddings
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise ValueError(
-            f"--rope-type {rope_type}: {config.model_type!r} has no single set of rotary "
-            "parameters to stretch: give --rope-parameters."
-        )
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"--rope-type {rope_type}: the model's positions are stretched already ({rope}): give "
-            "--rope-parameters to put something else in their place."
-        )
-    if rope_type not in ("linear", "yarn", "dynamic"):
-        raise ValueError(f"--rope-type must be linear, yarn or dynamic, got {rope_type!r}.")
-    if length > known:
-        stretched = {"rope_type": rope_type, "factor": length / known}
-        if rope_type != "linear":
-            stretched["original_max_position_embeddings"] = known
-        config.rope_parameters = {**rope, **stretched}
-        config.max_position_embeddings = length
 
 
 def load_rows(
