@@ -109,6 +109,8 @@ FLOORS = {
     "inspection_plots": 11,
     "inspection_kept_plots": 12,
     "cli.positions": 10,
+    "cli.adapter": 10,
+    "cli.merging": 10,
     "cli.options": 11,
     "cli.train_config": 12,
     "cli.env": 12,
@@ -130,7 +132,7 @@ FLOORS = {
 ALLOWED = {
     "eval.plots": {"matplotlib"},
     "eval.metric": {"evaluate"},
-    "cli.options": {"peft"},
+    "cli.adapter": {"peft"},
     "cli.train_config": {"peft"},
     "cli.train_model": {"peft"},
     "cli.merge": {"peft"},

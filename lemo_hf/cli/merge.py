@@ -1,12 +1,16 @@
 """`lemo merge`."""
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode
+from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, prepared_config
 
 
 def merge(
@@ -25,65 +29,98 @@ def merge(
     """Add an adapter into its base model, and save it as a plain model that needs no PEFT.
 
     An adapter of lemo train brings its settings (lemo_train.yaml): positions that were stretched
-    stay stretched.
+    stay stretched. The result is compared with the adapted model before it gets its place.
     """
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig
     except ImportError as error:
         raise ImportError('lemo merge needs peft: pip install "lemo-hf[peft]".') from error
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: give another directory.")
     import dataclasses
 
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from lemo_hf.cli.adapter import load_adapter
+    from lemo_hf.cli.merging import difference, logits, merged, probe
     from lemo_hf.cli.train_model import load_base
 
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    section, tokens = _trained(adapter, model or base)
+    section, tokens = _trained(adapter, PeftConfig.from_pretrained(adapter), model)
     changes: dict[str, Any] = {"name": model or section.name}
-    changes["trust_remote_code"] = trust_remote_code
+    changes |= {"trust_remote_code": trust_remote_code, "attn_implementation": None}
     if dtype is not None:
         changes["dtype"] = dtype.value
     if model not in (None, section.name):
         changes["revision"] = None
-    lm, tokenizer = load_base(dataclasses.replace(section, **changes), tokens)
-    merged = PeftModel.from_pretrained(lm, adapter).merge_and_unload(
-        progressbar=not as_json, safe_merge=True
-    )
-    if Path(adapter, "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-    merged.add_model_tags(["lemo-hf"])
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    section = dataclasses.replace(section, **changes)
+    _check_weights(section)
+    trust = {"trust_remote_code": trust_remote_code}
+    lm, tokenizer = load_base(section, tokens)
+    tuned, tokenizer = load_adapter(lm, adapter, tokenizer, **trust)
+    ids = probe(tuned)
+    expected = logits(tuned, ids)
+    plain = merged(tuned, progress=not as_json)
+    with whole_folder(output) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del lm, tuned, plain  # one model in memory at a time: what is compared is what is loaded
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
+        found = difference(logits(loaded, ids), expected, loaded, f"{adapter} in {section.name}")
     url = None
     if push is not None:
-        url = str(merged.push_to_hub(push))
+        loaded.add_model_tags(["lemo-hf"])
+        url = str(loaded.push_to_hub(push))
         tokenizer.push_to_hub(push)
-    result = {"output": str(output), "base": changes["name"], "adapter": adapter, "pushed": url}
+    result = {"output": str(output), "base": section.name, "adapter": adapter, "pushed": url}
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "difference": found}))
         return
-    print(f"Wrote {output}: {adapter} merged into {changes['name']}")
+    print(f"Wrote {output}: {adapter} merged into {section.name}")
+    print(f"Its logits are the adapted model's, up to {found:.1g} of the largest.")
     if url is not None:
         print(url)
 
 
-def _trained(adapter: str, base: str | None) -> tuple[Any, int | None]:
+def _check_weights(section: Any) -> None:
+    """Raises ValueError for a base model of quantised weights, which merging would round again."""
+    nothing = dict.fromkeys(("rope_type", "rope_parameters", "max_position_embeddings", "length"))
+    shared = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    config = prepared_config(section.name, **nothing, **shared)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{section.name} has quantised weights, which would round what is added to them: give "
+            "--model, the unquantised one that it was made of."
+        )
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, whose files get into ``output`` if all went well; else none does."""
+    fresh = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".merging-", dir=output) as part:
+            yield Path(part)
+            # Without its config, which comes last, nothing loads the rest.
+            for path in sorted(Path(part).iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, output / path.name)
+    except BaseException:
+        if fresh:
+            output.rmdir()
+        raise
+
+
+def _trained(adapter: str, config: Any, model: str | None) -> tuple[Any, int | None]:
     """How `lemo train` loaded the base model, and for rows of how many tokens."""
+    from lemo_hf.cli.adapter import file_of
     from lemo_hf.cli.train_config import ModelSection
     from lemo_hf.cli.train_settings import FILE_NAME, read_settings
-    from lemo_hf.files import EntryNotFound, download
 
-    path: Path | None = Path(adapter, FILE_NAME)
-    if not Path(adapter).is_dir():
-        try:
-            path = Path(download(adapter, FILE_NAME, "give a directory"))
-        except EntryNotFound:
-            path = None
-    if path is not None and path.is_file():
-        settings = read_settings(str(path))
+    path = file_of(adapter, FILE_NAME)
+    if path is not None:
+        settings = read_settings(path)
         return settings.model(), settings.data().tokens
+    base = config.base_model_name_or_path or model
     if base is None:
         raise ValueError(f"{adapter} names no base model: give --model.")
-    return ModelSection(base), None
+    return ModelSection(base, revision=config.revision), None

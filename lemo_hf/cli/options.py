@@ -57,7 +57,7 @@ class ModelOptions:
     rope_parameters: Annotated[
         str | None,
         typer.Option(
-            help='JSON put over the model\'s: \'{"rope_type": "linear", "factor": 4.0}\'; every type.'
+            help='JSON over the model\'s, of any type: \'{"rope_type": "linear", "factor": 4.0}\'.'
         ),
     ] = None
     max_position_embeddings: Annotated[
@@ -104,13 +104,11 @@ class ModelOptions:
             self.model, config=config, dtype=self.dtype.value, **trust
         )
         if self.adapter is not None:
-            try:
-                from peft import PeftModel
-            except ImportError as error:
-                message = f'--adapter {self.adapter}: pip install "lemo-hf[peft]".'
-                raise ImportError(message) from error
+            from lemo_hf.cli.adapter import load_adapter
+
             # Memory is measured as it is trained.
-            model = PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+            model, own = load_adapter(model, self.adapter, tokenizer, is_trainable=True, **trust)
+            tokenizer = tokenizer if len(own) == len(tokenizer) else own
         return model.to(place), tokenizer
 
 

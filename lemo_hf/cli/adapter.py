@@ -1,0 +1,151 @@
+"""A PEFT adapter over its base model, with the tokens that it was trained with."""
+
+import logging
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# Of the tensors of an adapter that belong to a table, which dimension is the table's rows.
+_ROWS = {
+    "weight": 0,
+    "base_layer.weight": 0,
+    "original_module.weight": 0,
+    "lora_embedding_A": 1,
+    "lora_B.weight": 0,
+}
+
+
+def load_adapter(
+    model: Any, adapter: str, tokenizer: Any, *, is_trainable: bool = False, **shared: Any
+) -> tuple[Any, Any]:
+    """The adapted model, and the tokenizer saved beside the adapter, or else the base model's.
+
+    Args:
+        model: The base model. Its embeddings get as many rows as the adapter was trained with.
+        adapter: Hub id or directory.
+        tokenizer: The base model's.
+        is_trainable: As for `PeftModel.from_pretrained`.
+        **shared: For the tokenizer's `from_pretrained`.
+
+    Raises:
+        ImportError: peft is not installed.
+        OSError: There is no such adapter, or it cannot be reached.
+        ValueError: It does not belong to this model, or lacks what was trained.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+        from peft.utils import get_peft_model_state_dict, load_peft_weights
+        from safetensors import SafetensorError
+    except ImportError as error:
+        raise ImportError(f'adapter {adapter}: pip install "lemo-hf[peft]".') from error
+
+    config = PeftConfig.from_pretrained(adapter)
+    try:
+        weights = load_peft_weights(adapter, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {adapter} are damaged: {error}") from error
+    own = tokenizer_of(adapter, **shared) or tokenizer
+    _fit_rows(model, adapter, config, weights, len(own) if len(own) > len(tokenizer) else 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see merged
+        try:
+            tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(_on_other_model(model, adapter, str(error))) from error
+    known = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    unknown = [name for name in weights if "lora_" in name and name not in known]
+    if unknown:
+        raise ValueError(_on_other_model(model, adapter, f"it has no place for {unknown[0]}."))
+    return tuned, own
+
+
+def _on_other_model(model: Any, adapter: str, reason: str) -> str:
+    reason = textwrap.shorten(reason, 300, placeholder=" ...")
+    return (
+        f"{adapter} does not fit {model.config._name_or_path}: give the model that it was trained "
+        f"on. {reason}"
+    )
+
+
+def file_of(adapter: str, name: str) -> str | None:
+    """Path of a file that lies beside an adapter, or None.
+
+    Raises:
+        OSError: There is no such adapter, or it cannot be reached.
+    """
+    from lemo_hf.files import EntryNotFound, download
+
+    if Path(adapter).is_dir():
+        path = Path(adapter, name)
+        return str(path) if path.is_file() else None
+    try:
+        return download(adapter, name, "give a directory")
+    except EntryNotFound:
+        return None
+
+
+def tokenizer_of(adapter: str, **shared: Any) -> Any:
+    """The tokenizer that was saved beside an adapter, or None."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from transformers import AutoTokenizer
+
+    try:
+        if file_of(adapter, "tokenizer_config.json") is None:
+            return None
+    except OSError:
+        if not HF_HUB_OFFLINE:
+            raise
+        logger.warning("%s has no tokenizer in the Hub's cache: the base model's is used.", adapter)
+        return None
+    return AutoTokenizer.from_pretrained(adapter, **shared)
+
+
+def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], tokens: int) -> None:
+    """Give embeddings and head the rows that the adapter was trained with.
+
+    Args:
+        model: The base model.
+        adapter: Its name.
+        config: Of PEFT.
+        weights: Of the adapter.
+        tokens: Of the adapter's tokenizer, if tokens were added to it; else 0.
+
+    Raises:
+        ValueError: Tokens were added, and the adapter does not hold their rows.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    there, tied = ends[0].weight.shape[0], model.config.get_text_config().tie_word_embeddings
+    names = {name for name, module in model.named_modules() if module in ends}
+    found = {
+        tensor.shape[_ROWS[name.rpartition(f".{end}.")[2]]]
+        for end in names
+        for name, tensor in weights.items()
+        if name.rpartition(f".{end}.")[2] in _ROWS
+    }
+    if found:
+        rows = max(found)
+    elif tokens <= there:
+        return
+    else:
+        rows, lost = tokens, set(range(there, tokens)) - _indices(config, names, tied)
+        if lost:
+            raise ValueError(
+                f"{adapter} adds tokens to the {there:,} of its base model, and does not hold the "
+                f"rows of {len(lost):,} of them (the first is {min(lost)}): save it again, with "
+                "save_pretrained(..., save_embedding_layers=True)."
+            )
+    if rows != there:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's come over them
+
+
+def _indices(config: Any, names: set[str], tied: bool) -> set[int]:
+    """Tokens whose rows are an adapter's own, in embeddings and head alike."""
+    trained = getattr(config, "trainable_token_indices", None) or []
+    if not isinstance(trained, dict):
+        return set(trained) if tied else set()
+    by_end = [set(trained.get(name.rpartition(".")[2], ())) for name in names]
+    return set.union(*by_end) if tied else set.intersection(*by_end)
