@@ -12,7 +12,7 @@ from typing import Any
 from lemo_hf.config import LeMoConfig
 from lemo_hf.offload import GIB
 from lemo_hf.plan_layer import BYTES, Trained
-from lemo_hf.plan_model import ModelShapes
+from lemo_hf.plan_model import MEASURE, ModelShapes
 from lemo_hf.plan_step import PlannedStep
 
 
@@ -55,7 +55,7 @@ def plan(
     *,
     batch_size: int = 1,
     lora_rank: int | None = 8,
-    lora_targets: Sequence[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    lora_targets: Sequence[str] | str | None = None,
     dtype: str = "bfloat16",
     adapter_dtype: str = "float32",
     autocast: bool = True,
@@ -79,7 +79,7 @@ def plan(
         tokens: Length of a row.
         batch_size: Rows.
         lora_rank: Rank of PEFT's LoRA; None trains all parameters.
-        lora_targets: Names of the adapted linears, or ``"all-linear"``.
+        lora_targets: Names of the adapted linears, or ``"all-linear"``; None: attention's.
         dtype: Of the weights: "bfloat16", "float16" or "float32".
         adapter_dtype: Of the adapters. PEFT makes them fp32 unless it is told
             ``autocast_adapter_dtype=False``. Its linears then keep a copy of each input, those of
@@ -121,8 +121,9 @@ def plan(
     model = ModelShapes.of(model_config)
     if model.window is not None and model.window < tokens:
         raise ValueError(
-            f"sliding_window={model.window} is shorter than {tokens} tokens: masks of tokens x "
-            "tokens are not predicted. Set sliding_window=None, or plan for shorter rows."
+            f"the config's sliding_window={model.window} is shorter than {tokens} tokens: masks of "
+            "tokens x tokens are not predicted. Plan for rows of at most "
+            f"{model.window} tokens, or {MEASURE}"
         )
     trained = Trained.of(
         model, lora_rank, lora_targets, dtype, adapter_dtype, autocast, bits, kbit_training

@@ -44,7 +44,7 @@ class Trained:
         cls,
         model: ModelShapes,
         rank: int | None,
-        targets: Sequence[str] | str,
+        targets: Sequence[str] | str | None,
         dtype: str,
         adapter_dtype: str,
         autocast: bool,
@@ -59,6 +59,7 @@ class Trained:
         weight, adapter = BYTES[dtype], BYTES[adapter_dtype]
         if rank is None:
             return cls(None, frozenset(), weight, weight, 0, weight, autocast, weight)
+        targets = model.attention if targets is None else targets
         names = [targets] if isinstance(targets, str) else list(targets)
         names = list(model.linears) if names == ["all-linear"] else names
         if not names or not set(names) <= set(model.linears):

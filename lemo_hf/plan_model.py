@@ -9,6 +9,8 @@ from lemo_hf.families import family_of
 PLANNED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3")
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
+# What to do about a model whose memory is not predicted.
+MEASURE = "run a few steps and read lemo/peak_memory_gib in the logs."
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class ModelShapes:
         tables = self.table if self.tied else 2 * self.table
         return tables + self.layers * self.layer_parameters + self.hidden
 
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """Names of attention's linears."""
+        return self.named((*ATTENTION_INPUTS, "o_proj"))
+
     def named(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the names that a layer has."""
         return tuple(name for name in names if name in self.linears)
@@ -138,8 +145,7 @@ def _check(config: Any) -> None:
     kind = config.model_type
     if kind not in PLANNED:
         raise ValueError(
-            f"the memory of {kind!r} is not predicted, only that of {', '.join(PLANNED)}: run a "
-            "few steps and read lemo/peak_memory_gib in the logs."
+            f"the memory of {kind!r} is not predicted, only that of {', '.join(PLANNED)}: {MEASURE}"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
@@ -154,7 +160,9 @@ def _check(config: Any) -> None:
         )
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(config, name, 0):
-            raise ValueError(f"{name}={getattr(config, name)} is not predicted: set it to 0.")
+            raise ValueError(
+                f"the config's {name}={getattr(config, name)} is not predicted: {MEASURE}"
+            )
 
 
 def _window(config: Any) -> int | None:

@@ -1,5 +1,6 @@
 """The memory plan: against measured peaks, every allocation of tiny steps, and its own rules."""
 
+import json
 import sys
 import weakref
 from pathlib import Path
@@ -474,6 +475,40 @@ def test_no_row_fits_beside_the_weights_and_windows_bound_them():
 def test_models_that_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
         plan(AutoConfig.for_model(kind, **options), LeMoConfig(), 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "way_out"),
+    [
+        ("mistral", {"sliding_window": 512}, "Plan for rows of at most 512 tokens, or run a few"),
+        ("phi3", {"sliding_window": 512}, "Plan for rows of at most 512 tokens, or run a few"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1 is not predicted: run a few"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not predicted: run a few steps"),
+        ("gemma2", {}, "run a few steps and read lemo/peak_memory_gib"),
+    ],
+)
+def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
+    """It has no option that changes the config, nor has training."""
+    AutoConfig.for_model(kind, **options).save_pretrained(tmp_path)
+    code, _, err = lemo("plan", "--model", tmp_path, "--tokens", 1024)
+    assert code == 2 and way_out in err
+    assert not {"set", "=none"} & set(err.lower().split())
+    if "sliding_window" in options:
+        assert lemo("plan", "--model", tmp_path, "--tokens", 512)[0] == 0
+
+
+@pytest.mark.parametrize("kind", PLANNED)
+def test_adapters_on_attention_by_default(kind, lemo, tmp_path):
+    """Phi has q, k and v in one linear."""
+    config = AutoConfig.for_model(kind, attention_dropout=0.0)
+    config.save_pretrained(tmp_path)
+    code, out, err = lemo("plan", "--model", tmp_path, "--tokens", 1024, "--json")
+    assert code == 0, err
+    targets = ["qkv_proj", "o_proj"] if kind == "phi3" else [*QKVO]
+    assert json.loads(out)["lora_targets"] == targets
+    found = plan(config, LeMoConfig(retention=0.3), 1024)
+    assert found == plan(config, LeMoConfig(retention=0.3), 1024, lora_targets=targets)
+    assert json.loads(out)["LeMo"]["peak"] == found.peak
 
 
 @pytest.mark.parametrize(

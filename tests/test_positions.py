@@ -52,8 +52,7 @@ def by_hand(rope, most=512):
 
 
 def asked(name=MODEL, **options):
-    blank = ("rope_type", "rope_parameters", "max_position_embeddings", "length")
-    return prepared_config(name, **{**dict.fromkeys(blank), **options})
+    return prepared_config(name, **options)
 
 
 def test_all_types_are_known():

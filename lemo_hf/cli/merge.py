@@ -83,9 +83,8 @@ def merge(
 
 def _check_weights(section: Any) -> None:
     """Raises ValueError for a base model of quantised weights, which merging would round again."""
-    nothing = dict.fromkeys(("rope_type", "rope_parameters", "max_position_embeddings", "length"))
     shared = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    config = prepared_config(section.name, **nothing, **shared)
+    config = prepared_config(section.name, **shared)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{section.name} has quantised weights, which would round what is added to them: give "

@@ -146,10 +146,10 @@ def _json_object(text: str) -> dict[str, Any]:
 def prepared_config(
     name: str,
     *,
-    rope_type: str | None,
-    rope_parameters: dict[str, Any] | None,
-    max_position_embeddings: int | None,
-    length: int | None,
+    rope_type: str | None = None,
+    rope_parameters: dict[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
+    length: int | None = None,
     **from_pretrained: Any,
 ) -> Any:
     """A model's config with its positions as they were asked for.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, DType, Dtype, Model, TrustRemoteCode
+from lemo_hf.cli.options import AsJson, DType, Dtype, Model, TrustRemoteCode, prepared_config
 from lemo_hf.config import LeMoConfig
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def plan(
     lora_rank: Annotated[int, typer.Option(min=0, help="Of LoRA; 0 trains all parameters.")] = 8,
     lora_target: Annotated[
         list[str] | None,
-        typer.Option(help="Linears with LoRA, or all-linear; repeatable. Default: q, k, v, o."),
+        typer.Option(help="Linears with LoRA, or all-linear; repeatable. Default: attention's."),
     ] = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Linears in NF4 with double quantisation.")
@@ -90,13 +90,12 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    from transformers import AutoConfig
-
     from lemo_hf.plan import fitting_finish, longest, plans
     from lemo_hf.plan import plan as predict
+    from lemo_hf.plan_model import ModelShapes
 
-    model_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    targets: Any = lora_target or ("q_proj", "k_proj", "v_proj", "o_proj")
+    model_config = prepared_config(model, trust_remote_code=trust_remote_code)
+    targets: Any = lora_target or ModelShapes.of(model_config).attention
     if list(targets) == ["all-linear"]:
         targets = "all-linear"
     settings: dict[str, Any] = {
