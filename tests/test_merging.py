@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PromptTuningConfi
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_hf.cli.merge import whole_folder
+from lemo_hf.cli.merge import _trained, whole_folder
 from lemo_hf.eval.perplexity import perplexity
 from lemo_hf.families import FAMILIES
 
@@ -197,6 +197,33 @@ def test_another_base_model(settings, lemo, tmp_path):
     assert "give the model that it was trained on" in refused(
         lemo, tmp_path, "--model", tmp_path / "base"
     )
+
+
+def test_weights_beyond_fp16(lemo, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    model.model.layers[3].mlp.down_proj.weight.data.mul_(1e6)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "base")
+    adapted(tmp_path / "adapter", lora(), str(tmp_path / "base"), torch.bfloat16)
+    said = refused(lemo, tmp_path, "--model", tmp_path / "base", "--dtype", "float16")
+    assert "logits are not finite in float16: give another --dtype" in said
+
+
+def test_shards(lemo, tmp_path):
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model.save_pretrained(base, max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
+    assert len(list(base.glob("*.safetensors"))) > 3
+    check(
+        lemo, tmp_path, adapted(tmp_path / "adapter", lora("lm_head"), str(base)), "--model", base
+    )
+
+
+def test_the_revision_that_was_adapted(tmp_path):
+    config = LoraConfig(base_model_name_or_path="me/base", revision="v1")
+    section, tokens = _trained(str(tmp_path), config, None)
+    assert (section.name, section.revision, tokens) == ("me/base", "v1", None)
 
 
 def test_quantised_weights(lemo, tmp_path):

@@ -1,5 +1,6 @@
 """An adapter added into the weights of its model, and the proof that nothing else changed."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,8 +24,16 @@ def probe(tuned: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of a row, in fp32."""
-    return model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    """Of a row, in fp32.
+
+    Raises:
+        ValueError: They are not finite.
+    """
+    found = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    if not found.isfinite().all():
+        kind = str(model.dtype).removeprefix("torch.")
+        raise ValueError(f"the model's logits are not finite in {kind}: give another --dtype.")
+    return found
 
 
 def merged(tuned: Any, progress: bool) -> Any:
@@ -43,7 +52,9 @@ def merged(tuned: Any, progress: bool) -> Any:
     dtypes = {name: parameter.dtype for name, parameter in lm.named_parameters()}
     _unshare(lm)
     try:
-        plain = tuned.merge_and_unload(progressbar=progress, safe_merge=True)
+        with warnings.catch_warnings():  # of PEFT's, about tied weights, which are apart by now
+            warnings.filterwarnings("ignore", "(?s).*(tie_word_embeddings|no longer tied)")
+            plain = tuned.merge_and_unload(progressbar=progress, safe_merge=True)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
