@@ -1,13 +1,17 @@
 """`LeMoConfig`: every number a user may set, checked once."""
 
 import dataclasses
+import logging
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
+from lemo_hf.shown import shortened, shown
 from lemo_hf.version import __version__
+
+logger = logging.getLogger(__name__)
 
 POLICIES = (
     "auto",
@@ -23,10 +27,15 @@ POLICIES = (
 SUPERVISE = ("kept", "all")
 LEVELS = ("none", "mlp", "selective", "lean", "full")  # of recomputation
 UNITS = ("selective", "lean", "full")  # at which a layer is run again as a whole
+LARGEST = 2**63 - 1  # integer that tensors know
 # By "auto": share of the steps, at the end, that keep all of rows that are labelled throughout.
 AUTO_FINISH = 0.1
 # And share of the blocks kept by overlap that are drawn by chance: three seeds, docs/QUALITY.md.
 AUTO_CHANCE = 0.25
+# Fields of earlier versions, their default, and what takes their place.
+_REMOVED = {
+    "normalize_scores": (False, "policy='recent' keeps nearly the same blocks (docs/LOG.md)."),
+}
 # Fields that say how much is kept, and the value at which that is everything.
 _KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
 
@@ -158,13 +167,15 @@ class LeMoConfig:
                 )
                 if not inside:
                     raise ValueError(
-                        f"{name} must lie in {interval}, got {number!r} in {name}={value!r}"
+                        f"{name} must lie in {interval}, got {shown(number)} in "
+                        f"{name}={shown(value)}"
                     )
         for share, limit in (("retention", "threshold"), ("mlp_retention", "mlp_threshold")):
             if getattr(self, share) is not None and getattr(self, limit) is not None:
                 raise ValueError(
-                    f"{share}={getattr(self, share)!r} and {limit}={getattr(self, limit)!r} both "
-                    f"say how much is kept: set one of them to None."
+                    f"{share}={shown(getattr(self, share))} and {limit}="
+                    f"{shown(getattr(self, limit))} both say how much is kept: set one of them to "
+                    "None."
                 )
         if self.retention is None and self.threshold is None:
             object.__setattr__(self, "retention", 0.3)
@@ -179,20 +190,24 @@ class LeMoConfig:
             value = getattr(self, name)
             if value is None and name == "segment_size":
                 continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if type(value) is not int or not least <= value <= LARGEST:
+                raise ValueError(
+                    f"{name} must be an integer of at least {least}, got {shown(value)}"
+                )
         for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {choices}, got {shown(getattr(self, name))}"
+                )
         for name in ("agree_across_layers", "cuda_graphs"):
             value = getattr(self, name)
             if type(value) is not bool:
-                raise ValueError(f"{name} must be one of (True, False), got {value!r}")
+                raise ValueError(f"{name} must be one of (True, False), got {shown(value)}")
         self._check_schedule()
         self._check_memory()
         self._check_graphs()
-        if type(self.seed) is not int:
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if type(self.seed) is not int or abs(self.seed) > LARGEST:
+            raise ValueError(f"seed must be an integer, got {shown(self.seed)}")
 
     def _check_schedule(self) -> None:
         for name, interval, inside in (
@@ -204,7 +219,7 @@ class LeMoConfig:
             if value is None and name != "finish_retention":
                 continue
             if not (_is_number(value) and inside(value)):
-                raise ValueError(f"{name} must lie in {interval}, got {value!r}")
+                raise ValueError(f"{name} must lie in {interval}, got {shown(value)}")
         if self.random_share and self.policy not in ("auto", "overlap", "predictor"):
             raise ValueError(
                 f"random_share={self.random_share} and policy={self.policy!r}: only 'overlap' and "
@@ -214,9 +229,10 @@ class LeMoConfig:
         for name in ("threshold", "mlp_threshold"):
             if getattr(self, name) is not None and (self.random_share or self.policy == "auto"):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} compares scores, and policy={self.policy!r} "
-                    f"with random_share={self.random_share} only ranks: use policy='overlap', "
-                    "'pooled' or 'predictor' without a random_share, or a retention."
+                    f"{name}={shown(getattr(self, name))} compares scores, and policy="
+                    f"{self.policy!r} with random_share={self.random_share} only ranks: use "
+                    "policy='overlap', 'pooled' or 'predictor' without a random_share, or a "
+                    "retention."
                 )
 
     @property
@@ -240,11 +256,12 @@ class LeMoConfig:
         for level in value if isinstance(value, tuple) else (value,):
             if level not in LEVELS and (level is not None or isinstance(value, tuple)):
                 raise ValueError(
-                    f"recompute must be one of {LEVELS} (or one a layer), or None, got {level!r}"
+                    f"recompute must be one of {LEVELS} (or one a layer), or None, got "
+                    f"{shown(level)}"
                 )
         budget = self.offload_gib
         if budget is not None and not (_is_number(budget) and budget > 0):
-            raise ValueError(f"offload_gib must be a number above 0 or None, got {budget!r}")
+            raise ValueError(f"offload_gib must be a number above 0 or None, got {shown(budget)}")
 
     def _check_graphs(self) -> None:
         if not self.cuda_graphs:
@@ -297,10 +314,10 @@ class LeMoConfig:
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, value := os.fspath(value))
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{name} must be a string or None, got {value!r}")
+                raise ValueError(f"{name} must be a string or None, got {shown(value)}")
         if self.predictor is None and self.predictor_revision is not None:
             raise ValueError(
-                f"predictor_revision={self.predictor_revision!r} without a predictor: set "
+                f"predictor_revision={shown(self.predictor_revision)} without a predictor: set "
                 "predictor='organisation/name'."
             )
         if self.policy is None:
@@ -310,8 +327,8 @@ class LeMoConfig:
             object.__setattr__(self, "policy", "predictor" if self.predictor else policy)
         elif self.predictor is not None and self.policy != "predictor":
             raise ValueError(
-                f"predictor={self.predictor!r} and policy={self.policy!r} cannot both choose the "
-                "blocks: leave policy unset, or predictor."
+                f"predictor={shown(self.predictor)} and policy={self.policy!r} cannot both choose "
+                "the blocks: leave policy unset, or predictor."
             )
 
     def layer_rules(self, num_layers: int) -> list[tuple[KeepRule, KeepRule | None] | None]:
@@ -349,8 +366,8 @@ class LeMoConfig:
                 )
             if self.agree_across_layers and len({value[i] for i in sparse}) > 1:
                 raise ValueError(
-                    f"{name}={value!r} differs between layers, which then cannot agree on one kept "
-                    "set: set agree_across_layers=False."
+                    f"{name}={shown(value)} differs between layers, which then cannot agree on one "
+                    "kept set: set agree_across_layers=False."
                 )
             per_layer[name] = list(value)
         attention = map(KeepRule, per_layer["retention"], per_layer["threshold"])
@@ -368,13 +385,29 @@ class LeMoConfig:
     def from_dict(cls, values: dict[str, Any]) -> "LeMoConfig":
         """The reverse of `to_dict`. Missing fields take their defaults.
 
+        Fields that earlier versions wrote and this one has not are left out: with a warning, if
+        they were set to something.
+
         Raises:
             ValueError: Unknown keys (they are named), or a value out of range.
         """
+        written_by = values.get("lemo_version")
         values = {key: value for key, value in values.items() if key != "lemo_version"}
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        for name, (default, instead) in _REMOVED.items():
+            if values.pop(name, default) != default:
+                logger.warning(
+                    "%s of a LeMoConfig by lemo_hf %s is left out: this version has no such "
+                    "field. %s",
+                    *(name, shown(written_by), instead),
+                )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [str(key) for key in values if key not in known]
         if unknown:
-            raise ValueError(f"unknown keys in a LeMoConfig: {', '.join(unknown)}")
+            names = shortened(", ".join(sorted(unknown)))
+            raise ValueError(
+                f"unknown keys in a LeMoConfig: {names}. If a newer version wrote them: "
+                "pip install -U lemo-hf; else remove them."
+            )
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -417,4 +450,5 @@ class LeMoConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    small = type(value) is not int or abs(value) <= LARGEST  # a larger one may be no float
+    return small and type(value) in (int, float) and math.isfinite(value)

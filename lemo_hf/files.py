@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+# A text that is read as a whole. JSON of this size can take 25 times as much memory.
+MOST_BYTES = 2**26
 CONFIG_NAME = "lemo_config.json"
 WEIGHTS_NAME = "lemo_predictors.safetensors"
 _WRITTEN_BY = {
@@ -97,21 +99,56 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
         ) from error
 
 
+def read_text(path: str | os.PathLike, most: int = MOST_BYTES) -> str:
+    """The text in a file, in which every line ends with a newline alone.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has more than ``most`` bytes, or is no UTF-8; the message names the file.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes: it is not the file that was meant.")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
+        OSError: It cannot be read.
         ValueError: It holds something else; the message names the file.
     """
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except ValueError as error:  # of JSON, or of UTF-8
+        values = parse_json(text)
+    except ValueError as error:
         raise ValueError(
             f"{path} is no valid JSON ({error}): restore it, or download it again."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is none, is nested too deeply, or holds what UTF-8 cannot write.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        values = json.loads(text)
+        if "\\u" in text:  # half of a pair of these escapes is no text
+            json.dumps(values, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     return values
 
 

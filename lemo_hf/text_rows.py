@@ -1,11 +1,15 @@
 """From the text that a user has to rows of tokens, one document after the other."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from lemo_hf.json_lines import Row, damage_told, read_file
 
 # datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
 BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -14,7 +18,7 @@ COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 
 def load_examples(
     dataset: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
-) -> Iterable[dict[str, Any]]:
+) -> Iterator[Row]:
     """Examples of a dataset, streamed: what is not asked for is neither read nor downloaded.
 
     Args:
@@ -28,35 +32,26 @@ def load_examples(
 
     Raises:
         OSError: There is no such dataset, or it cannot be reached.
-        ValueError: A format is not known, or there is no such split.
+        ValueError: A format is not known, there is no such split, or a file is damaged.
     """
-    from datasets import load_dataset
-
     given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
     paths = [os.fspath(path) for path in given]
-    missing = [path for path in paths if _builder(path) and not os.path.isfile(path)]
+    missing = [path for path in paths if _suffix(path) and not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"there is no file {missing[0]!r}.")
     if all(os.path.isfile(path) for path in paths):
-        builders = {_builder(path) for path in paths}
+        builders = {BUILDERS.get(_suffix(path) or "") for path in paths}
         if len(builders) > 1 or None in builders:
             raise ValueError(
                 f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
             )
-        builder = builders.pop()
-        arguments = {"path": builder, "data_files": paths, "split": "train"}
-    elif len(paths) > 1:
+        return _some(chain.from_iterable(map(_file_examples, paths)), ", ".join(paths))
+    if len(paths) > 1:
         raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
-    else:
-        texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
-        builder = "text" if texts else None
-        arguments = {"path": paths[0], "split": split}
-    if builder == "text":
-        arguments["sample_by"] = "document"
-    try:
-        return load_dataset(**arguments, streaming=True)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(paths)}, split {split!r}: {error}") from error
+    texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
+    sampled = {"sample_by": "document"} if texts else {}
+    name = f"{paths[0]}, split {split!r}"
+    return _some(_streamed(name, path=paths[0], split=split, **sampled), name)
 
 
 def load_documents(
@@ -72,13 +67,14 @@ def load_documents(
         text_column: Where the text is.
 
     Raises:
-        ValueError: There is no such column; those that there are are named.
+        ValueError: There is no such column (those that there are are named), or a row of it is no
+            text.
     """
-    return _texts(load_examples(dataset, split), text_column)
+    return (_text(example, text_column, example.where) for example in load_examples(dataset, split))
 
 
 def labelled_rows(
-    examples: Iterable[dict[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
+    examples: Iterable[Mapping[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
 ) -> list[dict[str, list[int]]]:
     """Rows of which a part is labelled, as they are; longer ones than ``tokens`` are left out.
 
@@ -93,20 +89,24 @@ def labelled_rows(
         ``{"input_ids": [...], "labels": [...]}`` a row.
 
     Raises:
-        ValueError: No row is short enough.
+        ValueError: No row is short enough, or one holds something else.
     """
     start = start_tokens(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows: list[dict[str, list[int]]] = []
-    for example in examples:
+    for number, example in enumerate(examples, 1):
         if len(rows) == max_rows:
             break
+        where = getattr(example, "where", f"row {number}")
         if "input_ids" in example:
-            ids, labels = list(example["input_ids"]), list(example["labels"])
+            ids, labels = (_token_ids(example, name, where) for name in ("input_ids", "labels"))
+            if len(ids) != len(labels):
+                raise ValueError(f"{where} has {len(ids)} input_ids and {len(labels)} labels.")
         else:
+            texts = [_text(example, name, where) for name in ("prompt", "completion")]
             prompt, completion = (
-                tokenizer(example[name], add_special_tokens=False, verbose=False)["input_ids"]
-                for name in ("prompt", "completion")
+                tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                for text in texts
             )
             ids = [*start, *prompt, *completion, *end]
             labels = [-100] * (len(start) + len(prompt)) + ids[len(start) + len(prompt) :]
@@ -178,19 +178,75 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _builder(path: str) -> str | None:
+def _suffix(path: str) -> str | None:
+    """What says the format of a file, if its name does."""
     suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
-    return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
+    suffix = suffixes[-1].lower() if suffixes else ""
+    return suffix if suffix in BUILDERS else None
 
 
-def _texts(stream: Iterable[dict[str, Any]], column: str) -> Iterator[str]:
-    for document in stream:
-        if column not in document:
-            raise ValueError(
-                f"the dataset has no column {column!r}, its columns are: {', '.join(document)}."
-            )
-        if not isinstance(document[column], str):
-            raise ValueError(
-                f"column {column!r} must hold text, got {type(document[column]).__name__}."
-            )
-        yield document[column]
+def _file_examples(path: str) -> Iterator[Row]:
+    suffix = _suffix(path)
+    assert suffix is not None  # it was asked before
+    if suffix == ".jsonl" and not path.endswith(".zst"):  # which Python cannot read
+        return read_file(path)
+    arguments: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": [path], "split": "train"}
+    if suffix == ".txt":
+        arguments["sample_by"] = "document"
+    return _streamed(path, **arguments)
+
+
+def _streamed(name: str, **arguments: Any) -> Iterator[Row]:
+    """Rows as datasets reads them. It is asked at once, so that what is not there is told early."""
+    from datasets import load_dataset
+
+    with _told(name):
+        stream = load_dataset(**arguments, streaming=True)
+    return _rows(name, stream)
+
+
+def _rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    with _told(name):
+        for number, example in enumerate(stream, 1):
+            row = Row(example)
+            row.where = f"{name}, row {number}"
+            yield row
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What datasets and pyarrow raise for a file that they cannot read names the file."""
+    with damage_told(name):
+        try:
+            yield
+        except StopIteration as error:
+            raise ValueError(f"{name} is empty.") from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _some(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{name} has no row.")
+    yield first
+    yield from rows
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise ValueError(f"{where} has no column {column!r}, its columns are: {', '.join(row)}.")
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where}: column {column!r} must hold text, got {type(text).__name__}: leave the row "
+            "out, or name another column."
+        )
+    return text
+
+
+def _token_ids(row: Mapping[str, Any], column: str, where: str) -> list[int]:
+    values = row.get(column)
+    if not isinstance(values, Sequence) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"{where}: column {column!r} must be a list of token ids.")
+    return list(values)

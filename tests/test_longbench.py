@@ -223,3 +223,20 @@ def test_chinese_runs_need_jieba_from_the_start(model, tokenizer, tmp_path, monk
     with pytest.raises(ImportError, match=r"lemo-hf\[zh\]"):
         run(model, tokenizer, tmp_path / "run", ROWS, ["multi_news", "dureader"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [([5], "'answers' must hold texts, got 5"), (["b"], "'b' names no Paragraph")],
+)
+def test_what_cannot_be_scored_is_told_before_anything_is_generated(
+    answers, message, model, tokenizer, tmp_path
+):
+    """Also where the task before it is whole."""
+    tasks = ("passage_count", "passage_retrieval_en")
+    data = samples(tmp_path / "data", tasks[:1])
+    rows = [row("a", ["Paragraph 1"]), row("b", answers)]
+    (data / f"{tasks[1]}.jsonl").write_bytes(as_lines(rows))
+    with pytest.raises(ValueError, match=f"passage_retrieval_en.*row 2: .*{message}"):
+        run(model, tokenizer, tmp_path / "out", data, tasks)
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,9 @@ from lemo_hf.cli.plan import plan
 from lemo_hf.cli.report import report
 from lemo_hf.cli.train import SETTINGS, train
 from lemo_hf.cli.train_predictor import train_predictor
+from lemo_hf.shown import shortened
+
+MOST_LETTERS = 4000  # of a message
 
 app = typer.Typer(
     help="LeMo for Hugging Face: long-context fine-tuning on the tokens each layer needs.",
@@ -37,7 +40,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("LEMO_TRACEBACK") == "1":
             raise
-        typer.secho(f"lemo: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(f"lemo: {shortened(str(error), MOST_LETTERS)}", fg=typer.colors.RED, err=True)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":

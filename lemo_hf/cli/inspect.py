@@ -10,6 +10,7 @@ import typer
 
 from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
 from lemo_hf.config import LeMoConfig
+from lemo_hf.files import read_text
 
 
 @takes_model
@@ -71,7 +72,7 @@ def inspect(
     from lemo_hf.inspection_row import text_row
 
     lm, tokenizer = model.load(tokens or 8192)
-    words = text.read_text(encoding="utf-8")
+    words = read_text(text)
     row = text_row(tokenizer, words, tokens or 8192, question, answer, needle or ())
     if tokens is not None and len(row.input_ids) < tokens:
         raise ValueError(f"--tokens {tokens}: {text} has {len(row.input_ids)}.")

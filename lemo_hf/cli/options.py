@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.positions import change_positions
+from lemo_hf.files import parse_json
+from lemo_hf.shown import shortened
 
 
 class DType(StrEnum):
@@ -135,11 +136,11 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        wanted = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--rope-parameters is no JSON ({error}): {text}") from error
+        wanted = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"--rope-parameters is no JSON ({error}): {shortened(text)}") from error
     if not isinstance(wanted, dict):
-        raise ValueError(f"--rope-parameters must be a JSON object, got {text}")
+        raise ValueError(f"--rope-parameters must be a JSON object, got {shortened(text)}")
     return wanted
 
 

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
 from lemo_hf.config import LeMoConfig
+from lemo_hf.shown import shortened, shown
 
 SECTIONS = ("model", "data", "lora", "lemo", "training")
 
@@ -181,7 +182,7 @@ class Settings:
     def _check_keys(self, values: Mapping[str, Any], known: Sequence[str], section: str) -> None:
         for key, value in values.items():
             if key not in known:
-                where = f"{self._source(section, key)}: {section}.{key}={value!r}"
+                where = f"{self._source(section, key)}: {section}.{key}={shown(value)}"
                 raise ValueError(f"{where}: there is no such key{nearest(key, known)}")
 
     def _source(self, section: str, key: str = "") -> str:
@@ -197,8 +198,11 @@ def _told(where: str) -> Iterator[None]:
     """An error of a section's own checks is told with the place it was read from."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of transformers' and peft's own classes, by a value that is wrong
+        what = str(error) if isinstance(error, ValueError | TypeError) else repr(error)
+        raise ValueError(f"{where}: {what}") from error
 
 
 def _checked(value: Any, expected: Any, where: str) -> Any:
@@ -206,12 +210,12 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
     from huggingface_hub.dataclasses import type_validator
 
     kinds = get_args(expected) or (expected,)
-    if type(value) is int and float in kinds and int not in kinds:
-        return float(value)
     try:
+        if type(value) is int and float in kinds and int not in kinds:
+            return float(value)
         type_validator(where, value, expected)
-    except TypeError as error:
-        raise ValueError(f"{where} must be {_type_name(expected)}, got {value!r}.") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{where} must be {_type_name(expected)}, got {shown(value)}.") from error
     return value
 
 
@@ -226,5 +230,5 @@ def _fields(cls: type) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence that says ``name`` is unknown."""
-    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    near = get_close_matches(shortened(str(name)), list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."

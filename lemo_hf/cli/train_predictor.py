@@ -111,8 +111,8 @@ def _rows(
     from lemo_hf.cli.options import load_rows
     from lemo_hf.text_rows import labelled_rows, load_examples
 
-    examples = iter(load_examples(dataset[0] if len(dataset) == 1 else dataset, split))
-    first = next(examples, {})
+    examples = load_examples(dataset[0] if len(dataset) == 1 else dataset, split)
+    first = next(examples)  # there is one, or an error
     if {"input_ids", "labels"} <= set(first) or {"prompt", "completion"} <= set(first):
         return labelled_rows(chain([first], examples), tokenizer, tokens, rows)
     return load_rows(dataset, split, text_column, tokenizer, tokens, rows, progress)

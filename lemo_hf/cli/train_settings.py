@@ -1,7 +1,6 @@
 """Settings of `lemo train`: a YAML file or a packaged preset, and flags that win over it."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import yaml
 
 from lemo_hf.cli.train_config import SECTIONS, Run, Settings, nearest
+from lemo_hf.cli.yaml_text import parse_yaml, read_yaml
+from lemo_hf.shown import shown
 
 PRESETS = Path(__file__).parent.parent / "presets"
 FILE_NAME = "lemo_train.yaml"  # of what a run was asked for, in its output directory
@@ -31,7 +32,7 @@ def read_settings(
     settings = Settings()
     if config is not None:
         path = find_config(config)
-        for section, values in _sections(_read_yaml(path), str(path)).items():
+        for section, values in _sections(read_yaml(path), str(path)).items():
             settings.values[section] = values
             settings.sources[section] = str(path)
     for section, key, value, source in _parse_flags(flags, options):
@@ -83,17 +84,19 @@ def dump(run: Run, settings: Settings) -> str:
 def _sections(values: Any, path: str) -> dict[str, Any]:
     """Sections of a file; ``full: true`` stands for the missing ``lora``."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the sections {', '.join(SECTIONS)}, got {values!r}.")
+        raise ValueError(
+            f"{path} must hold the sections {', '.join(SECTIONS)}, got {shown(values)}."
+        )
     full = values.pop("full", False)
     for section, content in values.items():
         if section not in SECTIONS:
             near = nearest(section, (*SECTIONS, "full"))
-            raise ValueError(f"{path}: there is no section {section!r}{near}")
+            raise ValueError(f"{path}: there is no section {shown(section)}{near}")
         if not (isinstance(content, dict) or (section == "lemo" and content is False)):
-            raise ValueError(f"{path}: {section} must be a mapping of keys, got {content!r}.")
+            raise ValueError(f"{path}: {section} must be a mapping of keys, got {shown(content)}.")
     if full is not ("lora" not in values):
         raise ValueError(
-            f"{path}: full={full!r}: give either a section lora, or full: true to train all "
+            f"{path}: full={shown(full)}: give either a section lora, or full: true to train all "
             "parameters."
         )
     return values
@@ -114,38 +117,9 @@ def _parse_flags(
                 "--section.key value."
             )
         if section not in SECTIONS:
-            raise ValueError(f"{name}: there is no section {section!r}{nearest(section, SECTIONS)}")
+            raise ValueError(
+                f"{name}: there is no section {shown(section)}{nearest(section, SECTIONS)}"
+            )
         if not is_:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
-        yield section, key.replace("-", "_"), _parse_yaml(text, name), name
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that reads 1e-4 as a number, and a key given twice as an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(f"{key_node.value!r} is given twice, again in line {line}")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> Any:
-    return _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{source} is no valid YAML: {error}") from error
+        yield section, key.replace("-", "_"), parse_yaml(text, name), name

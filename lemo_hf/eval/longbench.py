@@ -18,7 +18,7 @@ from lemo_hf.eval.longbench_files import append, claim_folder, resume
 from lemo_hf.eval.longbench_load import load_task
 from lemo_hf.eval.longbench_metrics import CHINESE_METRICS, load_jieba
 from lemo_hf.eval.longbench_prompt import context_of, prompt_tokens, room
-from lemo_hf.eval.longbench_score import score_folder
+from lemo_hf.eval.longbench_score import check_rows, score_folder
 from lemo_hf.eval.longbench_tasks import Task, choose_tasks
 from lemo_hf.eval.weights import weights_checksum
 from lemo_hf.modes import evaluating
@@ -74,7 +74,8 @@ def run_longbench(
     Raises:
         ImportError: There is a Chinese task and jieba is not installed.
         OSError: The data cannot be had.
-        ValueError: A setting is wrong, or ``output_dir`` holds results of other settings.
+        ValueError: A setting or a row of the data is wrong, or ``output_dir`` holds results of
+            other settings.
     """
     chosen = choose_tasks(tasks, extended=extended)
     for name, value, least in (
@@ -97,11 +98,20 @@ def run_longbench(
         "max_length": max_length,
         "max_rows": max_rows,
     }
+
+    def rows_of(task: Task) -> list[dict[str, Any]]:
+        return load_task(task.name, data, extended=extended, revision=revision)[:max_rows]
+
+    def check() -> None:
+        for task in chosen:
+            check_rows(task.name, rows_of(task))
+
+    _first_process(check)
     _first_process(lambda: claim_folder(folder, settings))
     with evaluating(model):
         for task in chosen:
             with state.main_process_first():  # it downloads, the others find the file
-                rows = load_task(task.name, data, extended=extended, revision=revision)[:max_rows]
+                rows = rows_of(task)
             answer = _Answer(model, tokenizer, task, lengths[task.name], chat_template)
             _predict(rows, folder / f"{task.name}.jsonl", answer, batch_size, progress)
     return _first_process(lambda: score_folder(folder, extended=extended))

@@ -1,20 +1,20 @@
 """LongBench's rows: from the Hub's data.zip, a copy of it, or a folder of JSON lines."""
 
-import gzip
-import json
-import lzma
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader, RawIOBase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any, cast
 
 from lemo_hf.eval.longbench_tasks import choose_tasks
 from lemo_hf.files import download
+from lemo_hf.json_lines import damage_told, read_file, read_rows
+from lemo_hf.shown import shown
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
 FIELDS = {"input": str, "context": str, "answers": list, "length": int}
-_OPENERS: dict[str, Callable[..., IO[Any]]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+# Of one task: by the lengths in its paper none of the benchmark's has more than about 25 MB.
+MOST_BYTES = 2**27
 
 
 def load_task(
@@ -51,13 +51,14 @@ def load_task(
         hub: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
         data = download(REPOSITORY, ARCHIVE, instead, **hub)
     path = Path(data)
+    rows: list[dict[str, Any]]
     if path.is_dir():
         path = _file_of(path, name)
-        with _OPENERS[path.suffix](path, "rb") as file:
-            rows = list(read_rows(file, path))
+        rows = list(read_file(path, MOST_BYTES))
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive, _member(archive, name, path) as file:
-            rows = list(read_rows(file, f"{name} of {path}"))
+        with damage_told(path), zipfile.ZipFile(path) as archive:
+            file = _member(archive, name, path)
+            rows = list(read_rows(file, f"{name} of {path}", MOST_BYTES))
     elif path.exists():
         raise ValueError(f"{path} is neither a folder nor a zip archive of LongBench's data.")
     else:
@@ -69,30 +70,8 @@ def load_task(
     return rows
 
 
-def read_rows(file: Iterable[bytes], name: Any) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines; empty lines are skipped.
-
-    Args:
-        file: Open for reading bytes.
-        name: What it is called in messages.
-
-    Raises:
-        ValueError: A line is no JSON object.
-    """
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number} is no valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}, line {number} must be an object, got {type(row).__name__}.")
-        yield row
-
-
 def check_fields(row: dict[str, Any], fields: dict[str, Any], where: str) -> None:
-    """Whether a row has ``fields``, each of its type.
+    """Whether a row has ``fields``, each of its type; those that are lists, of texts.
 
     Raises:
         ValueError: It lacks one, or has it in another type.
@@ -100,11 +79,13 @@ def check_fields(row: dict[str, Any], fields: dict[str, Any], where: str) -> Non
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"{where} has no field {name!r}, its fields are: {', '.join(row)}.")
-        if not isinstance(row[name], kind):
+        value = row[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
             expected = getattr(kind, "__name__", kind)
-            raise ValueError(
-                f"{where}: {name!r} must be {expected}, got {type(row[name]).__name__}."
-            )
+            raise ValueError(f"{where}: {name!r} must be {expected}, got {type(value).__name__}.")
+        for item in value if isinstance(value, list) else ():
+            if not isinstance(item, str):
+                raise ValueError(f"{where}: {name!r} must hold texts, got {shown(item)}.")
 
 
 def _file_of(folder: Path, name: str) -> Path:
@@ -119,8 +100,8 @@ def _file_of(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> BufferedReader:
     for member in archive.namelist():
         if PurePosixPath(member).name == name:
-            return archive.open(member)
+            return BufferedReader(cast(RawIOBase, archive.open(member)))
     raise FileNotFoundError(f"the archive {os.fspath(path)!r} has no {name}.")

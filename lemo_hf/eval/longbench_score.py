@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from lemo_hf.eval.longbench_load import check_fields, read_rows
+from lemo_hf.eval.longbench_load import MOST_BYTES, check_fields
 from lemo_hf.eval.longbench_metrics import METRICS
 from lemo_hf.eval.longbench_tasks import TASKS, choose_tasks
 from lemo_hf.files import read_json, whole_file
+from lemo_hf.json_lines import read_file
 
 logger = logging.getLogger(__name__)
 
 RESULT_NAME, SETTINGS_NAME = "result.json", "settings.json"
 # LongBench-E: rows by their length (words, or Chinese characters) below a number.
 BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
+# Metrics whose time is the product of two lengths, and that of letters which takes a minute.
+SLOW = {"rouge", "rouge_zh", "code_sim"}
+MOST_PAIRS = 2**29
 
 
 def score_row(
@@ -34,9 +38,15 @@ def score_row(
 
     Raises:
         ImportError: The task is Chinese and jieba is not installed.
-        ValueError: The task's metric does not fit the answers or classes.
+        ValueError: The task's metric does not fit the answers or classes, or it would take hours.
     """
     kind = TASKS[task]
+    pairs = len(prediction) * sum(map(len, answers))
+    if kind.metric in SLOW and pairs > MOST_PAIRS:
+        raise ValueError(
+            f"{len(prediction):,} letters of prediction and {sum(map(len, answers)):,} of answers "
+            f"are more than {kind.metric} can compare: shorten the prediction."
+        )
     if kind.first_line:
         prediction = prediction.lstrip("\n").split("\n")[0]
     extra = (all_classes,) if kind.metric == "classification" else ()
@@ -67,7 +77,10 @@ def score_rows(
         check_fields(row, fields, f"{task}, row {number}")
     # The benchmark's scorer takes the last row's classes for all rows; they are the same.
     classes = rows[-1]["all_classes"]
-    scores = [score_row(task, row["pred"], row["answers"], classes) for row in rows]
+    scores = [
+        _score_line(task, number, row["pred"], row["answers"], classes)
+        for number, row in enumerate(rows, 1)
+    ]
     if not extended:
         total = 0.0
         for score in scores:  # from Python 3.12 on sum rounds otherwise
@@ -81,6 +94,24 @@ def score_rows(
         name: round(float(100 * np.mean(scores)), 2) if scores else float("nan")
         for name, scores in buckets.items()
     }
+
+
+def check_rows(task: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Whether predictions of these rows could be scored: rather now than after hours.
+
+    Raises:
+        ImportError: The task is Chinese and jieba is not installed.
+        ValueError: Answers or classes of a row do not fit the task's metric.
+    """
+    for number, row in enumerate(rows, 1):
+        _score_line(task, number, "", row["answers"], rows[-1]["all_classes"])
+
+
+def _score_line(task: str, number: int, prediction: str, answers: Any, classes: Any) -> float:
+    try:
+        return score_row(task, prediction, answers, classes)
+    except ValueError as error:
+        raise ValueError(f"{task}, row {number}: {error}") from error
 
 
 def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[str, Any]:
@@ -114,8 +145,7 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
         raise ValueError(f"{os.fspath(folder)!r} has no predictions, files named {{task}}.jsonl.")
     scores = {}
     for chosen in choose_tasks(list(files), extended=extended):
-        with files[chosen.name].open("rb") as file:
-            rows = list(read_rows(file, files[chosen.name]))
+        rows = list(read_file(files[chosen.name], MOST_BYTES))
         _warn_if_unfinished(folder, chosen.name, len(rows))
         scores[chosen.name] = score_rows(chosen.name, rows, extended=extended)
     with (
@@ -128,6 +158,7 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
 
 def _warn_if_unfinished(folder: Path, task: str, rows: int) -> None:
     if (folder / SETTINGS_NAME).is_file():
-        wanted = read_json(folder / SETTINGS_NAME).get("rows", {}).get(task, rows)
-        if rows < wanted:
+        noted = read_json(folder / SETTINGS_NAME).get("rows")
+        wanted = noted.get(task) if isinstance(noted, dict) else None
+        if isinstance(wanted, int) and rows < wanted:
             logger.warning("%s is unfinished: %d of %d rows are scored.", task, rows, wanted)

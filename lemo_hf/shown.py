@@ -1,0 +1,33 @@
+"""A value of somebody else's in a message: as Python writes it, but short, whatever it is."""
+
+import reprlib
+from typing import Any
+
+MOST_LETTERS = 300
+_MOST_BITS = 1000  # of an integer that is written out
+
+
+class _Short(reprlib.Repr):
+    """Looks at a bounded part of a value: aliases in YAML can make it larger than any memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 12
+        self.maxstring = self.maxother = 160
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python itself refuses to write integers of many digits."""
+        if x.bit_length() > _MOST_BITS:
+            return f"<an integer of {x.bit_length()} bits>"
+        return super().repr_int(x, level)
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` in at most `MOST_LETTERS`."""
+    return shortened(_Short().repr(value))
+
+
+def shortened(text: str, most: int = MOST_LETTERS) -> str:
+    """A text in at most ``most`` letters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
