@@ -8,8 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lemo_hf.files import whole_file
-from lemo_hf.report_data import RECORD_NAME, RunFiles, read_run
+from lemo_hf.report_data import CELL, POSITION, RECORD_NAME, RunFiles, read_run
 from lemo_hf.report_figures import heat_map, line_chart
+from lemo_hf.shown import shown
 
 __all__ = ["RECORD_NAME", "render", "write_report"]
 
@@ -32,7 +33,8 @@ def write_report(directory: str | os.PathLike, path: str | os.PathLike | None = 
     page = render(read_run(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as part:
-        Path(part).write_text(page, encoding="utf-8")
+        # Names of files need not be text.
+        Path(part).write_text(page, encoding="utf-8", errors="replace")
     return target
 
 
@@ -56,13 +58,13 @@ def render(run: RunFiles) -> str:
         speed=_speed(run.history, rows),
         recall=_recall(run.recall),
         evaluations=_evaluations(run),
-        environment=run.record.get("environment", {}),
+        environment=run.record.get("environment") or {},
     )
 
 
 def _tiles(run: RunFiles, rows: list[dict]) -> dict[str, Any]:
     """The few numbers that one looks for first."""
-    history, model = run.history, run.record.get("model", {})
+    history, model = run.history, run.record.get("model") or {}
     tiles: dict[str, Any] = {"model": model.get("name")}
     if model:
         tiles["trained parameters"] = f"{model['trained']:,} of {model['parameters']:,}"
@@ -151,10 +153,10 @@ def _evaluations(run: RunFiles) -> list[dict[str, Any]]:
             "rows": [],
         }
         if values["kind"] == "perplexity":
-            table["columns"] = ["first", "last", "perplexity"]
+            table["columns"] = list(POSITION)
             table["rows"] = [[b[c] for c in table["columns"]] for b in values["by_position"]]
         elif values["kind"] == "retrieval":
-            table["columns"] = ["length", "depth", "accuracy", "samples"]
+            table["columns"] = list(CELL)
             table["rows"] = [[cell[c] for c in table["columns"]] for cell in values["cells"]]
         elif values["kind"] == "longbench" and not table["facts"]:
             buckets = list(
@@ -193,5 +195,9 @@ def _number(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{int(value):,}"
     if isinstance(value, list):
-        return ", ".join(str(_number(item)) for item in value) or "none"
+        return ", ".join(shown(x) if isinstance(x, list) else str(_number(x)) for x in value) or (
+            "none"
+        )
+    if isinstance(value, dict):
+        return shown(value)
     return "-" if value is None else value

@@ -17,9 +17,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from lemo_hf.files import read_json, whole_file, write_json
+from lemo_hf.files import whole_file, write_json
 from lemo_hf.patch import LeMo, lemo_of, transformers_model
 from lemo_hf.report import RECORD_NAME, write_report
+from lemo_hf.report_data import read_record
 from lemo_hf.report_environment import environment
 from lemo_hf.step import Seen
 
@@ -157,9 +158,7 @@ def _directory(args: TrainingArguments) -> str:
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """What a run that goes on had written before."""
-    if not step or not path.is_file():
-        return []
-    return [row for row in read_json(path).get("rows", []) if row["step"] <= step]
+    return [row for row in read_record(path).get("rows", []) if row["step"] <= step] if step else []
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.files import CONFIG_NAME, read_json
+from lemo_hf.files import CONFIG_NAME, read_json, read_text
+from lemo_hf.report_checks import check_history, check_recall, check_record, has_rows
 
 RECORD_NAME = "lemo_report.json"
 STATE_NAME = "trainer_state.json"
@@ -16,6 +17,9 @@ KNOWN = {
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "all_results.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
 }
+# Columns of the tables in results of `lemo eval`.
+POSITION = ("first", "last", "perplexity")
+CELL = ("length", "depth", "accuracy", "samples")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
         raise FileNotFoundError(f"there is no directory {os.fspath(directory)!r}.")
     states = [folder / STATE_NAME, *reversed(_checkpoints(folder))]
     state = next((path for path in states if path.is_file()), None)
-    record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
+    record = read_record(folder / RECORD_NAME)
     if state is None and not record:
         raise ValueError(
             f"{os.fspath(directory)!r} has neither {STATE_NAME} nor {RECORD_NAME}: give the "
@@ -60,14 +64,40 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
     lemo = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
     predictor = (lemo or {}).get("predictor")
     section = predictor if isinstance(predictor, dict) else {}
+    recall = section.get("recall") or []
+    check_recall(recall, str(folder / CONFIG_NAME))
     return RunFiles(
         name=folder.resolve().name,
-        history=[] if state is None else read_json(state).get("log_history", []),
+        history=[] if state is None else read_history(state),
         record=record,
         settings=dict(_settings(folder, record, lemo)),
-        recall=section.get("recall") or [],
+        recall=recall,
         evaluations=dict(evaluations_in(folder)),
     )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `ReportCallback` left there; empty if it left nothing.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    if not path.is_file():
+        return {}
+    record = read_json(path)
+    check_record(record, str(path))
+    return record
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Trainer's log.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    history = read_json(path).get("log_history", [])
+    check_history(history, str(path))
+    return history
 
 
 def evaluations_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,16 +107,16 @@ def evaluations_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             values = read_json(path)
-        except ValueError:  # JSON of somebody else: a list, or not even that
+        except (OSError, ValueError):  # JSON of somebody else: a list, or not even that
             continue
-        if _kind(values) is not None:
-            yield str(path.relative_to(folder)), {"kind": _kind(values), **values}
+        if (kind := _kind(values)) is not None:
+            yield str(path.relative_to(folder)), {**values, "kind": kind}
 
 
 def _kind(values: dict[str, Any]) -> str | None:
-    if "perplexity" in values and "by_position" in values:
+    if "perplexity" in values and has_rows(values.get("by_position"), *POSITION):
         return "perplexity"
-    if "cells" in values and "accuracy" in values:
+    if "accuracy" in values and has_rows(values.get("cells"), *CELL):
         return "retrieval"
     if "eval_loss" in values or "train_loss" in values:
         return "trainer"
@@ -108,7 +138,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _settings(folder: Path, record: dict, lemo: dict | None) -> Iterator[tuple[str, Any]]:
     asked = folder / "lemo_train.yaml"
     if asked.is_file():
-        yield asked.name, asked.read_text(encoding="utf-8")
+        yield asked.name, read_text(asked)
     if lemo := record.get("lemo") or lemo:
         simple = {k: v for k, v in lemo.items() if not isinstance(v, dict) and v is not None}
         yield "LeMoConfig", simple

@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 38
 COLORS = 5
 MOST_COLUMNS = 100  # of a heat map; more are averaged
 MOST_DOTS = 60  # of a line; more would hide it
+LARGEST = 1e15  # number that is drawn: beyond it floats are too far apart for ticks
 
 Point = tuple[float, float]
 
@@ -24,13 +25,13 @@ def line_chart(
     """Lines with a legend.
 
     Args:
-        series: Points by name; those that are not finite are left out.
+        series: Points by name; those that are not finite, or beyond `LARGEST`, are left out.
         x_label: What is below.
         y_label: What is beside, with its unit.
         from_zero: The vertical axis begins at 0.
     """
     lines = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        name: [(x, y) for x, y in points if abs(x) <= LARGEST and abs(y) <= LARGEST]
         for name, points in series.items()
     }
     points = [point for line in lines.values() for point in line]
@@ -163,7 +164,9 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """About five round numbers; the first is at most ``low`` unless ``whole``."""
-    span = (high - low) or abs(high) or 1
+    largest = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-12 * largest else largest
+    span = span if span > 1e-100 else 1
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if raw <= power * m * 1.0001)

@@ -5,10 +5,12 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from lemo_hf.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ class BaseModel:
             something on one machine only, or was made from scratch.
         commit: Of that repository, or None.
         fingerprint: Of its weights, see `fingerprint_of`; None if not known.
+
+    Raises:
+        ValueError: A fact is of another kind.
     """
 
     model_type: str
@@ -49,6 +54,15 @@ class BaseModel:
     name: str | None = None
     commit: str | None = None
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), cast(Any, field.type)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                kind = getattr(kind, "__name__", kind)
+                raise ValueError(
+                    f"{field.name} of the base model must be {kind}, got {shown(value)}"
+                )
 
     @classmethod
     def from_config(cls, config: Any) -> "BaseModel":
@@ -107,7 +121,7 @@ class BaseModel:
     def _differences(self, model: "BaseModel", names: tuple[str, ...]) -> str:
         pairs = [(name, getattr(self, name), getattr(model, name)) for name in names]
         return ", ".join(
-            f"{name}={theirs!r} (the model has {ours!r})"
+            f"{name}={shown(theirs)} (the model has {shown(ours)})"
             for name, theirs, ours in pairs
             if theirs != ours and None not in (theirs, ours)  # None: not known
         )

@@ -1,7 +1,9 @@
 """The model card of predictors: what they are for, what was measured, how they were made."""
 
+import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +35,7 @@ def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# LeMo predictors for {base or info.base.model_type}",
+        f"# LeMo predictors for {_plain(base or info.base.model_type)}",
         f"Small networks which predict the {info.block_size}-token blocks of a long input that its "
         f"labels need, so that fine-tuning leaves out the others ([LeMo]({_PAPER})). They are used "
         "in training alone: what is trained with them is evaluated and saved as the plain model.",
@@ -48,23 +50,22 @@ def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
     if rows:
         parts.append(_table(rows))
     if command:
-        parts.append(f"```bash\n{command}\n```")
+        parts.append(_block("bash", command))
     parts += ["## Sizes", _sizes(layers), f"Written by lemo-hf {__version__}."]
     return "\n\n".join(parts) + "\n"
 
 
 def _how_to_use(info: Any, source: str) -> str:
-    settings = f'predictor="{source}", block_size={info.block_size}'
-    return (
-        "```python\n"
+    literal = json.dumps(source, ensure_ascii=False)  # which is Python, too, whatever stands in it
+    example = (
         "from lemo_hf import LeMoConfig, LeMoTrainer\n\n"
-        f'lemo_config = LeMoConfig.from_pretrained("{source}")\n'
+        f"lemo_config = LeMoConfig.from_pretrained({literal})\n"
         "trainer = LeMoTrainer("
         "model=model, args=args, train_dataset=dataset, lemo_config=lemo_config)\n"
-        "trainer.train()\n"
-        "```\n\n"
-        f"Settings of your own: `LeMoConfig({settings}, ...)`."
+        "trainer.train()"
     )
+    settings = f"LeMoConfig(predictor={literal}, block_size={info.block_size}, ...)"
+    return f"{_block('python', example)}\n\nSettings of your own: {_code(settings)}."
 
 
 def _recall(table: list[dict[str, Any]]) -> str:
@@ -82,11 +83,11 @@ def _recall(table: list[dict[str, Any]]) -> str:
 
 
 def _base(base: Any) -> str:
-    name = f"`{base.name}`" if base.name else "a model without a name"
-    commit = f" at commit `{base.commit}`" if base.commit else ""
-    weights = f" Weights: `{base.fingerprint[:16]}`." if base.fingerprint else ""
+    name = _code(base.name) if base.name else "a model without a name"
+    commit = f" at commit {_code(base.commit)}" if base.commit else ""
+    weights = f" Weights: {_code(base.fingerprint[:16])}." if base.fingerprint else ""
     return (
-        f"For {name}{commit}: `{base.model_type}`, {base.num_hidden_layers} layers, "
+        f"For {name}{commit}: {_code(base.model_type)}, {base.num_hidden_layers} layers, "
         f"hidden size {base.hidden_size}.{weights}"
     )
 
@@ -103,7 +104,7 @@ def _sizes(layers: Sequence[Any]) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = [
-        names,
+        list(map(_cell, names)),
         ["---"] * len(names),
         *([_cell(row.get(name)) for name in names] for row in rows),
     ]
@@ -118,7 +119,31 @@ def _cell(value: Any) -> str:
     if type(value) is int:
         return f"{value:,}"
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Text as it reads, in a line or a cell: no HTML, link, code or column begins in it."""
+    words = " ".join(html.escape(text, quote=False).split())
+    return re.sub(r"([\\|`]|\](?=[(\[]))", r"\\\1", words)
+
+
+def _code(text: str) -> str:
+    """A span of code, in more backticks than follow each other in it."""
+    words = " ".join(text.split())
+    ticks = _more_ticks(words, 1)
+    space = " " if "`" in words else ""
+    return f"{ticks}{space}{words}{space}{ticks}"
+
+
+def _block(language: str, text: str) -> str:
+    """Lines of code, likewise."""
+    ticks = _more_ticks(text, 3)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _more_ticks(text: str, least: int) -> str:
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
 
 
 def _is_repository(name: str | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, read_json, whole_file, write_json
+from lemo_hf.shown import shown
 
 # Raised when another version of lemo-hf would misread the section.
 FORMAT = 2
@@ -66,20 +67,21 @@ def read_section(path: str | os.PathLike) -> dict[str, Any]:
     section = values.get("predictor")
     if isinstance(section, str):
         raise ValueError(
-            f"{path} holds no predictor, it refers to {section!r}: load the predictor from there."
+            f"{path} holds no predictor, it refers to {shown(section)}: load the predictor from "
+            "there."
         )
     if not isinstance(section, dict):
         raise ValueError(
-            f"{path} has no object under the key 'predictor' (got {section!r}): it is a LeMoConfig "
-            "alone. LeMoPredictor.save_pretrained writes one with a predictor."
+            f"{path} has no object under the key 'predictor' (got {shown(section)}): it is a "
+            "LeMoConfig alone. LeMoPredictor.save_pretrained writes one with a predictor."
         )
     found = section.get("format")
     if type(found) is not int or found != FORMAT:
         older = type(found) is int and found < FORMAT
         way_out = "train it again (lemo train-predictor)" if older else "pip install -U lemo-hf"
         raise ValueError(
-            f"{path} has predictor format {found!r}, written by lemo_hf "
-            f"{values.get('lemo_version')}; this version reads {FORMAT}: {way_out}."
+            f"{path} has predictor format {shown(found)}, written by lemo_hf "
+            f"{shown(values.get('lemo_version'))}; this version reads {FORMAT}: {way_out}."
         )
     return section
 
@@ -131,8 +133,8 @@ def _check_header(path: str | os.PathLike, file: Any, shapes: dict[str, tuple[in
     for what, some in (("lacks", set(shapes) - names), ("has unexpected", names - set(shapes))):
         if some:
             raise ValueError(
-                f"{path} {what} {len(some)} tensors, such as {min(some)!r}: it does not belong to "
-                f"the {CONFIG_NAME} beside it. {_AGAIN}"
+                f"{path} {what} {len(some)} tensors, such as {shown(min(some))}: it does not "
+                f"belong to the {CONFIG_NAME} beside it. {_AGAIN}"
             )
     for name, shape in shapes.items():
         header = file.get_slice(name)

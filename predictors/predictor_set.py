@@ -16,6 +16,7 @@ from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.model_card import model_card
 from lemo_hf.predictors.predictor_files import read_section, read_tensors, write_predictor_files
+from lemo_hf.shown import shortened, shown
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PredictorInfo:
             their own in the model card; all else (tokens, epochs, ...) is listed there.
 
     Raises:
-        ValueError: The block size is no positive integer.
+        ValueError: The block size is no positive integer, or facts are of another kind.
     """
 
     block_size: int
@@ -41,8 +42,21 @@ class PredictorInfo:
     def __post_init__(self) -> None:
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(
-                f"block_size must be an integer of at least 1, got {self.block_size!r}"
+                f"block_size must be an integer of at least 1, got {shown(self.block_size)}"
             )
+        if not isinstance(self.recall, list) or not all(map(_is_recall, self.recall)):
+            raise ValueError(
+                "recall must be rows with 'documents', 'policy', 'layer', 'retention' and 'recall',"
+                f" got {shown(self.recall)}"
+            )
+        if not isinstance(self.training, dict):
+            raise ValueError(f"training must be facts by name, got {shown(self.training)}")
+        datasets, command = self.training.get("datasets"), self.training.get("command")
+        names = [] if datasets is None else datasets
+        if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+            raise ValueError(f"training's datasets must be names, got {shown(datasets)}")
+        if not isinstance(command, str | None):
+            raise ValueError(f"training's command must be text, got {shown(command)}")
 
 
 class LeMoPredictor(nn.Module):
@@ -71,8 +85,8 @@ class LeMoPredictor(nn.Module):
             for key, value in expected.items():
                 if predictor is not None and predictor.sizes[key] != value:
                     raise ValueError(
-                        f"the predictor of layer {layer} has {key}={predictor.sizes[key]!r}, "
-                        f"expected {value!r}."
+                        f"the predictor of layer {layer} has {key}="
+                        f"{shown(predictor.sizes[key])}, expected {shown(value)}."
                     )
         # A ModuleList holds None as well, whatever its annotations say.
         self.networks = nn.ModuleList(cast(list[nn.Module], layers))
@@ -232,7 +246,7 @@ class LeMoPredictor(nn.Module):
         try:
             predictor = cls._on_meta(dict(section))
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            what = f"no {error}" if isinstance(error, KeyError) else shortened(str(error))
             raise ValueError(
                 f"{config_path}: the section 'predictor' is not one this version of lemo-hf can "
                 f"use: {what}. pip install -U lemo-hf, or download it again (force_download=True)."
@@ -271,4 +285,13 @@ def _block_predictor(layer: int, sizes: dict[str, Any] | None) -> BlockPredictor
     try:
         return BlockPredictor(**sizes)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"layer {layer} has sizes {sizes!r}: {error}") from error
+        raise ValueError(f"layer {layer} has sizes {shown(sizes)}: {error}") from error
+
+
+def _is_recall(row: Any) -> bool:
+    """Whether it is a row of `lemo_hf.recall.recall_table`."""
+    if not isinstance(row, dict):
+        return False
+    texts = all(isinstance(row.get(name), str) for name in ("documents", "policy"))
+    numbers = all(type(row.get(name)) in (int, float) for name in ("retention", "recall"))
+    return texts and numbers and type(row.get("layer")) is int
