@@ -13,7 +13,7 @@ NOT_AGAIN := kernels test_benchmarks_* test_calibrate.py test_cli.py test_cli_ev
 	test_plan_quantized.py test_processes_hub.py test_real_text.py test_report.py test_retrieval.py \
 	test_sequence_parallel.py
 
-.PHONY: demo test lint docs bench sanitize
+.PHONY: demo test soak lint docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
@@ -22,6 +22,10 @@ test: $(VENV)/ready
 	$(MAKE) -j 3 --output-sync $(VENV)/oldest/ready lint docs
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(foreach name,$(NOT_AGAIN),--ignore-glob='tests/$(name)')
+
+# The same tests with many more cases.
+soak: $(VENV)/ready
+	LEMO_CASES=2000 $(PYTEST) tests/test_fuzz.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lemo_hf.json_lines import Row, damage_told, read_file
+from lemo_hf.shown import shortened
 
 # datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
 BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -235,7 +236,9 @@ def _some(rows: Iterator[Row], name: str) -> Iterator[Row]:
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     if column not in row:
-        raise ValueError(f"{where} has no column {column!r}, its columns are: {', '.join(row)}.")
+        raise ValueError(
+            f"{where} has no column {column!r}, its columns are: {shortened(', '.join(row))}."
+        )
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(

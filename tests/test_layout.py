@@ -76,7 +76,7 @@ FLOORS = {
     "eval.token_files": 1,
     "eval.weights": 0,
     "eval.longbench_tasks": 0,
-    "eval.longbench_metrics": 0,
+    "eval.longbench_metrics": 1,
     "eval.longbench_load": 2,
     "eval.longbench_score": 3,
     "eval.longbench_files": 4,

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.eval.longbench_score import SETTINGS_NAME
-from lemo_hf.files import read_json, whole_file, write_json
+from lemo_hf.eval.longbench_score import SETTINGS_NAME, read_settings
+from lemo_hf.files import parse_json, whole_file, write_json
+from lemo_hf.shown import shortened, shown
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -18,16 +19,17 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_NAME
     settings = json.loads(json.dumps(settings, default=str))  # as they will be read
     if path.is_file():
-        there = read_json(path).get("settings", {})
+        there = read_settings(path)["settings"]
         wrong = [
-            f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
+            f"{shortened(name)} was {shown(there.get(name))} and is {shown(settings.get(name))}"
             for name in {**settings, **there}
             if there.get(name) != settings.get(name)
         ]
         if wrong:
+            differences = shortened(", ".join(wrong), 2000)
             raise ValueError(
-                f"{folder} holds results of other settings: {', '.join(wrong)}. Give another "
-                "folder, or remove this one."
+                f"{folder} holds results of other settings: {differences}. Give another folder, or "
+                "remove this one."
             )
         return
     if any(folder.glob("*.jsonl")):
@@ -62,7 +64,7 @@ def resume(path: Path, rows: Sequence[dict[str, Any]], batch_size: int) -> int:
         raise ValueError(f"there are {len(lines)} predictions of {len(rows)} rows. {again}")
     for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
         try:
-            same = json.loads(line)["answers"] == row["answers"]
+            same = parse_json(line)["answers"] == row["answers"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} is no prediction: {error!r}. {again}") from error
         if not same:
@@ -85,7 +87,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]], predictions: Sequence[str
 def _expect(path: Path, rows: int) -> None:
     """Note how many rows there will be, so that a score of fewer is known as such."""
     settings = path.parent / SETTINGS_NAME
-    values = read_json(settings)
+    values = read_settings(settings)
     if values["rows"].get(path.stem) != rows:
         values["rows"][path.stem] = rows
         _write(settings, values)

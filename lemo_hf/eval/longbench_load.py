@@ -9,7 +9,7 @@ from typing import Any, cast
 from lemo_hf.eval.longbench_tasks import choose_tasks
 from lemo_hf.files import download
 from lemo_hf.json_lines import damage_told, read_file, read_rows
-from lemo_hf.shown import shown
+from lemo_hf.shown import shortened, shown
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
 FIELDS = {"input": str, "context": str, "answers": list, "length": int}
@@ -78,7 +78,9 @@ def check_fields(row: dict[str, Any], fields: dict[str, Any], where: str) -> Non
     """
     for name, kind in fields.items():
         if name not in row:
-            raise ValueError(f"{where} has no field {name!r}, its fields are: {', '.join(row)}.")
+            raise ValueError(
+                f"{where} has no field {name!r}, its fields are: {shortened(', '.join(row))}."
+            )
         value = row[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             expected = getattr(kind, "__name__", kind)

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lemo_hf.shown import shown
+
 _PUNCTUATION = frozenset(string.punctuation)
 # Code points of Chinese punctuation as the benchmark has it; 《, 〈, 〉 and ． are not among them.
 _CHINESE_RANGES = (
@@ -215,5 +217,5 @@ def _common_words(expected: Sequence[str], predicted: Sequence[str]) -> set[str]
 def _number_after(word: str, answer: str) -> str:
     match = re.search(rf"{word}(\d+)", answer)
     if match is None:
-        raise ValueError(f"the answer {answer!r} names no {word.strip()} and its number.")
+        raise ValueError(f"the answer {shown(answer)} names no {word.strip()} and its number.")
     return match[1]

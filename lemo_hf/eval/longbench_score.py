@@ -158,7 +158,20 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
 
 def _warn_if_unfinished(folder: Path, task: str, rows: int) -> None:
     if (folder / SETTINGS_NAME).is_file():
-        noted = read_json(folder / SETTINGS_NAME).get("rows")
-        wanted = noted.get(task) if isinstance(noted, dict) else None
-        if isinstance(wanted, int) and rows < wanted:
+        wanted = read_settings(folder / SETTINGS_NAME)["rows"].get(task, rows)
+        if rows < wanted:
             logger.warning("%s is unfinished: %d of %d rows are scored.", task, rows, wanted)
+
+
+def read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """What `run_longbench` left: its ``settings``, and how many ``rows`` each task has.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    values = read_json(path)
+    found = {name: values.get(name, {}) for name in ("settings", "rows")}
+    whole = all(isinstance(part, dict) for part in found.values())
+    if not whole or not all(type(rows) is int for rows in found["rows"].values()):
+        raise ValueError(f"{path} holds no settings of a run: give another folder, or remove it.")
+    return found
