@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
+from lemo_hf.outputs import locked
 from lemo_hf.shown import shortened, shown
 from lemo_hf.version import __version__
 
@@ -418,13 +419,14 @@ class LeMoConfig:
         os.makedirs(save_directory, exist_ok=True)
         target = os.path.join(save_directory, CONFIG_NAME)
         values = self.to_dict()
-        if self.predictor and os.path.exists(self.predictor) and os.path.isfile(target):
-            section = read_json(target).get("predictor")
-            if isinstance(section, dict) and os.path.samefile(self.predictor, save_directory):
-                values["predictor"] = section
-                del values["predictor_revision"]
-        with whole_file(target) as path:
-            write_json(path, values)
+        with locked(save_directory):  # against a save of its predictor
+            if self.predictor and os.path.exists(self.predictor) and os.path.isfile(target):
+                section = read_json(target).get("predictor")
+                if isinstance(section, dict) and os.path.samefile(self.predictor, save_directory):
+                    values["predictor"] = section
+                    del values["predictor_revision"]
+            with whole_file(target) as path:
+                write_json(path, values)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoConfig":

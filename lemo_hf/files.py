@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # A text that is read as a whole. JSON of this size can take 25 times as much memory.
 MOST_BYTES = 2**26
 CONFIG_NAME = "lemo_config.json"
 WEIGHTS_NAME = "lemo_predictors.safetensors"
+ABANDONED = 24 * 3600  # seconds since a killed writer's last byte
 _WRITTEN_BY = {
     CONFIG_NAME: "LeMoConfig.save_pretrained and LeMoPredictor.save_pretrained write it.",
     WEIGHTS_NAME: "LeMoPredictor.save_pretrained and push_to_hub write it; pickled files (.bin, "
@@ -163,13 +166,31 @@ def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
     """A path to write to, which takes the place of ``path`` if all went well; else it is removed.
 
-    Its name begins with ``_``, which Trainer's pushes leave out.
+    It is this writer's alone, and its name begins with ``_``, which Trainer's pushes leave out.
+    What a link points to is replaced, not the link; a device (``/dev/stdout``) is written to.
     """
-    directory, name = os.path.split(os.fspath(path))
-    written = os.path.join(directory, f"_{name}.part")
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield os.fspath(path)
+        return
+    target = os.path.realpath(path)
+    directory, name = os.path.split(target)
+    remove_abandoned(directory, name)
+    written = os.path.join(directory, f"_{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield written
-        os.replace(written, path)
+        with open(written, "rb+") as file:  # a full disk may say so only now
+            os.fsync(file.fileno())
+        os.replace(written, target)
     finally:
         if os.path.exists(written):
             os.remove(written)
+
+
+def remove_abandoned(directory: str | os.PathLike[str], name: str) -> None:
+    """Remove what killed writers of this file left: nobody pauses for a day while writing."""
+    with os.scandir(os.fspath(directory)) as entries:
+        left = [e for e in entries if e.name.startswith(f"_{name}.") and e.name.endswith(".part")]
+    for entry in left:
+        with suppress(OSError):  # another process may have removed it
+            if time.time() - entry.stat().st_mtime > ABANDONED:
+                os.remove(entry.path)

@@ -2,19 +2,30 @@
 
 ``lemo_config.json`` holds the recommended `LeMoConfig` and, under ``"predictor"``, what the
 predictors are; ``lemo_predictors.safetensors`` holds their weights. The first names the SHA-256 of
-the second, so that a damaged file, or one of another save, is seen.
+the second, so that a damaged file, or one of another save, is seen. A save puts new weights beside
+the old ones, under a name with their SHA-256, then replaces the config, then the old weights: one
+rename, that of the config, makes both new files visible.
 """
 
 import hashlib
 import math
 import os
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, read_json, whole_file, write_json
+from lemo_hf.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_json,
+    remove_abandoned,
+    whole_file,
+    write_json,
+)
+from lemo_hf.outputs import locked
 from lemo_hf.shown import shown
 
 # Raised when another version of lemo-hf would misread the section.
@@ -37,24 +48,56 @@ def write_predictor_files(
     section: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Write both files, or neither: each takes its place as a whole, the config last.
+    """Write both files, or neither, whatever ends the process and whoever else writes there.
 
     Raises:
         TypeError: ``section`` holds what JSON does not know.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     os.makedirs(directory, exist_ok=True)
-    with (
-        whole_file(os.path.join(directory, CONFIG_NAME)) as config_path,
-        whole_file(os.path.join(directory, WEIGHTS_NAME)) as weights_path,
-    ):
-        save_file(tensors, weights_path, metadata={"format": "pt"})
-        values = lemo_config.to_dict()
-        del values["predictor_revision"]
-        values["policy"] = "predictor"
-        values["predictor"] = {"format": FORMAT, "sha256": _sha256(weights_path), **section}
-        write_json(config_path, values)
+    config_path, weights_path = (os.path.join(directory, x) for x in (CONFIG_NAME, WEIGHTS_NAME))
+    data = save(tensors, metadata={"format": "pt"})
+    sha256 = hashlib.sha256(data).hexdigest()
+    values = lemo_config.to_dict()
+    del values["predictor_revision"]
+    values["policy"] = "predictor"
+    values["predictor"] = {"format": FORMAT, "sha256": sha256, **section}
+    with locked(directory):
+        _end_save(config_path, weights_path)  # one that was killed
+        remove_abandoned(directory, WEIGHTS_NAME)
+        replaces = os.path.isfile(weights_path)
+        with whole_file(config_path) as new_config:
+            write_json(new_config, values)
+            new_path = _beside(weights_path, sha256) if replaces else weights_path
+            with whole_file(new_path) as new_weights, open(new_weights, "wb") as file:
+                file.write(data)
+        _end_save(config_path, weights_path)
+
+
+def named_weights(weights_path: str, sha256: Any) -> str:
+    """The weights that a config means: until a save has ended they lie beside the ones before."""
+    if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256):
+        beside = _beside(weights_path, sha256)
+        if os.path.isfile(beside):
+            return beside
+    return weights_path
+
+
+def _beside(weights_path: str, sha256: str) -> str:
+    directory, name = os.path.split(weights_path)
+    return os.path.join(directory, f"_{name}.{sha256[:16]}.part")
+
+
+def _end_save(config_path: str, weights_path: str) -> None:
+    """Put the weights that the config means in their place, if they lie beside it."""
+    try:
+        sha256 = read_section(config_path)["sha256"]
+    except (OSError, ValueError, KeyError):
+        return  # it means none
+    named = named_weights(weights_path, sha256)
+    if named != weights_path:
+        os.replace(named, weights_path)
 
 
 def read_section(path: str | os.PathLike) -> dict[str, Any]:

@@ -11,11 +11,17 @@ import torch
 from torch import nn
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, find_files
+from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, find_files, whole_file
+from lemo_hf.outputs import locked
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.model_card import model_card
-from lemo_hf.predictors.predictor_files import read_section, read_tensors, write_predictor_files
+from lemo_hf.predictors.predictor_files import (
+    named_weights,
+    read_section,
+    read_tensors,
+    write_predictor_files,
+)
 from lemo_hf.shown import shortened, shown
 
 
@@ -181,7 +187,10 @@ class LeMoPredictor(nn.Module):
         """
         self.save_files(directory, lemo_config)
         card = model_card(self.info, self.layers, repo_id or os.fspath(directory))
-        with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
+        with (
+            whole_file(os.path.join(directory, "README.md")) as path,
+            open(path, "w", encoding="utf-8") as file,
+        ):
             file.write(card)
 
     def push_to_hub(
@@ -239,9 +248,15 @@ class LeMoPredictor(nn.Module):
             ValueError: A file is missing, damaged, pickled, of a newer version, or the two do not
                 belong together. Nothing is loaded then.
         """
-        config_path, weights_path = find_files(
-            path_or_repo, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs
-        )
+        if not os.path.isdir(path_or_repo):
+            return cls._from_files(
+                *find_files(path_or_repo, [CONFIG_NAME, WEIGHTS_NAME], **hub_kwargs)
+            )
+        with locked(path_or_repo, shared=True):  # against a save that is under way
+            return cls._from_files(*find_files(path_or_repo, [CONFIG_NAME, WEIGHTS_NAME]))
+
+    @classmethod
+    def _from_files(cls, config_path: str, weights_path: str) -> "LeMoPredictor":
         section = read_section(config_path)
         try:
             predictor = cls._on_meta(dict(section))
@@ -252,7 +267,8 @@ class LeMoPredictor(nn.Module):
                 f"use: {what}. pip install -U lemo-hf, or download it again (force_download=True)."
             ) from error
         shapes = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
-        tensors = read_tensors(weights_path, shapes, section["sha256"])
+        sha256 = section["sha256"]
+        tensors = read_tensors(named_weights(weights_path, sha256), shapes, sha256)
         predictor.load_state_dict(tensors, assign=True)
         return predictor.eval().requires_grad_(False)
 

@@ -4,10 +4,13 @@ import copy
 import json
 import pickle
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from crash.children import Child
 from hub_client import BASE, make_predictor
 from models import batch, make_model, with_lora
 from safetensors import safe_open
@@ -121,22 +124,58 @@ def test_the_config_field():
     assert LeMoConfig.from_dict(config.to_dict()) == config
 
 
-def test_a_crash_while_saving_leaves_the_old_predictor(saved, monkeypatch):
+def test_a_failed_save_leaves_the_old_predictor(saved):
     before = LeMoPredictor.from_pretrained(saved)
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    for name in ("_sha256", "write_json"):  # weights are written by then; the config is under way
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(predictor_files, name, crash)
-            make_predictor(seed=3).save_pretrained(saved)
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
     with pytest.raises(TypeError, match="not JSON serializable"):
         make_predictor(seed=3, training={"tokens": torch.tensor(1)}).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
     assert LeMoPredictor.from_pretrained(saved).same_as(before)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_save_killed_at_any_file_operation_leaves_the_old_predictor_or_the_new(tmp_path, there):
+    """The new one from one rename on, that of the config; the next save ends what was begun."""
+    old, new, next_one = (make_predictor(seed=seed) for seed in (1, 2, 3))
+    found, folder, killed = [], tmp_path / "saved", True
+    while killed:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            old.save_files(folder)
+        at = len(found) + 1
+        child = Child(partial(new.save_files, folder), tmp_path / "log", tmp_path, kill_at=at)
+        killed = child.wait().killed
+        if not there and not (folder / CONFIG).exists():
+            found.append("none")
+        else:
+            now = LeMoPredictor.from_pretrained(folder)
+            found.append("old" if now.same_as(old) else "new" if now.same_as(new) else "neither")
+        next_one.save_files(folder)
+        assert LeMoPredictor.from_pretrained(folder).same_as(next_one)
+        digest = predictor_files._sha256(folder / WEIGHTS)
+        assert json.loads((folder / CONFIG).read_text())["predictor"]["sha256"] == digest
+    before = "old" if there else "none"
+    assert len(found) > 4 and set(found) == {before, "new"}
+    assert found == sorted(found, key=lambda name: name == "new")
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    """Who reads at any time finds one of both whole; at the end there is nothing else."""
+    folder, one, two = tmp_path / "saved", make_predictor(seed=1), make_predictor(seed=2)
+    one.save_files(folder)
+
+    def save(predictor):
+        for _ in range(60):
+            predictor.save_files(folder)
+
+    writers = [Child(partial(save, p), tmp_path / f"log{i}") for i, p in enumerate((one, two))]
+    while any(writer.runs() for writer in writers):
+        now = LeMoPredictor.from_pretrained(folder)
+        assert now.same_as(one) or now.same_as(two)
+    for writer in writers:
+        ended = writer.wait()
+        assert ended.code == 0, ended.output
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
 def test_files_of_two_saves_are_not_mixed(saved, tmp_path):

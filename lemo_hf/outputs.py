@@ -1,0 +1,102 @@
+"""Where results go: can they be written, asked before the work, and who else writes there."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "_lock"  # Trainer's pushes leave it out
+SAMPLE = b"\0" * 65536  # what a full disk has no room for
+
+
+def check_output(path: str | os.PathLike, name: str, *, directory: bool = False) -> None:
+    """Find out by trying whether ``path`` can be written later. Nothing is left of the trial.
+
+    Args:
+        path: A file, or a directory; it and those above it may be missing.
+        name: What the user calls it, such as ``"--output"``.
+        directory: Which of the two it is to be.
+
+    Raises:
+        OSError: It cannot; the message says why.
+    """
+    target = os.path.realpath(path)
+    try:
+        if os.path.exists(path):
+            if os.path.isdir(path) is not directory:
+                raise OSError("it is a file" if directory else "it is a directory")
+            if not os.access(path, os.W_OK):
+                raise OSError("it is read-only")
+            if not directory and not os.path.isfile(path):
+                return  # a device or a pipe, such as /dev/stdout
+        above = target if directory else os.path.dirname(target)
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above):
+            raise OSError(f"{above} is no directory")
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(SAMPLE)
+            file.flush()
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{name} {os.fspath(path)} cannot be written: {why}.") from error
+
+
+@contextmanager
+def only_run(directory: str | os.PathLike) -> Iterator[None]:
+    """Let no other run write to ``directory``, which is made if missing.
+
+    Raises:
+        ValueError: One does.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(os.path.join(directory, LOCK_NAME), wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is writing to {os.fspath(directory)}: wait for its end, or give "
+                "another directory."
+            ) from error
+        yield
+
+
+@contextmanager
+def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold a directory, or a file that is made for this, against other processes.
+
+    The system lets go of it when the process ends, however it ends. Where the file system or the
+    system knows no such locks, nothing is held.
+
+    Args:
+        path: The directory or file.
+        shared: Others may hold it shared as well.
+        wait: Until others let go of it.
+
+    Raises:
+        BlockingIOError: Another process holds it, and ``wait`` is False.
+    """
+    if fcntl is None:
+        yield
+        return
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logger.info("%s cannot be locked: %s", path, error)
+        yield
+    finally:
+        os.close(descriptor)
