@@ -9,10 +9,14 @@ Source: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction".
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +24,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -28,6 +32,7 @@ from transformers import PreTrainedModel
 
 from lemo_hf.checks import check_model
 from lemo_hf.config import LeMoConfig
+from lemo_hf.eval.weights import model_checksum
 from lemo_hf.files import whole_file
 from lemo_hf.looked_at import LookedAt, Row, collate, length
 from lemo_hf.modes import evaluating
@@ -36,6 +41,8 @@ from lemo_hf.predictors.asked_shares import HIDDEN
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor, PredictorInfo
+
+logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
 MIDDLE = 0.4  # of the depth
@@ -101,8 +108,9 @@ def train_predictor(
         rows: Token ids, or mappings with ``input_ids`` and ``labels`` (-100: none). Rows of a batch
             may differ in length.
         training: How.
-        output_dir: Where the state is written every ``save_steps`` steps, and read if it is
-            there: an interrupted training goes on to the very result it would have had.
+        output_dir: Where the state is written every ``save_steps`` steps and at the end, and read
+            if it is there: an interrupted training goes on to the very result it would have had.
+            `remove_state` removes it, once the result is saved.
         save_steps: Steps between two states.
         provenance: More facts for the model card: ``datasets``, ``command``.
 
@@ -110,8 +118,8 @@ def train_predictor(
         The predictors, on the model's device, in fp32.
 
     Raises:
-        ValueError: Fewer rows than a step needs, rows of fewer than three blocks, or a state of
-            another training in ``output_dir``.
+        ValueError: Fewer rows than a step needs, rows of fewer than three blocks, or in
+            ``output_dir`` the state of another training that has not ended.
     """
     training = training or PredictorTraining()
     model = transformers_model(model)
@@ -135,12 +143,18 @@ def train_predictor(
                 bar.update()
                 if step % 10 == 0:
                     bar.set_postfix(loss=f"{losses.mean().item():.3f}")
-                if state is not None and (step + 1) % save_steps == 0 and main:
+                ends = step + 1 == run.steps
+                if state is not None and main and (ends or (step + 1) % save_steps == 0):
                     run.save(state, step + 1)
     finally:
         for parameter, grad in zip(model.parameters(), grads, strict=True):
             parameter.requires_grad_(grad)
     return run.result(provenance or {})
+
+
+def remove_state(output_dir: str | os.PathLike) -> None:
+    """Remove what `train_predictor` would go on from: its result is saved."""
+    shutil.rmtree(Path(output_dir) / STATE, ignore_errors=True)
 
 
 def share_loss(log_shares: Tensor, target: Tensor) -> Tensor:
@@ -250,10 +264,18 @@ class _Run:
         share = (step - warmup) / max(1, self.steps - warmup)
         return self.how.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
-    @property
+    @functools.cached_property
     def _facts(self) -> dict[str, Any]:
+        """What decides the result: a state goes on only where all of it is the same."""
         how = json.loads(json.dumps(dataclasses.asdict(self.how)))
-        return {"rows": len(self.rows), "tokens": self.tokens, "training": how}
+        return {
+            "rows": len(self.rows),
+            "tokens": self.tokens,
+            "training": how,
+            "dataset": _checksum(self.rows),
+            "model": model_checksum(self.model),
+            "processes": self.state.num_processes,
+        }
 
     def save(self, folder: Path, done: int) -> None:
         """Write weights and moments; the last state is replaced when this one is whole."""
@@ -263,7 +285,8 @@ class _Run:
             for moment, value in self.optimizer.state[parameter].items():
                 tensors[f"{name}.{moment}"] = value
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", "state": json.dumps({"done": done, **self._facts})}
+        facts = {"done": done, "steps": self.steps, **self._facts}
+        metadata = {"format": "pt", "state": json.dumps(facts)}
         with whole_file(folder / "state.safetensors") as part:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
 
@@ -272,22 +295,36 @@ class _Run:
         path = folder / "state.safetensors"
         if not path.is_file():
             return 0
-        with safe_open(path, "pt", device=str(self.device)) as file:
-            facts = json.loads(file.metadata()["state"])
-            changed = [key for key, value in self._facts.items() if facts[key] != value]
-            if changed:
-                raise ValueError(
-                    f"{path} is of a training with other {', '.join(changed)}: "
-                    f"{[facts[key] for key in changed]}, now {[self._facts[k] for k in changed]}. "
-                    "Use another output_dir, or delete it to start anew."
-                )
-            for name, parameter in self.networks.named_parameters():
-                parameter.data.copy_(file.get_tensor(name))
-                self.optimizer.state[parameter] = {
-                    moment: file.get_tensor(f"{name}.{moment}")
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
-        return facts["done"]
+        again = "Use another output_dir, or delete it to start anew."
+        try:
+            with safe_open(path, "pt", device=str(self.device)) as file:
+                facts = json.loads(file.metadata()["state"])
+                changed = [key for key, value in self._facts.items() if facts.get(key) != value]
+                if not changed:
+                    self._take(file)
+                    return facts["done"]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}). {again}") from error
+        told = ", ".join(
+            f"{key} was {facts.get(key)!r} and is {self._facts[key]!r}" for key in changed
+        )
+        if facts["done"] == facts.get("steps"):
+            logger.warning(
+                "%s is of another training, which has ended (%s): starting anew.", path, told
+            )
+            return 0
+        raise ValueError(
+            f"{path} is of a training with other {', '.join(changed)}: {told}. {again}"
+        )
+
+    def _take(self, file: Any) -> None:
+        """Weights and moments of a state."""
+        for name, parameter in self.networks.named_parameters():
+            parameter.data.copy_(file.get_tensor(name))
+            self.optimizer.state[parameter] = {
+                moment: file.get_tensor(f"{name}.{moment}")
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
 
     def result(self, provenance: dict[str, Any]) -> LeMoPredictor:
         """The predictors as they are now."""
@@ -305,3 +342,16 @@ class _Run:
         )
         layers = [dict(networks).get(str(i)) for i in range(self.depth)]
         return LeMoPredictor(info, cast(list[BlockPredictor | None], layers))
+
+
+def _checksum(rows: Sequence[Row]) -> str:
+    """16 hexadecimal digits of the tokens and labels of all rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = (row["input_ids"], row.get("labels")) if isinstance(row, Mapping) else (row, None)
+        for part in parts:
+            ids = None if part is None else torch.as_tensor(part).long().cpu()
+            digest.update(
+                b"none" if ids is None else f"{len(ids)} ".encode() + ids.numpy().tobytes()
+            )
+    return digest.hexdigest()[:16]

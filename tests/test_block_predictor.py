@@ -14,7 +14,9 @@ from lemo_hf.predictors import block_predictor
 from lemo_hf.predictors.asked_shares import asking_index
 from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
 from lemo_hf.recall import recall, recall_table
-from lemo_hf.train_predictor import PredictorTraining, share_loss, train_predictor
+from lemo_hf.train_predictor import PredictorTraining, remove_state, share_loss, train_predictor
+
+STRETCHED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
 def network(seed=0) -> BlockPredictor:
@@ -215,11 +217,45 @@ def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch)
         patch.setattr(looked_at, "oracle_shares", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
-    resumed = train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
-    assert whole.same_as(resumed)
+    path = tmp_path / "training_state" / "state.safetensors"
+    begun = path.read_bytes()
     other = PredictorTraining(**{**vars(HOW), "asking": 5})
     with pytest.raises(ValueError, match="of a training with other training"):
         train_predictor(model, ROWS, other, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="of a training with other dataset: dataset was"):
+        train_predictor(model, [*ROWS[1:], ROWS[0]], HOW, output_dir=tmp_path)
+    asked = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ROWS]
+    with pytest.raises(ValueError, match="of a training with other dataset"):
+        train_predictor(model, asked, HOW, output_dir=tmp_path)
+    stretched = make_model("llama", rope_parameters=STRETCHED)
+    stretched.load_state_dict(model.state_dict())
+    changed = make_model("llama")
+    changed.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1  # which no fingerprint samples
+    for another in (stretched, changed):
+        with pytest.raises(ValueError, match="of a training with other model: model was"):
+            train_predictor(another, ROWS, HOW, output_dir=tmp_path)
+    assert path.read_bytes() == begun
+    path.write_bytes(begun[:-1])
+    with pytest.raises(ValueError, match="is no whole safetensors file .* delete it to start anew"):
+        train_predictor(model, ROWS, HOW, output_dir=tmp_path)
+    path.write_bytes(begun)
+    resumed = train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
+    assert whole.same_as(resumed)
+
+
+def test_a_training_that_has_ended_stands_in_no_other_ones_way(tmp_path, caplog):
+    model, rows = make_model("llama"), ROWS[::-1]
+    first = train_predictor(model, ROWS, HOW, output_dir=tmp_path)
+    with torch.no_grad():
+        handle = model.register_forward_pre_hook(lambda *_: pytest.fail("it was trained again"))
+        assert train_predictor(model, ROWS, HOW, output_dir=tmp_path).same_as(first)
+        handle.remove()
+    assert not caplog.records
+    found = train_predictor(model, rows, HOW, output_dir=tmp_path)
+    assert "is of another training, which has ended (dataset was" in caplog.text
+    assert found.same_as(train_predictor(model, rows, HOW)) and not found.same_as(first)
+    remove_state(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_cannot_be_trained_on_are_refused():

@@ -1,6 +1,8 @@
 """What tells one model's weights from another's, cheap enough to ask before every run."""
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,3 +24,31 @@ def weights_checksum(model: nn.Module) -> str:
             total = bits.view(_INTEGERS[bits.element_size()]).sum(dtype=torch.int64).item()
         digest.update(f"{name} {bits.dtype} {tuple(bits.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def model_checksum(model: Any) -> str:
+    """16 hexadecimal digits of all that decides what a transformers model computes.
+
+    That is its weights, its config (but for where it came from and by what version), and the
+    scaling of adapters in it.
+    """
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures"):
+        config.pop(name, None)
+    parts = [weights_checksum(model), adapter_scaling(model), config]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def adapter_scaling(model: nn.Module) -> str | None:
+    """16 hexadecimal digits of what PEFT's layers multiply with, which is no parameter.
+
+    None where there is no such layer.
+    """
+    scaling = {
+        name: module.scaling
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    text = json.dumps(scaling, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if scaling else None
