@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from longbench_rows import DEMO, ROWS, TEMPLATE, as_lines, row
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf.eval import longbench
@@ -16,6 +17,7 @@ from lemo_hf.eval.generation import continue_greedily
 from lemo_hf.eval.longbench import run_longbench
 from lemo_hf.eval.longbench_load import load_task
 from lemo_hf.eval.longbench_prompt import prompt_tokens
+from lemo_hf.eval.longbench_score import score_folder
 from lemo_hf.eval.longbench_tasks import TASKS
 
 
@@ -147,7 +149,7 @@ def test_predictions_of_unknown_settings_are_refused(model, tokenizer, tmp_path)
     (tmp_path / "theirs" / "lcc.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"predictions but no settings.json"):
         run(model, tokenizer, tmp_path / "theirs", data)
-    assert os.listdir(tmp_path / "theirs") == ["lcc.jsonl"]
+    assert sorted(os.listdir(tmp_path / "theirs")) == ["_lock", "lcc.jsonl"]
 
 
 def test_predictions_of_other_rows_are_refused(model, tokenizer, tmp_path):
@@ -163,6 +165,42 @@ def test_predictions_of_other_rows_are_refused(model, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(model, tokenizer, tmp_path / "run", data)
         assert path.read_bytes() == lines
+
+
+def test_two_runs_do_not_share_a_folder(model, tokenizer, tmp_path, monkeypatch):
+    data = samples(tmp_path / "data", ["passage_count", "lcc"], rows=4)
+    expected = run(model, tokenizer, tmp_path / "alone", data)
+    refused = []
+
+    def another_begins(*args, **kwargs):
+        with pytest.raises(ValueError, match="another run is writing to .*run: wait for its end"):
+            run(model, tokenizer, tmp_path / "run", data)
+        refused.append(args)
+        return continue_greedily(*args, **kwargs)
+
+    monkeypatch.setattr(longbench, "continue_greedily", another_begins)
+    assert run(model, tokenizer, tmp_path / "run", data) == expected and len(refused) == 4
+    monkeypatch.undo()
+    path = tmp_path / "run" / "passage_count.jsonl"
+    assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
+    assert run(model, tokenizer, tmp_path / "run", data) == expected  # it is free again
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match="has 8 predictions of 4 rows: several runs wrote to it"):
+        score_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match="has 8 predictions of 4 rows: several runs wrote to it"):
+        run(model, tokenizer, tmp_path / "run", data, ["lcc"])
+
+
+def test_adapters_that_differ_in_scaling_alone_are_told_apart(tokenizer, tmp_path):
+    data = samples(tmp_path / "data", rows=1)
+    tuned = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    tuned = get_peft_model(tuned, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    run(tuned, tokenizer, tmp_path / "run", data)
+    for module in tuned.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] = 4.0
+    with pytest.raises(ValueError, match="scaling was"):
+        run(tuned, tokenizer, tmp_path / "run", data)
 
 
 def test_samsum_ends_with_its_line(model, tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from lemo_hf.eval.longbench_metrics import CHINESE_METRICS, load_jieba
 from lemo_hf.eval.longbench_prompt import context_of, prompt_tokens, room
 from lemo_hf.eval.longbench_score import check_rows, score_folder
 from lemo_hf.eval.longbench_tasks import Task, choose_tasks
-from lemo_hf.eval.weights import weights_checksum
+from lemo_hf.eval.weights import adapter_scaling, weights_checksum
 from lemo_hf.modes import evaluating
+from lemo_hf.outputs import only_run
 from lemo_hf.patch import transformers_model
 
 logger = logging.getLogger(__name__)
@@ -74,8 +76,8 @@ def run_longbench(
     Raises:
         ImportError: There is a Chinese task and jieba is not installed.
         OSError: The data cannot be had.
-        ValueError: A setting or a row of the data is wrong, or ``output_dir`` holds results of
-            other settings.
+        ValueError: A setting or a row of the data is wrong, ``output_dir`` holds results of other
+            settings, or another run writes there.
     """
     chosen = choose_tasks(tasks, extended=extended)
     for name, value, least in (
@@ -107,14 +109,16 @@ def run_longbench(
             check_rows(task.name, rows_of(task))
 
     _first_process(check)
-    _first_process(lambda: claim_folder(folder, settings))
-    with evaluating(model):
+    with ExitStack() as held, evaluating(model):
+        # What a context manager gives is None, which can be sent to the other processes.
+        _first_process(lambda: held.enter_context(only_run(folder)))
+        _first_process(lambda: claim_folder(folder, settings))
         for task in chosen:
             with state.main_process_first():  # it downloads, the others find the file
                 rows = rows_of(task)
             answer = _Answer(model, tokenizer, task, lengths[task.name], chat_template)
             _predict(rows, folder / f"{task.name}.jsonl", answer, batch_size, progress)
-    return _first_process(lambda: score_folder(folder, extended=extended))
+        return _first_process(lambda: score_folder(folder, extended=extended))
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ def _identity(model: nn.Module, tokenizer: Any, chat_template: bool) -> dict[str
     return {
         "model": config._name_or_path,
         "weights": weights_checksum(model),
+        "scaling": adapter_scaling(model),
         "rope": rope,
         "context": context_of(model),
         "tokenizer": tokenizer.name_or_path,

@@ -115,7 +115,23 @@ def _score_line(task: str, number: int, prediction: str, answers: Any, classes: 
 
 
 def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[str, Any]:
-    """Score the predictions in a folder, and write ``result.json`` there.
+    """`score_predictions`, written to ``result.json`` in the folder."""
+    scores = score_predictions(folder, extended=extended)
+    write_scores(folder, scores)
+    return scores
+
+
+def write_scores(folder: str | os.PathLike, scores: dict[str, Any]) -> None:
+    """Write ``result.json`` as the benchmark does."""
+    with (
+        whole_file(Path(folder, RESULT_NAME)) as written,
+        open(written, "w", encoding="utf-8") as file,
+    ):
+        json.dump(scores, file, ensure_ascii=False, indent=4)
+
+
+def score_predictions(folder: str | os.PathLike, *, extended: bool = False) -> dict[str, Any]:
+    """Score the predictions in a folder, and change nothing there.
 
     Args:
         folder: With ``{task}.jsonl`` for each task that was run, in the benchmark's own format:
@@ -124,13 +140,14 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
         extended: They are LongBench-E's (whose files have the same names).
 
     Returns:
-        What result.json holds: the score by task, or by task and bucket. A bucket without a row is
-        NaN there too, as the benchmark writes it.
+        What ``result.json`` holds: the score by task, or by task and bucket. A bucket without a row
+        is NaN there too, as the benchmark writes it.
 
     Raises:
         ImportError: There is a Chinese task and jieba is not installed.
         OSError: There is no such folder.
-        ValueError: It has no predictions, or a file's name or a row in it is wrong.
+        ValueError: It has no predictions, a file's name or a row in it is wrong, or there are more
+            rows than a run was asked for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -146,21 +163,24 @@ def score_folder(folder: str | os.PathLike, *, extended: bool = False) -> dict[s
     scores = {}
     for chosen in choose_tasks(list(files), extended=extended):
         rows = list(read_file(files[chosen.name], MOST_BYTES))
-        _warn_if_unfinished(folder, chosen.name, len(rows))
+        _compare_with_asked(folder, files[chosen.name], len(rows))
         scores[chosen.name] = score_rows(chosen.name, rows, extended=extended)
-    with (
-        whole_file(folder / RESULT_NAME) as written,
-        open(written, "w", encoding="utf-8") as file,
-    ):
-        json.dump(scores, file, ensure_ascii=False, indent=4)
     return scores
 
 
-def _warn_if_unfinished(folder: Path, task: str, rows: int) -> None:
-    if (folder / SETTINGS_NAME).is_file():
-        wanted = read_settings(folder / SETTINGS_NAME)["rows"].get(task, rows)
-        if rows < wanted:
-            logger.warning("%s is unfinished: %d of %d rows are scored.", task, rows, wanted)
+def _compare_with_asked(folder: Path, path: Path, rows: int) -> None:
+    """What a run of `run_longbench` was asked for: fewer rows are a warning, more an error."""
+    if not (folder / SETTINGS_NAME).is_file():
+        return
+    task = path.name.split(".")[0]
+    wanted = read_settings(folder / SETTINGS_NAME)["rows"].get(task, rows)
+    if rows < wanted:
+        logger.warning("%s is unfinished: %d of %d rows are scored.", task, rows, wanted)
+    if rows > wanted:
+        raise ValueError(
+            f"{path} has {rows} predictions of {wanted} rows: several runs wrote to it. Remove it "
+            "and answer its rows again."
+        )
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
