@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.eval.plots import COLORS, GREY, _figure, _token_axis, save_figure
+from lemo_hf.files import whole_file
 from lemo_hf.inspection_kept import KeptByPolicy, kept_in_words, percent
 from lemo_hf.inspection_plots import KEPT, LEFT_OUT
 
@@ -23,8 +24,11 @@ def save_comparison(found: KeptByPolicy, directory: str | os.PathLike) -> list[P
     directory.mkdir(parents=True, exist_ok=True)
     picture, words, numbers = (directory / f"kept.{kind}" for kind in ("png", "txt", "json"))
     save_figure(policies_figure(found), picture)
-    words.write_text(found.to_text(), encoding="utf-8")
-    numbers.write_text(json.dumps(found.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_file(words) as part:
+        Path(part).write_text(found.to_text(), encoding="utf-8")
+    with whole_file(numbers) as part:
+        text = json.dumps(found.to_dict(), ensure_ascii=False) + "\n"
+        Path(part).write_text(text, encoding="utf-8")
     return [picture, words, numbers]
 
 

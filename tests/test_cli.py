@@ -116,6 +116,15 @@ def test_train_predictor(lemo, tmp_path):
     assert {row["policy"] for row in predictor.info.recall} > {"predictor", "pooled"}
     card = (tmp_path / "all" / "README.md").read_text()
     assert "lemo train-predictor --model" in card
+    assert not (tmp_path / "all" / "training_state").exists()
+    chapters = tmp_path / "other.txt"
+    chapters.write_text(Path(BOOK).read_text()[40_000:])
+    for folder in ("all", "fresh"):  # what a folder held before changes nothing
+        more = ("--layer", 3, "--layer", 1)
+        code, _, err = lemo(*learn(tmp_path / folder, *more, book=("--dataset", chapters)))
+        assert code == 0, err
+    found = [LeMoPredictor.from_pretrained(tmp_path / folder) for folder in ("all", "fresh")]
+    assert found[0].same_as(found[1]) and not found[0].same_as(predictor)
     code, _, err = lemo(*learn(tmp_path / "none", "--heldout-rows", 5))
     assert code == 2 and "--heldout-rows takes 5 of them" in err
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,30 @@ def test_perplexity(lemo, tmp_path, book, model, tokenizer):
         model, [np.array(ids)], max_length=256, stride=100, protocol="longlora", progress=False
     )
     assert json.loads(out)["perplexity"] == pytest.approx(longlora.perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize("command", ["perplexity", "retrieval"])
+def test_outputs_are_checked_before_the_work(lemo, tmp_path, book, command, monkeypatch):
+    """Before a model is loaded: there is none of this name."""
+    (tmp_path / "file").write_text("")
+    shared = ("eval", command, "--model", "nowhere/at-all", "--dataset", book)
+    for option in ("--output", "--plot"):
+        for path, why in ((tmp_path / "file" / "x", "no directory"), (tmp_path, "a directory")):
+            code, _, err = lemo(*shared, option, path)
+            assert code == 2 and f"{option} {path} cannot be written: " in err and why in err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = lemo(*shared, "--plot", tmp_path / "x.png")
+    assert code == 2 and "pictures need matplotlib" in err
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_number_is_printed_before_it_is_written(lemo, tmp_path, book, as_json):
+    """Of a disk that is full at the end."""
+    shared = ("--model", MODEL, "--dataset", book, "--max-length", 256, "--dtype", "float32")
+    more = ("--json",) if as_json else ()
+    code, out, err = lemo("eval", "perplexity", *shared, "--output", "/dev/full", *more)
+    assert code == 2 and "No space left on device" in err and "Traceback" not in err
+    assert json.loads(out)["perplexity"] > 1 if as_json else out.startswith("perplexity ")
 
 
 def test_adapters_and_stretched_positions(lemo, tmp_path, book, model, tokenizer):

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,11 @@ from lemo_hf.cli.options import (
     takes_model,
 )
 from lemo_hf.config import LeMoConfig
+from lemo_hf.outputs import check_output
+
+if TYPE_CHECKING:
+    from lemo_hf.allocate import Allocation
+    from lemo_hf.calibrate import ThresholdCalibration
 
 
 @takes_model
@@ -61,6 +66,7 @@ def calibrate(
         raise ValueError("give one of --retention and --memory-gib.")
     if thresholds and memory_gib is not None:
         raise ValueError("--thresholds needs --retention: what they keep depends on the text.")
+    check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
 
     from lemo_hf.allocate import Allocation, allocate_memory, allocate_retention
@@ -78,15 +84,25 @@ def calibrate(
             found = allocate_memory(lm, samples, start, memory_gib, progress=not as_json)
         elif retention is not None:
             found = allocate_retention(lm, samples, start, retention, progress=not as_json)
-    save(found.config, lm.config, output)
     if as_json:
         how: dict[str, Any] = (
             {"history": found.history}
             if isinstance(found, ThresholdCalibration)
             else {"loss_rises": found.loss_rises}
         )
-        print(json.dumps({"dense_loss": found.dense_loss, **how, "config": found.config.to_dict()}))
-        return
+        result = {"dense_loss": found.dense_loss, **how, "config": found.config.to_dict()}
+        print(json.dumps(result), flush=True)
+    else:
+        _tell(found, thresholds)
+    save(found.config, lm.config, output)
+    if not as_json:
+        print(f"Wrote {output / 'lemo_config.json'}: LeMoConfig.from_pretrained({str(output)!r})")
+
+
+def _tell(found: "ThresholdCalibration | Allocation", thresholds: bool) -> None:
+    """The numbers as text."""
+    from lemo_hf.calibrate import ThresholdCalibration
+
     kept = found.config.threshold if thresholds else found.config.retention
     name = "thresholds" if thresholds else "retention"
     values = kept if isinstance(kept, tuple) else (kept,)
@@ -100,8 +116,7 @@ def calibrate(
         )
     else:
         rises = ", ".join(f"{name} {rise:.4f}" for name, rise in found.loss_rises.items())
-        print(f"rise above it: {rises}; the lowest was taken")
-    print(f"Wrote {output / 'lemo_config.json'}: LeMoConfig.from_pretrained({str(output)!r})")
+        print(f"rise above it: {rises}; the lowest was taken", flush=True)
 
 
 def save(config: LeMoConfig, model_config: Any, output: Path) -> None:

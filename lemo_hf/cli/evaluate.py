@@ -17,6 +17,8 @@ from lemo_hf.cli.options import (
     TextColumn,
     takes_model,
 )
+from lemo_hf.files import whole_file, write_json
+from lemo_hf.outputs import check_output
 
 app = typer.Typer(
     help="Evaluate a model, with or without an adapter: dense, whatever it was trained with.",
@@ -58,6 +60,8 @@ def perplexity(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of whole documents, in all and by position; of text or .bin files (uint16)."""
+    _check(output, plot)
+
     from accelerate import PartialState
 
     from lemo_hf.eval.perplexity import perplexity as measure
@@ -76,13 +80,9 @@ def perplexity(
     if not PartialState().is_main_process:
         return
     result = {**_what(model, dataset), **found.to_dict()}
-    if plot is not None:
-        from lemo_hf.eval.plots import loss_by_position_figure, save_figure
-
-        name = model.adapter or model.model
-        save_figure(loss_by_position_figure({name: found.by_position}), plot)
-    _report(result, output, as_json, plot)
-    if not as_json:
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
         print(
             f"perplexity {found.perplexity:.4f} ({found.loss:.4f} nats a token), "
             f"{found.tokens:,} tokens of {found.documents} documents; protocol {found.protocol}, "
@@ -91,8 +91,15 @@ def perplexity(
         for row in found.by_position:
             print(
                 f"  tokens of context {row['first']:>7,} to {row['last']:>7,}: "
-                f"{row['perplexity']:.4f}"
+                f"{row['perplexity']:.4f}",
+                flush=True,
             )
+    _write(result, output, as_json)
+    if plot is not None:
+        from lemo_hf.eval.plots import loss_by_position_figure
+
+        name = model.adapter or model.model
+        _draw(loss_by_position_figure({name: found.by_position}), plot, as_json)
 
 
 @app.command()
@@ -123,12 +130,14 @@ def longbench(
 ) -> None:
     """Answer LongBench and score the answers, as its own scripts do; or score a folder alone."""
     if score_only:
-        from lemo_hf.eval.longbench_score import score_folder
+        from lemo_hf.eval.longbench_score import score_predictions
 
-        scores = score_folder(output, extended=extended)
+        scores = score_predictions(output, extended=extended)
     elif options.model is None:
         raise ValueError("give --model, or --score-only to score what lies in --output.")
     else:
+        check_output(output, "--output", directory=True)
+
         from accelerate import PartialState
 
         from lemo_hf.eval.longbench import run_longbench
@@ -150,12 +159,17 @@ def longbench(
         if not PartialState().is_main_process:
             return
     if as_json:
-        print(json.dumps(scores))
-        return
-    for name, score in scores.items():
-        buckets = score.items() if isinstance(score, dict) else [("", score)]
-        print(f"{name:22}" + "".join(f"{bucket:>6} {value:6.2f}" for bucket, value in buckets))
-    print(f"Wrote {output / 'result.json'}")
+        print(json.dumps(scores), flush=True)
+    else:
+        for name, score in scores.items():
+            buckets = score.items() if isinstance(score, dict) else [("", score)]
+            print(f"{name:22}" + "".join(f"{bucket:>6} {value:6.2f}" for bucket, value in buckets))
+    if score_only:
+        from lemo_hf.eval.longbench_score import write_scores
+
+        write_scores(output, scores)
+    if not as_json:
+        print(f"Wrote {output / 'result.json'}")
 
 
 @app.command()
@@ -181,6 +195,8 @@ def retrieval(
     as_json: AsJson = False,
 ) -> None:
     """Ask for lines hidden in real text, at chosen lengths and depths (needle in a haystack)."""
+    _check(output, plot)
+
     from accelerate import PartialState
 
     from lemo_hf.eval.needles import needle_rows
@@ -203,14 +219,13 @@ def retrieval(
     found = measure(lm, rows, batch_size=batch_size, progress=not as_json)
     if not main:
         return
-    if plot is not None:
-        from lemo_hf.eval.plots import retrieval_figure, save_figure
-
-        save_figure(retrieval_figure(found), plot)
     result = {**_what(model, dataset), "keys": keys, "seed": seed, **found.to_dict()}
-    _report(result, output, as_json, plot)
-    if not as_json:
-        print(found.format_table())
+    print(json.dumps(result) if as_json else found.format_table(), flush=True)
+    _write(result, output, as_json)
+    if plot is not None:
+        from lemo_hf.eval.plots import retrieval_figure
+
+        _draw(retrieval_figure(found), plot, as_json)
 
 
 def _token_documents(
@@ -235,14 +250,32 @@ def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:
     return {"model": model.model, "adapter": model.adapter, "dataset": list(dataset)}
 
 
-def _report(result: dict[str, Any], output: Path | None, as_json: bool, plot: Path | None) -> None:
-    """The result on stdout or in a file, and what was written."""
+def _check(output: Path | None, plot: Path | None) -> None:
+    """Refuse before the evaluation what could not be written after it."""
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print(json.dumps(result))
+        check_output(output, "--output")
+    if plot is not None:
+        from lemo_hf.eval.plots import check_plots
+
+        check_output(plot, "--plot")
+        check_plots()
+
+
+def _write(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+    """The result, which was printed, in a file."""
+    if output is None:
         return
-    for path in (output, plot):
-        if path is not None:
-            print(f"Wrote {path}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as part:
+        write_json(part, result)
+    if not as_json:
+        print(f"Wrote {output}")
+
+
+def _draw(figure: Any, plot: Path, as_json: bool) -> None:
+    from lemo_hf.eval.plots import save_figure
+
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, plot)
+    if not as_json:
+        print(f"Wrote {plot}")

@@ -4,13 +4,18 @@ import dataclasses
 import json
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import read_text
+from lemo_hf.outputs import check_output
+
+if TYPE_CHECKING:
+    from lemo_hf.inspection import Inspection
+    from lemo_hf.inspection_kept import KeptByPolicy
 
 
 @takes_model
@@ -54,6 +59,8 @@ def inspect(
         if question is None:
             lone = f"--answer {answer!r} without --question"
         raise ValueError(f"{lone}: give both, or neither, which labels the whole text.")
+    if output is not None:
+        check_output(output, "--output", directory=True)
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
     given = {"retention": retention, "policy": policy, "block_size": block_size}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -65,9 +72,10 @@ def inspect(
         changes["agree_across_layers"] = False
     lemo_config = dataclasses.replace(start, **changes)
     if output is not None:
-        from lemo_hf.inspection_kept_plots import save_comparison
-        from lemo_hf.inspection_plots import save_figures
-    from lemo_hf.inspection import SMALL, inspect_text
+        from lemo_hf.eval.plots import check_plots
+
+        check_plots()
+    from lemo_hf.inspection import inspect_text
     from lemo_hf.inspection_kept import FEW, compare_policies
     from lemo_hf.inspection_row import text_row
 
@@ -93,13 +101,25 @@ def inspect(
         mean = sum(shares) / len(shares)
         comparable = dataclasses.replace(lemo_config, retention=mean, threshold=None)
     compared = compare_policies(lm, tokenizer, row, comparable, progress=shown)
-    wrote = []
-    if output is not None:
-        wrote = [*save_figures(found, output), *save_comparison(compared, output)]
     if as_json:
         what = {"model": model.model, "adapter": model.adapter, "text": str(text)}
-        print(json.dumps({**what, **found.to_dict(), "by_policy": compared.to_dict()}))
-        return
+        result = {**what, **found.to_dict(), "by_policy": compared.to_dict()}
+        print(json.dumps(result), flush=True)
+    else:
+        _tell(found, compared)
+    if output is not None:
+        from lemo_hf.inspection_kept_plots import save_comparison
+        from lemo_hf.inspection_plots import save_figures
+
+        for path in (*save_figures(found, output), *save_comparison(compared, output)):
+            if not as_json:
+                print(f"Wrote {path}")
+
+
+def _tell(found: "Inspection", compared: "KeptByPolicy") -> None:
+    """The numbers as text."""
+    from lemo_hf.inspection import SMALL
+
     print("layer  attention     MLP  recall")
     kept = zip(found.retention["attention"], found.retention["mlp"], found.recall, strict=True)
     for layer, (attention, mlp, recall) in enumerate(kept):
@@ -110,6 +130,4 @@ def inspect(
         print(
             f"{length:>9,} tokens: {small:.1%} of the blocks below {SMALL:g} of their layer's best"
         )
-    print(f"\n{compared.to_text()}")
-    for path in wrote:
-        print(f"Wrote {path}")
+    print(f"\n{compared.to_text()}", flush=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, prepared_config
+from lemo_hf.outputs import check_output
 
 
 def merge(
@@ -37,6 +38,7 @@ def merge(
         raise ImportError('lemo merge needs peft: pip install "lemo-hf[peft]".') from error
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: give another directory.")
+    check_output(output, "--output", directory=True)
     import dataclasses
 
     from transformers import AutoModelForCausalLM

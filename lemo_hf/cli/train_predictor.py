@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from lemo_hf.cli.options import (
     Tokens,
     takes_model,
 )
+from lemo_hf.outputs import check_output, only_run
 
 
 @takes_model
@@ -55,10 +57,11 @@ def train_predictor(
     The dataset holds texts, or rows of which a part is labelled: columns prompt and completion, or
     input_ids and labels.
     """
+    check_output(output, "--output", directory=True)
+
     from accelerate import PartialState
 
-    from lemo_hf.recall import recall_table
-    from lemo_hf.train_predictor import PredictorTraining
+    from lemo_hf.train_predictor import PredictorTraining, remove_state
     from lemo_hf.train_predictor import train_predictor as train
 
     how = PredictorTraining(
@@ -81,21 +84,31 @@ def train_predictor(
     # The last rows come from the last documents, which are then mostly unseen.
     last = len(samples) - heldout_rows
     facts = {"datasets": dataset, "command": shlex.join(["lemo", *sys.argv[1:]])}
-    predictor = train(lm, samples[:last], how, output_dir=output, provenance=facts)
-    if not state.is_main_process:
-        return
-    if heldout_rows:
-        table = recall_table(lm, predictor, {"held-out rows": samples[last:]})
-        predictor = predictor.with_recall(table)
-        for line in table:
-            print(
-                f"layer {line['layer']}, retention {line['retention']:g}: recall of "
-                f"{line['policy']} {line['recall']:.3f}"
-            )
-    predictor.save_pretrained(output, repo_id=push_to_hub)
+    with only_run(output) if state.is_main_process else nullcontext():
+        predictor = train(lm, samples[:last], how, output_dir=output, provenance=facts)
+        if not state.is_main_process:
+            return
+        if heldout_rows:
+            predictor = _with_recall(lm, predictor, samples[last:])
+        predictor.save_pretrained(output, repo_id=push_to_hub)
+        remove_state(output)
     print(f"Wrote {output}: LeMoConfig.from_pretrained({str(output)!r})")
     if push_to_hub is not None:
         print(predictor.push_to_hub(push_to_hub))
+
+
+def _with_recall(lm: Any, predictor: Any, heldout: list[dict[str, list[int]]]) -> Any:
+    """The predictor with its recall, which is printed."""
+    from lemo_hf.recall import recall_table
+
+    table = recall_table(lm, predictor, {"held-out rows": heldout})
+    for line in table:
+        print(
+            f"layer {line['layer']}, retention {line['retention']:g}: recall of "
+            f"{line['policy']} {line['recall']:.3f}",
+            flush=True,
+        )
+    return predictor.with_recall(table)
 
 
 def _rows(

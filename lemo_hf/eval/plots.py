@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lemo_hf.files import whole_file
+
 DPI = 150
 # Told apart by readers who see no red or no green, and in this order also in grey.
 COLORS = ("#1f6f8b", "#d1783c", "#6a4c93", "#3d8b5f", "#a33b5b", "#8a7a1f", "#555b61")
@@ -132,4 +134,10 @@ def _figure(size: tuple[float, float]) -> Any:
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Write a figure of this module as PNG."""
-    figure.savefig(path, dpi=DPI, format="png")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=DPI, format="png")
+
+
+def check_plots() -> None:
+    """Raises ImportError if no picture can be drawn: to be asked before hours of work."""
+    _figure((1, 1))
