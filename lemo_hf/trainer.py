@@ -12,9 +12,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.announce import announce, follow_log_level
+from lemo_hf.checkpoints import newest_whole_checkpoint
 from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import LeMoConfig
 from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
@@ -113,7 +114,9 @@ class LeMoMixin(_Mixed):
             self._first_batch = True
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)
+                # None whole: Trainer says that there is none, or what is wrong with the newest.
+                checkpoint = newest_whole_checkpoint(self.args)
+                resume_from_checkpoint = checkpoint or True
             if checkpoint:
                 self._check_resumed_config(config, checkpoint)
                 self._resume_predictor(config, checkpoint)

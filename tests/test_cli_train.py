@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -227,6 +227,105 @@ def test_evaluation_and_resuming(lemo, tmp_path, config):
     assert code == 2 and "has no checkpoint" in err
 
 
+def small(config, *more):
+    """Checkpoints 2 and 4, and no more steps."""
+    steps = ("--training.save_strategy", "steps", "--training.save_steps", 2)
+    return ("train", "--config", config, "--json", *steps, "--training.max_steps", 4, *more)
+
+
+def adapter_of(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_used_folder_is_refused_or_started_over(lemo, tmp_path, config):
+    out = tmp_path / "out"
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = ("--training.seed", 5)
+    code, printed, err = lemo(*small(config, *other))
+    assert code == 2 and not printed
+    assert f"{out} holds a run already (adapter_model.safetensors): go on with --resume" in err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = lemo(*small(config, *other, "--overwrite", "--resume"))
+    assert code == 2 and "give one of them" in err
+    (out / "notes.txt").write_text("mine")
+    code, _, err = lemo(*small(config, *other, "--overwrite", "--training.save_steps", 3))
+    assert code == 0, err
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    assert (out / "notes.txt").read_text() == "mine"
+    code, _, err = lemo(*small(config, *other, "--output", tmp_path / "fresh"))
+    assert code == 0 and adapter_of(out) == adapter_of(tmp_path / "fresh"), err
+    code, _, err = lemo(*small(config, "--overwrite", "--output", MODEL))
+    assert code == 2 and f"--overwrite would remove the model {MODEL}" in err
+    assert (Path(MODEL) / "model.safetensors").is_file()
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(lemo, tmp_path, config, caplog):
+    out = tmp_path / "out"
+    code, printed, err = lemo(*small(config))
+    assert code == 0, err
+    whole = adapter_of(out), json.loads(printed)["losses"]
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    (out / "adapter_model.safetensors").unlink()
+    (out / "all_results.json").write_text('{"tr')
+    code, printed, err = lemo(*small(config, "--resume"))
+    assert code == 0, err
+    assert "checkpoint-4 is not whole and left out: it has no trainer_state.json" in caplog.text
+    assert (adapter_of(out), json.loads(printed)["losses"]) == whole
+    assert "train_loss" in json.loads((out / "all_results.json").read_text())
+    for number in (2, 4):
+        (out / f"checkpoint-{number}" / "optimizer.pt").write_bytes(b"PK")
+    code, _, err = lemo(*small(config, "--resume"))
+    assert code == 2 and "has no whole checkpoint: start over with --overwrite" in err
+
+
+def test_a_run_that_ended_is_resumed_without_a_further_step(lemo, tmp_path, config):
+    """As one killed after its last checkpoint, with an evaluation and a report still to do."""
+    out = tmp_path / "out"
+    code, printed, err = lemo(*small(config))
+    assert code == 0, err
+    whole = adapter_of(out), json.loads(printed)["losses"]
+    (out / "adapter_model.safetensors").unlink()
+    heldout = ("--data.eval_dataset", tmp_path / "book.txt", "--data.max_eval_rows", 1)
+    code, printed, err = lemo(*small(config, "--resume", "--report", *heldout))
+    assert code == 0, err
+    found = json.loads(printed)
+    assert (adapter_of(out), found["losses"]) == whole and found["steps"] == 4
+    assert found["metrics"]["eval_loss"] > 0 and (out / "report.html").is_file()
+    code, printed, err = lemo(*small(config, "--resume", "--training.max_steps", 5))
+    assert code == 0 and json.loads(printed)["steps"] == 5, err
+
+
+def test_settings_lie_beside_the_weights_they_made(lemo, tmp_path, config, monkeypatch):
+    out = tmp_path / "out"
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    settings = (out / "lemo_train.yaml").read_text()
+    for number in (2, 4):  # which `lemo merge` reads there
+        assert (out / f"checkpoint-{number}" / "lemo_train.yaml").read_text() == settings
+    before = adapter_of(out)
+
+    class Killed(BaseException):
+        """Nobody expects it."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    longer = small(config, "--resume", "--training.max_steps", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", killed)
+        with pytest.raises(Killed):  # while it writes a checkpoint
+            lemo(*longer)
+    assert (adapter_of(out), (out / "lemo_train.yaml").read_text()) == (before, settings)
+    code, _, err = lemo(*longer)
+    assert code == 0 and adapter_of(out) != before, err
+    assert yaml.safe_load((out / "lemo_train.yaml").read_text())["training"]["max_steps"] == 6
+
+
 def test_packed_documents_do_not_see_each_other():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -254,7 +353,8 @@ def test_packing(lemo, tmp_path, config):
     rows = packed_rows(texts, tokenizer, 256, progress=False)
     lemo_config = LeMoConfig(retention=0.5, block_size=32, dense_first_layers=1)
     assert json.loads(out)["losses"] == python_losses(tmp_path, lemo_config, rows)
-    code, _, err = lemo("train", "--config", config, *more, "--tokens", 5000, "--data.packing")
+    long = ("--tokens", 5000, "--output", tmp_path / "long")
+    code, _, err = lemo("train", "--config", config, *more, *long, "--data.packing")
     assert code == 2 and "a row has 5000" in err
 
 

@@ -1,7 +1,6 @@
 """`lemo train`."""
 
 import json
-import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson
+from lemo_hf.outputs import check_output, only_run
 
 if TYPE_CHECKING:
     from lemo_hf.cli.train_config import Run
@@ -42,6 +42,9 @@ def train(
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run in the output and start over.")
     ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Write report.html into the output, see lemo report.")
@@ -83,9 +86,15 @@ def train(
     if dry_run:
         print(asked, end="")
         return
+    from lemo_hf.cli.train_folder import starting_point
+
+    check_output(run.training.output_dir, "training.output_dir", directory=True)
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        trainer, metrics = _fine_tune(run, asked, resume, report, progress=not as_json)
+        checkpoint = starting_point(run.training, resume, overwrite)
+        trainer, metrics = _fine_tune(
+            run, asked, checkpoint, overwrite, report, progress=not as_json
+        )
     if not trainer.is_world_process_zero():
         return
     wrote = [run.training.output_dir]
@@ -105,23 +114,22 @@ def train(
 
 
 def _fine_tune(
-    run: "Run", asked: str, resume: bool, report: bool, progress: bool
+    run: "Run", asked: str, checkpoint: str | None, overwrite: bool, report: bool, progress: bool
 ) -> tuple[Any, dict[str, float]]:
     """Train, evaluate and save; the Trainer and its metrics."""
+    from lemo_hf.cli.train_folder import announce, clear, starting_point
     from lemo_hf.cli.train_model import load_for_training
     from lemo_hf.cli.train_rows import collator, eval_rows, train_rows
-    from lemo_hf.cli.train_settings import FILE_NAME
-    from lemo_hf.files import whole_file
-    from lemo_hf.trainer import LeMoTrainer
+    from lemo_hf.cli.train_run import RunTrainer
 
     args, main = run.training, run.training.process_index == 0
-    resumed = _checkpoint(args, resume)
     lm, tokenizer = load_for_training(run)
     rows = train_rows(run.data, tokenizer, main and progress)
     heldout = eval_rows(run.data, tokenizer, main and progress)
     if not progress:
         args.disable_tqdm = True
-    trainer = LeMoTrainer(
+    trainer = RunTrainer(
+        asked,
         model=lm,
         args=args,
         train_dataset=rows,
@@ -131,21 +139,24 @@ def _fine_tune(
         lemo_config=run.lemo,
         callbacks=_callbacks(report),
     )
-    if main:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with whole_file(Path(args.output_dir, FILE_NAME)) as path:
-            Path(path).write_text(asked, encoding="utf-8")
-        _print_plan(run, trainer, len(rows), heldout)
-    metrics = trainer.train(resume_from_checkpoint=resumed).metrics
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    if heldout is not None:
-        evaluated = trainer.evaluate()
-        trainer.save_metrics("eval", evaluated)
-        metrics = {**metrics, **evaluated}
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    with only_run(args.output_dir) if main else nullcontext():
+        if main:
+            if checkpoint is None:
+                starting_point(args, False, overwrite)  # another run may have ended meanwhile
+            if overwrite:
+                clear(args.output_dir, run.model.name)
+            announce(args.output_dir, asked)
+            _print_plan(run, trainer, len(rows), heldout)
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_metrics("train", metrics)
+        if heldout is not None:
+            evaluated = trainer.evaluate()
+            trainer.save_metrics("eval", evaluated)
+            metrics = {**metrics, **evaluated}
+        trainer.save_state()
+        if args.push_to_hub:
+            trainer.push_to_hub()
     return trainer, metrics
 
 
@@ -155,18 +166,6 @@ def _callbacks(report: bool) -> list[Any]:
     from lemo_hf.report_callback import ReportCallback
 
     return [ReportCallback()]
-
-
-def _checkpoint(args: Any, resume: bool) -> str | None:
-    """The checkpoint to go on from."""
-    if not resume:
-        return args.resume_from_checkpoint
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
-    if not found:
-        raise ValueError(f"--resume: {args.output_dir} has no checkpoint: leave the flag out.")
-    return found
 
 
 def _print_plan(run: "Run", trainer: Any, rows: int, heldout: list | None) -> None:

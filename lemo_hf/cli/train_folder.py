@@ -1,0 +1,87 @@
+"""The output directory of `lemo train`: it holds one run, and settings beside what they made."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lemo_hf.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
+from lemo_hf.cli.train_settings import FILE_NAME
+from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
+
+# What a run leaves there beside weights and checkpoints, and another run may not take for its own.
+LEFT = (
+    *(FILE_NAME, CONFIG_NAME, WEIGHTS_NAME, "lemo_report.json", "report.html"),
+    *("trainer_state.json", "training_args.bin", "adapter_config.json"),
+    *("train_results.json", "eval_results.json", "all_results.json"),
+)
+
+
+def starting_point(args: Any, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to go on from; None starts from the beginning.
+
+    Raises:
+        ValueError: There is none to go on from, or a run lies there that would be lost.
+    """
+    directory = args.output_dir
+    if resume and overwrite:
+        raise ValueError("--resume goes on and --overwrite starts over: give one of them.")
+    there = [*_weights(directory), *checkpoints(directory)]
+    if resume:
+        found = newest_whole_checkpoint(args)
+        if found is None:
+            state = "no whole checkpoint" if checkpoints(directory) else "no checkpoint"
+            way_out = "start over with --overwrite" if there else "leave the flag out"
+            raise ValueError(f"--resume: {directory} has {state}: {way_out}.")
+        return found
+    if there and not overwrite and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{directory} holds a run already ({there[0].name}): go on with --resume, start over "
+            "with --overwrite, which removes it, or give another --output."
+        )
+    return args.resume_from_checkpoint
+
+
+def clear(directory: str, model: str) -> None:
+    """Remove the run that lies in ``directory``; files of other kinds stay.
+
+    Raises:
+        ValueError: It is the directory of the base model.
+    """
+    if os.path.isdir(model) and os.path.isdir(directory) and os.path.samefile(model, directory):
+        raise ValueError(f"--overwrite would remove the model {model}: give another --output.")
+    for path in [Path(directory, name) for name in LEFT] + _weights(directory):
+        path.unlink(missing_ok=True)
+    for path in checkpoints(directory):
+        shutil.rmtree(path)
+
+
+def write_settings(directory: str, settings: str) -> None:
+    """Put the settings where the weights that they make are about to be written.
+
+    Weights of other settings go first: whenever the process ends, no settings lie beside weights
+    that they did not make.
+    """
+    path = Path(directory, FILE_NAME)
+    if path.is_file() and path.read_text(encoding="utf-8") == settings:
+        return
+    for weights in _weights(directory):
+        weights.unlink()
+    os.makedirs(directory, exist_ok=True)
+    with whole_file(path) as part:
+        Path(part).write_text(settings, encoding="utf-8")
+
+
+def announce(directory: str, settings: str) -> None:
+    """Write the settings at the start of a run, unless weights lie there that they did not make."""
+    if not _weights(directory):
+        write_settings(directory, settings)
+
+
+def _weights(directory: str) -> list[Path]:
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    kinds = (".safetensors", ".bin", ".index.json")
+    found = [path for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
+    return sorted(path for path in found if path.is_file() and path.name.endswith(kinds))

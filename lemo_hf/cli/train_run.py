@@ -1,0 +1,67 @@
+"""The Trainer of `lemo train`: what a kill, a full disk or another run leaves, it copes with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from lemo_hf.checkpoints import STATE_NAME
+from lemo_hf.cli.train_folder import write_settings
+from lemo_hf.files import read_json, whole_file
+from lemo_hf.trainer import LeMoTrainer
+
+
+class RunTrainer(LeMoTrainer):
+    """`LeMoTrainer` that puts the run's settings beside all weights it saves.
+
+    Args:
+        settings: As YAML.
+        **options: Of `LeMoTrainer`.
+    """
+
+    def __init__(self, settings: str, **options: Any):
+        self.settings = settings
+        super().__init__(**options)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As LeMoTrainer's; from a checkpoint of the last step no step more, as Trainer's takes."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, STATE_NAME))
+            whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            if whole and 0 < self.args.max_steps <= state.global_step:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                return TrainOutput(state.global_step, 0.0, {"epoch": state.epoch or 0.0})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As LeMoTrainer's; the settings first, so that a whole checkpoint has them."""
+        if self.args.should_save:
+            write_settings(output_dir or self._output_dir(), self.settings)
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """As Trainer's, written as a whole; what a kill left of ``all_results.json`` is dropped."""
+        if not self.is_world_process_zero():
+            return
+        _write(Path(self._output_dir(), f"{split}_results.json"), metrics)
+        if combined:
+            path = Path(self._output_dir(), "all_results.json")
+            try:
+                before = read_json(path)
+            except (OSError, ValueError):
+                before = {}
+            _write(path, {**before, **metrics})
+
+
+def _write(path: Path, metrics: dict[str, Any]) -> None:
+    with whole_file(path) as part:
+        text = json.dumps(metrics, indent=4, sort_keys=True)
+        Path(part).write_text(text, encoding="utf-8")
