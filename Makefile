@@ -8,12 +8,12 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope
 
 # What does not depend on transformers, or is slow and hardly does.
 NOT_AGAIN := kernels test_benchmarks_* test_calibrate.py test_cli.py test_cli_eval.py \
-	test_cli_merge.py test_docs.py test_examples.py test_inspect.py test_longbench* \
+	test_crash.py test_cli_merge.py test_docs.py test_examples.py test_inspect.py test_longbench* \
 	test_needles.py test_package.py test_perplexity.py test_plan.py test_processes.py \
 	test_plan_quantized.py test_processes_hub.py test_real_text.py test_report.py test_retrieval.py \
 	test_sequence_parallel.py
 
-.PHONY: demo test soak lint docs bench sanitize
+.PHONY: demo test soak crash lint docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
@@ -35,6 +35,10 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# Commands killed, on full and read-only disks, two at once (minutes); docs/RELIABILITY.md has a tally.
+crash: $(VENV)/ready
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(RUN) -m crash --kills 100 --full 25
 
 # Needs a CUDA GPU; writes benchmarks/results/ and the tables.
 bench:

@@ -91,7 +91,7 @@ def train(
     check_output(run.training.output_dir, "training.output_dir", directory=True)
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        checkpoint = starting_point(run.training, resume, overwrite)
+        checkpoint = starting_point(run.training, resume, overwrite, run.model.name)
         trainer, metrics = _fine_tune(
             run, asked, checkpoint, overwrite, report, progress=not as_json
         )
@@ -142,9 +142,10 @@ def _fine_tune(
     with only_run(args.output_dir) if main else nullcontext():
         if main:
             if checkpoint is None:
-                starting_point(args, False, overwrite)  # another run may have ended meanwhile
+                # Another run may have ended meanwhile.
+                starting_point(args, False, overwrite, run.model.name)
             if overwrite:
-                clear(args.output_dir, run.model.name)
+                clear(args.output_dir)
             announce(args.output_dir, asked)
             _print_plan(run, trainer, len(rows), heldout)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

@@ -17,15 +17,19 @@ LEFT = (
 )
 
 
-def starting_point(args: Any, resume: bool, overwrite: bool) -> str | None:
+def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str | None:
     """The checkpoint to go on from; None starts from the beginning.
 
     Raises:
-        ValueError: There is none to go on from, or a run lies there that would be lost.
+        ValueError: There is none to go on from, or a run or the base model lies there that would
+            be lost.
     """
     directory = args.output_dir
     if resume and overwrite:
         raise ValueError("--resume goes on and --overwrite starts over: give one of them.")
+    own = os.path.isdir(model) and os.path.isdir(directory) and os.path.samefile(model, directory)
+    if overwrite and own:
+        raise ValueError(f"--overwrite would remove the model {model}: give another --output.")
     there = [*_weights(directory), *checkpoints(directory)]
     if resume:
         found = newest_whole_checkpoint(args)
@@ -42,14 +46,8 @@ def starting_point(args: Any, resume: bool, overwrite: bool) -> str | None:
     return args.resume_from_checkpoint
 
 
-def clear(directory: str, model: str) -> None:
-    """Remove the run that lies in ``directory``; files of other kinds stay.
-
-    Raises:
-        ValueError: It is the directory of the base model.
-    """
-    if os.path.isdir(model) and os.path.isdir(directory) and os.path.samefile(model, directory):
-        raise ValueError(f"--overwrite would remove the model {model}: give another --output.")
+def clear(directory: str) -> None:
+    """Remove the run that lies in ``directory``; files of other kinds stay."""
     for path in [Path(directory, name) for name in LEFT] + _weights(directory):
         path.unlink(missing_ok=True)
     for path in checkpoints(directory):
