@@ -1,0 +1,120 @@
+"""The tally of `compare.py`: which tests end otherwise than with the stock trainer."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+SUITES = ("transformers", "trl")
+FLOOR = 1e-3  # of what a difference is relative to: noise in what is nearly 0 is none
+
+
+def tally(output: Path, modes: Sequence[str]) -> dict[str, Any]:
+    """What the records in ``output`` say; a suite or a mode that has not run is left out."""
+    versions = {name: version(name) for name in ("transformers", "trl", "torch")}
+    suites = {}
+    for suite in SUITES:
+        records = {mode: _read(output / f"{suite}-{mode}.jsonl") for mode in modes}
+        stock = records.pop("stock")
+        if not stock:
+            continue
+        suites[suite] = {
+            "stock": Counter(record["outcome"] for record in stock.values()),
+            "modes": {m: compared(stock, ours, m) for m, ours in records.items() if ours},
+        }
+    return {"versions": versions, "suites": suites}
+
+
+def compared(stock: dict[str, Any], ours: dict[str, Any], mode: str) -> dict[str, Any]:
+    """One mode against stock.
+
+    Returns:
+        ``differ``: tests that end otherwise. ``same``: how many do not, by the stock outcome.
+        ``lemo``: passing tests with a sparse training. ``refused``: reasons, and in how many tests.
+        ``trainings``: whose figures could be compared, how many of them are equal to the bit, and
+        the largest relative difference.
+    """
+    same, refused = Counter(), Counter()
+    differ, equal, differences = [], 0, []
+    for test, record in stock.items():
+        other = ours.get(test, {"outcome": "missing", "message": "", "trainings": []})
+        refused.update(set(other.get("refused", ())))
+        if other["outcome"] == record["outcome"]:
+            same[record["outcome"]] += 1
+        else:
+            pair = {"stock": record["outcome"], "ours": other["outcome"]}
+            message = other["message"] or record["message"]
+            differ.append({"test": test, **pair, "message": message})
+        nothing = {"lemo": True, "figures": []}
+        for theirs, mine in zip_longest(record["trainings"], other["trainings"], fillvalue=nothing):
+            if mine["lemo"] or mode == "none":
+                equal += theirs["figures"] == mine["figures"]
+                differences.append((_difference(theirs["figures"], mine["figures"]), test))
+    largest = max((difference for difference, _ in differences), default=0.0)
+    return {
+        "differ": differ,
+        "same": same,
+        "lemo": sum(any(t["lemo"] for t in record["trainings"]) for record in ours.values()),
+        "refused": refused,
+        "trainings": {
+            "compared": len(differences),
+            "equal": equal,
+            "largest": largest[0],
+            "largest_in": [
+                test for difference, test in differences if difference == largest[0] > 0
+            ],
+        },
+    }
+
+
+def write_tally(output: Path, result: dict[str, Any]) -> None:
+    """``tally.json`` and ``tally.md`` in ``output``."""
+    (output / "tally.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [f"With {versions}.", "", "| suite | class | passes in stock | ends the same |"]
+    lines[-1] += " trained sparsely | trainings equal to the bit |"
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for suite, found in result["suites"].items():
+        passes = found["stock"]["passed"]
+        for mode, compared in found["modes"].items():
+            trainings = compared["trainings"]
+            cells = [
+                suite,
+                "`None`" if mode == "none" else f"retention {mode}",
+                str(passes),
+                f"{compared['same']['passed']} of {passes}",
+                str(compared["lemo"]),
+                f"{trainings['equal']} of {trainings['compared']}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| differs | class | stock | ours | message |", "| --- | --- | --- | --- | --- |"]
+    for found in result["suites"].values():
+        for mode, compared in found["modes"].items():
+            for test in compared["differ"]:
+                message = " ".join(test["message"].split())[:160].replace("|", "\\|")
+                cells = [f"`{test['test']}`", mode, test["stock"], test["ours"], message]
+                lines.append("| " + " | ".join(cells) + " |")
+    (output / "tally.md").write_text("\n".join(lines) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record.pop("test"): record for record in records}
+
+
+def _difference(theirs: list[float | None], ours: list[float | None]) -> float:
+    """The largest relative one; infinite where the logs are not of one kind."""
+    if len(theirs) != len(ours):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(theirs, ours, strict=True):
+        if a is None or b is None:
+            worst = max(worst, 0.0 if a is b else float("inf"))
+        else:
+            worst = max(worst, abs(a - b) / max(abs(a), abs(b), FLOOR))
+    return worst
