@@ -62,10 +62,8 @@ def compared(stock: dict[str, Any], ours: dict[str, Any], mode: str) -> dict[str
         "trainings": {
             "compared": len(differences),
             "equal": equal,
-            "largest": largest[0],
-            "largest_in": [
-                test for difference, test in differences if difference == largest[0] > 0
-            ],
+            "largest": largest,
+            "largest_in": [test for found, test in differences if found == largest > 0],
         },
     }
 
