@@ -21,8 +21,8 @@ import transformers
 from lemo_hf import LeMoConfig, LeMoTrainer
 
 CLASSES = ("transformers.Trainer", "trl.SFTTrainer")
-# Clocks, and what our trainer adds.
-_NOT_COMPARED = ("runtime", "per_second", "total_flos", "lemo/")
+# Clocks and memory, and what our trainer adds.
+_NOT_COMPARED = ("runtime", "per_second", "mem_", "total_flos", "lemo/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
