@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stand_ins import make_stand_ins
 from tally import tally, write_tally
 
 MODES = ("stock", "none", "1", "0.5")
@@ -41,6 +40,8 @@ def main() -> None:
         if not files or not files[0].is_file():
             parser.error(f"--{name}={root}: the folder has no trainer tests")
     if not (output / "stand_ins").is_dir():
+        from stand_ins import make_stand_ins  # takes seconds to import
+
         make_stand_ins(output / "stand_ins")
     for name, (root, files) in suites.items():
         for mode in asked.modes:
