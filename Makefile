@@ -23,9 +23,10 @@ test: $(VENV)/ready
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(foreach name,$(NOT_AGAIN),--ignore-glob='tests/$(name)')
 
-# The same tests with many more cases.
+# The same tests with many more cases, and many more steps (minutes).
 soak: $(VENV)/ready
 	LEMO_CASES=2000 $(PYTEST) tests/test_fuzz.py
+	$(PYTEST) -m soak
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
