@@ -5,12 +5,13 @@ import gzip
 import json
 import logging
 import lzma
+import shutil
 import time
 import zipfile
 
 import pytest
 from limits import limited
-from longbench_rows import as_lines, row
+from longbench_rows import DEMO, as_lines, row
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.train_settings import read_settings
@@ -286,3 +287,27 @@ def test_what_takes_hours_to_score_is_refused(task):
     with pytest.raises(ValueError, match="shorten the prediction"):
         score_row(task, "a " * 10**6, ["a " * 1000])
     assert score_row("hotpotqa", "a b " * 10**5, ["b"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x80&\0\0\0\0\0\0{"),
+        ("config.json", b"[" * 100_000),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"[1]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_damaged_model_is_named(command, file, content, tmp_path, lemo):
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    (model / file).write_bytes(content)
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    arguments = ["--model", model, "--dataset", tmp_path / "a.jsonl"]
+    if command == "eval":
+        code, _, err = lemo("eval", "perplexity", *arguments, "--json")
+    else:
+        more = ["--full", "--tokens", 64, "--output", tmp_path / "out", "--training.use_cpu"]
+        code, _, err = lemo("train", *arguments, *more)
+    assert code == 2 and f"lemo: model '{model}' cannot be loaded, a file of it may be" in err

@@ -116,6 +116,7 @@ FLOORS = {
     "cli.positions": 10,
     "cli.adapter": 10,
     "cli.merging": 10,
+    "cli.loading": 1,
     "cli.options": 11,
     "cli.train_config": 12,
     "cli.yaml_text": 12,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lemo_hf.cli.loading import loading
 from lemo_hf.cli.positions import change_positions
 from lemo_hf.files import parse_json
 from lemo_hf.shown import shortened
@@ -74,10 +75,14 @@ class ModelOptions:
 
         Raises:
             OSError: There is no such model, or it cannot be reached.
-            ValueError: The rope parameters are no JSON object, the device is none, or positions
-                cannot be stretched.
+            ValueError: The rope parameters are no JSON object, the device is none, positions
+                cannot be stretched, or a file of the model is damaged.
             ImportError: An adapter is asked for and peft is not installed.
         """
+        with loading(self.model):
+            return self._load(length)
+
+    def _load(self, length: int | None) -> tuple[Any, Any]:
         import torch
         from accelerate import PartialState
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lemo_hf.cli.loading import loading
 from lemo_hf.cli.options import prepared_config
 from lemo_hf.cli.train_config import ModelSection, Run
 
@@ -11,8 +12,13 @@ def load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
 
     Raises:
         OSError: There is no such model, or it cannot be reached.
-        ValueError: Positions cannot be stretched.
+        ValueError: Positions cannot be stretched, or a file of the model is damaged.
     """
+    with loading(section.name):
+        return _load_base(section, tokens)
+
+
+def _load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shared = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
