@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_datasets_available
 
 from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.checkpoints import newest_whole_checkpoint
@@ -258,8 +258,7 @@ class LeMoMixin(_Mixed):
         ids, rows = inputs.get("input_ids"), self.train_dataset
         if ids is None or ids.shape[-1] >= config.block_size:
             return
-        chance = isinstance(rows, Dataset) and rows.format["type"] == "custom"
-        if chance or not isinstance(rows, list | Dataset):
+        if not (isinstance(rows, list) or _is_plain_dataset(rows)):
             return
         longest = 0
         for row in rows:
@@ -307,6 +306,15 @@ class LeMoMixin(_Mixed):
             )
         remove_lemo(self._model())
         self._apply_lemo(self._model(), config, saved)
+
+
+def _is_plain_dataset(rows: Any) -> bool:
+    """Whether ``rows`` are a `datasets.Dataset` without a transform, which might draw by chance."""
+    if not is_datasets_available():
+        return False
+    from datasets import Dataset
+
+    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
 
 
 class LeMoTrainer(LeMoMixin, Trainer):
