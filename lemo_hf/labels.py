@@ -52,8 +52,11 @@ class Labels:
         return None
 
     def fit(self, batch: Tensor) -> bool:
-        """Whether they are of as many tokens as ``batch``, ``[B, T]`` ids or their embeddings."""
-        return self.tensor.shape == batch.shape[:2]
+        """Whether they are of the tokens of ``batch``, ``[B, T]`` ids or embeddings ``[B, T, H]``,
+        before which there may be a prompt."""
+        more = batch.shape[1] - self.tensor.shape[1]
+        self.prompt = more if more > 0 and batch.dim() == 3 else 0
+        return self.tensor.shape[0] == batch.shape[0] and more == self.prompt
 
     def targets(self) -> Tensor:
         """``[B, prompt + T]``: the token each position must predict, `IGNORE_INDEX` for none."""
@@ -88,6 +91,10 @@ class StepLabels(Labels):
     """
 
     whole: Labels = field(kw_only=True)
+
+    def fit(self, batch: Tensor) -> bool:
+        """As of `Labels`."""
+        return super().fit(batch) and self.whole.fit(batch)
 
     def restored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a pass, with these as they were where they are among them."""

@@ -76,9 +76,8 @@ class SparseLayer(_Mixed):
         step = plan.passes.step
         if step is None:
             cached = kwargs.get("past_key_values") is not None
-            passes = plan.passes
-            expected = not self.training or cached or passes.resting or passes.plain
-            if torch.is_grad_enabled() and not expected:
+            stray = not (cached or plan.passes.plain or plan.passes.resting)
+            if self.training and torch.is_grad_enabled() and stray:
                 raise RuntimeError(
                     f"layer {plan.index} was called in training mode outside a pass of its causal "
                     "LM, where it would run dense. Call the causal LM itself; for a dense pass "

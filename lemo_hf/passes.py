@@ -128,7 +128,7 @@ class Passes:
     def run(self, train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call ``model``, which is in training mode, by ``train``."""
         if self.resting:
-            return stock_call(model, *args, **kwargs)
+            train = stock_call
         try:
             with self.said_what_helps():
                 return train(model, *args, **kwargs)
@@ -208,7 +208,10 @@ class Passes:
         self.plain = False
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-        if self._is_plain(model, kwargs):
+        if not model.training or kwargs.get("past_key_values") is not None:
+            return (), kwargs
+        if self.resting:
+            self.plain = True
             return (), kwargs
         ids = kwargs.get("input_ids")
         main = kwargs.get("inputs_embeds") if ids is None else ids
@@ -216,6 +219,8 @@ class Passes:
             return (), kwargs  # the model's own error is as good
         if self.expected is not None:
             kwargs = self.expected.restored(kwargs)
+        if promised is not None:
+            promised.fit(main)
         given, labels = Labels.in_call(kwargs), promised
         if promised is None and self.expected is not None and self.expected.fit(main):
             promised, labels = self.expected, self.expected.whole
@@ -226,8 +231,6 @@ class Passes:
             return (), kwargs
         check_call(model, kwargs, promised is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
-        if promised is not None:
-            promised.prompt = max(0, main.shape[1] - promised.tensor.shape[1])
         own = given is not None and makes_plain_loss(model, kwargs)
         own = own and not returns_tuple(model, kwargs)
         shards = None
@@ -273,11 +276,6 @@ class Passes:
 
             self._for_this_pass.append(self.last.register_forward_hook(strike))
         return (), kwargs
-
-    def _is_plain(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-        """Whether a pass is the plain model's, and not one of whoever trains."""
-        cached = kwargs.get("past_key_values") is not None
-        return self.resting or not model.training or cached
 
     def _asked_without_labels(self) -> bool:
         """Whether a pass without labels is one of a training step; says once what follows."""
