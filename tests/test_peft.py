@@ -289,9 +289,18 @@ def own_loss(outputs, labels, num_items_in_batch=None):
 asked = []
 
 
+class OwnLoss:
+    """Overrides `compute_loss`, in place of a ``compute_loss_func``."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return own_loss(model(**inputs), labels, num_items_in_batch)
+
+
+@pytest.mark.parametrize("overridden", [False, True])
 @pytest.mark.parametrize("method", ["prompt-tuning", "lora"])
 @pytest.mark.parametrize("answers", [None, 20])
-def test_a_loss_outside_of_a_model_with_a_prompt(tmp_path, method, answers):
+def test_a_loss_outside_of_a_model_with_a_prompt(tmp_path, method, answers, overridden):
     """Virtual tokens stand before those that the labels are of."""
 
     def trained(config, cls=LeMoTrainer):
@@ -301,9 +310,11 @@ def test_a_loss_outside_of_a_model_with_a_prompt(tmp_path, method, answers):
             config,
             cls=cls,
             model=adapted(METHODS[method]),
-            compute_loss_func=own_loss,
+            compute_loss_func=None if overridden else own_loss,
             data=dataset(answers=answers),
         )
+        if overridden:
+            trainer.__class__ = type("Own", (OwnLoss, cls), {})
         return losses(trainer), trainer
 
     stock, plain = trained(None, Trainer)

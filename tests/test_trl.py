@@ -9,7 +9,7 @@ from models import make_model, with_lora
 trl = pytest.importorskip("trl", minversion="1.16")
 
 from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
+from peft import LoraConfig, PromptTuningConfig  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,
     DataCollatorWithFlattening,
@@ -292,3 +292,19 @@ def test_flattening_collators_have_no_longest_row(tmp_path):
     assert all(len(row["input_ids"]) < 96 for row in short.train_dataset)
     assert len(logs(short)) == 3
     assert not isinstance(short.data_collator, DataCollatorWithFlattening)
+
+
+@pytest.mark.parametrize("kind", ["text", "completion"])
+def test_prompt_tuning(tmp_path, kind):
+    """PEFT gives the model labels of its own making, with virtual tokens before them."""
+
+    def trained(config, cls=LeMoSFTTrainer):
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+        return make_trainer(
+            tmp_path, config, kind=kind, cls=cls, model=model(False), peft_config=prompt
+        )
+
+    stock = logs(trained(None, trl.SFTTrainer))
+    assert_same_logs(logs(trained(FULL)), stock)
+    for half, log in zip(logs(trained(HALF)), stock, strict=True):
+        assert half["loss"] == pytest.approx(log["loss"], rel=0.2)
