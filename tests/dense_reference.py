@@ -74,12 +74,13 @@ def expected_loss(logits, labels, supervised, attention_mask=None):
     label.
     """
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    wide = torch.promote_types(logits.dtype, torch.float32)
     nll = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
+        logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-100, reduction="none"
     ).view_as(targets)
     labelled = targets != -100
     if attention_mask is not None:
         labelled = labelled & attention_mask.bool()
     asked = labelled & supervised
     rows = (nll * asked).sum(1) / asked.sum(1).clamp_min(1) * labelled.sum(1)
-    return rows.sum() / labelled.sum()
+    return rows.sum() / labelled.sum().clamp_min(1)

@@ -76,6 +76,19 @@ def test_loss_and_gradients(dtype, segment_size, divisor, softcap, z_loss, as_mo
     assert (gradients[0][targets == IGNORE_INDEX] == 0).all()
 
 
+@pytest.mark.parametrize("label", [-1, 31, 40])
+def test_a_label_that_is_no_token_has_no_loss(label, device):
+    """No neighbour's logits: an error by the definition, NaN by the kernel."""
+    hidden, weight, targets, weights = inputs(5, 6, 31, torch.float32, device, ignored=0)
+    targets[1] = label
+    try:
+        loss = segment_cross_entropy(hidden, targets, weights, lambda rows: rows @ weight.T)
+    except (IndexError, RuntimeError) as error:
+        assert "out of bounds" in str(error)
+    else:
+        assert loss.isnan()
+
+
 def test_a_vocabulary_of_several_kernel_blocks(device):
     hidden, weight, targets, weights = inputs(3, 4, 20_001, torch.float32, device, ignored=0)
     targets[0], targets[1] = 20_000, 0
