@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+import transformers
 from models import batch, make_model, with_lora
 from peft import PeftModel
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import transformers_model
 
 SPARSE = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
@@ -205,6 +207,28 @@ def test_logs_say_what_was_kept(tmp_path, capsys):
     assert "MLP retention 0.25" in out and "stay dense" in out
 
 
+@pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.parametrize("level", ["error", "critical", "warning", "passive"])
+def test_errors_alone_are_said_where_that_is_asked_for(
+    tmp_path, capsys, caplog, level, by_callback
+):
+    logger = logging.getLogger("lemo_hf")
+    verbosity = transformers.logging.get_verbosity()
+    arguments = {"log_level": level, "data": dataset(answers=50)}
+    try:
+        if by_callback:
+            arguments["callbacks"] = [LeMoCallback(SPARSE)]
+            make_trainer(tmp_path, None, cls=Trainer, **arguments).train()
+        else:
+            make_trainer(tmp_path, SPARSE, **arguments).train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        logger.setLevel(logging.NOTSET)  # and what children remembered of it
+    quiet = level in ("error", "critical")
+    assert ("LeMo: 4 of 4 layers" in capsys.readouterr().out) == (not quiet)
+    assert ("more than retention 0.5 allows" in caplog.text) == (not quiet)
+
+
 def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):
     """Kept tokens per second count from the start of training, not from the Trainer's making."""
     clock = [100.0]
@@ -373,7 +397,8 @@ def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
         tmp_path, SPARSE, model=with_lora(model) if lora else model, bf16=True, max_steps=1
     )
     trainer.train()
-    output = trainer.model_wrapped.train()(**batch(tokens=64))
+    with trainer.lemo.training():
+        output = trainer.model_wrapped.train()(**batch(tokens=64))
     assert output.loss is not None and "logits" not in output
     assert output.logits.shape == (2, 64, 97)  # to who asks
     assert isinstance(trainer.model_wrapped.forward, MethodType)
