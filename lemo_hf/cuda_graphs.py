@@ -197,7 +197,8 @@ def _forward_and_backward(
     if any(x is not None for x in found[len(trained) :]):
         raise RuntimeError("it uses weights past the modules that hold them")
     pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
-    rest = stock_class(output)(**{name: x for name, x in output.items() if name != "loss"})
+    kept = {name: x for name, x in output.items() if name not in ("loss", "logits")}
+    rest = stock_class(output)(**kept)
     return Written(
         loss.detach(),
         [p for p, _ in pairs],

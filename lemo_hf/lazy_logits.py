@@ -53,7 +53,11 @@ else:
 
 
 class _AsksForLogits(_Mixed):
-    """Mixed in before an output's class. Keys and values are those that are there anyway."""
+    """Mixed in before an output's class.
+
+    Among its values the `Logits` themselves stand for logits, so that they outlive who makes the
+    output anew of its items: accelerate, which does in mixed precision, and FSDP.
+    """
 
     loss: Tensor
 
@@ -67,7 +71,7 @@ class _AsksForLogits(_Mixed):
         vars(self)[_LOGITS] = value
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({dict(self)})"  # making no logits
+        return f"{type(self).__name__}({dict(self.items())})"  # making no logits
 
     def get(self, key: Any, default: Any = None) -> Any:
         return self.logits if key == "logits" else super().get(key, default)
@@ -84,14 +88,18 @@ class _AsksForLogits(_Mixed):
 
 @cache
 def _asking_class(base: type) -> type:
-    return type(f"{base.__name__}AskedForLogits", (_AsksForLogits, base), {})
+    # FSDP2 looks for tensors in all fields of an output: it is not who asks.
+    fields = dict(vars(base)["__dataclass_fields__"])
+    del fields["logits"]
+    names = {"__dataclass_fields__": fields}
+    return type(f"{base.__name__}AskedForLogits", (_AsksForLogits, base), names)
 
 
 def with_logits(output: ModelOutput, loss: Tensor, logits: Logits) -> ModelOutput:
     """``output`` with ``loss``, and ``logits`` in place of its own."""
     rest = {name: x for name, x in output.items() if name not in ("loss", "logits")}
     output = _asking_class(stock_class(output))(loss=loss, **rest)
-    vars(output)[_LOGITS] = logits
+    output["logits"] = logits
     return output
 
 

@@ -187,7 +187,9 @@ def _make_logits(
     with autocast:
         logits = head(hidden if norm is None else norm(hidden))
         logits = logits if divisor is None else logits / divisor
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        # Of a model under mixed precision outputs are fp32: accelerate sees to those it finds.
+        return logits.float() if torch.is_autocast_enabled(hidden.device.type) else logits
 
 
 class _StandIn:
