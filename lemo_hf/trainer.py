@@ -255,7 +255,8 @@ class LeMoMixin(_Mixed):
         Asked at the first batch, since a collator may pack rows, and only of a dataset that may be
         read without consequences: others draw by chance when they are, or are endless.
         """
-        ids, rows = inputs.get("input_ids"), self.train_dataset
+        ids = inputs.get("input_ids")
+        rows: Any = self.train_dataset
         if ids is None or ids.shape[-1] >= config.block_size:
             return
         if not (isinstance(rows, list) or _is_plain_dataset(rows)):

@@ -1,6 +1,7 @@
 """On a CUDA GPU, where the kernels run: labels that are no token, none at all, and left padding."""
 
 import pytest
+import torch
 from models import batch, loss_and_gradients, make_model, relative_error
 from test_labels import left_padded, with_a_row_of_padding, without_those_of_padding
 
