@@ -29,7 +29,6 @@ _NO_LOGITS = (
     "call the model without labels (inputs.pop('labels')): it then returns logits and no loss."
 )
 TOO_LATE = _NO_LOGITS.format("read them before the backward, which lets their stream go")
-OF_SHARDS = _NO_LOGITS.format("after the pass the head lies in parts on several processes")
 OF_SEQUENCES = _NO_LOGITS.format("each process that shares a sequence has those of its part")
 OF_GRAPHS = _NO_LOGITS.format("a CUDA graph keeps none, set LeMoConfig(cuda_graphs=False)")
 
@@ -89,7 +88,7 @@ class OwnLoss:
         self._head = model.get_output_embeddings()
         self._hooks: list = []
         self._loss: Tensor | None = None
-        self._logits = Logits(None, OF_SHARDS)
+        self._logits: Logits | None = None  # of a sharded head, which is in parts after the pass
         if sharded(self._head):
             self._make_inside()
             return
@@ -116,7 +115,10 @@ class OwnLoss:
     def give(self, output: ModelOutput) -> ModelOutput:
         """The model's ``output`` with the loss, and logits for who asks."""
         assert self._loss is not None  # the head has been called
-        return with_logits(output, self._loss, self._logits)
+        if self._logits is not None:
+            return with_logits(output, self._loss, self._logits)
+        output["loss"], output["logits"] = self._loss, None
+        return output
 
     def _norm_before_the_head(self) -> Norm | None:
         """The final norm, if nothing but it lies between the stream and what the head reads."""

@@ -88,6 +88,7 @@ class Passes:
         host: HostMemory | None,
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
+        self._head = model.get_output_embeddings
         self._parameters, self._model_config = model.parameters, model.config
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         if config.sequence_parallel_size > 1:
@@ -233,6 +234,8 @@ class Passes:
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = given is not None and makes_plain_loss(model, kwargs)
         own = own and not returns_tuple(model, kwargs)
+        if self.expected is not None and sharded(self._head()) and self.group is None:
+            own = False  # its logits may be asked for, which cannot be made after the pass
         shards = None
         if self.group is not None:
             check_sequence_call(self.config, self._layers, self.family, kwargs, main)
