@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="folder with tests/test_sft_trainer.py")
     parser.add_argument("--output", type=Path, default=Path("out/upstream"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--limit", type=int, default=120, help="seconds a test may take")
+    parser.add_argument("--limit", type=int, default=300, help="seconds a test may take")
     parser.add_argument("-k", default="", help="only these tests, as of pytest")
     asked = parser.parse_args()
     output = asked.output.resolve()
