@@ -72,6 +72,7 @@ def test_what_differs_is_told(tmp_path):
     assert "'gpt2' is not supported" in reason
     table = (tmp_path / "out" / "tally.md").read_text()
     assert "| transformers | retention 0.5 | 3 | 2 of 3 | 1 | 0 of 1 | " in table
+    assert "| model_type 'gpt2' is not supported | 0.5 | 1 |" in table
 
 
 def test_a_training_less_is_no_equal_one():

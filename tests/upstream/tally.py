@@ -97,6 +97,13 @@ def write_tally(output: Path, result: dict[str, Any]) -> None:
                 message = " ".join(test["message"].split())[:160].replace("|", "\\|")
                 cells = [f"`{test['test']}`", mode, test["stock"], test["ours"], message]
                 lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| refused, so run without LeMo | class | tests |", "| --- | --- | --- |"]
+    for found in result["suites"].values():
+        for mode, compared in found["modes"].items():
+            reasons = Counter()
+            for reason, tests in compared["refused"].items():
+                reasons[reason.partition(": ")[0]] += tests
+            lines += [f"| {reason} | {mode} | {tests} |" for reason, tests in reasons.most_common()]
     (output / "tally.md").write_text("\n".join(lines) + "\n")
 
 
