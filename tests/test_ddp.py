@@ -93,7 +93,8 @@ def test_the_two_processes_keep_different_counts(tmp_path):
         shares = []
         for process in range(2):
             part = rows(CASES[name].get("data", "whole"))[2 * process : 2 * process + 2]
-            trainer.model.train()(**trainer.data_collator(part))
+            with trainer.lemo.training():
+                trainer.model.train()(**trainer.data_collator(part))
             shares.append(
                 sum(map(int, [s.sum() for s in trainer.lemo.passes.kept_blocks.values()]))
             )
