@@ -1,12 +1,13 @@
-"""Train a predictor of the blocks each layer needs, measure it, and push it to the Hub if asked.
+"""Make a predictor of the blocks that labels need, measure it, and push it to the Hub if asked.
 
     python examples/train_predictor_and_push.py
     python examples/train_predictor_and_push.py --push me/my-predictor
 
 As it stands it takes the repository's small model and a few rows of a book, less than a minute on
 a CPU. For the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
---block-size 64 --rows 1000 --epochs 1: the length, block size and kind of text that you will
-train with. `lemo train-predictor` does the same in a shell.
+--block-size 64: the length, block size and kind of text that you will train with. With --epochs 1
+it learns what the model's attention looks at, which found less of what answers need than tokens
+that look for their like (docs/predictors.md). `lemo train-predictor` does the same in a shell.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="length of a row")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--rows", type=int, default=68, help="of which 4 are held out for recall")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--push", metavar="REPOSITORY", help="upload it there; needs hf auth login")
     parser.add_argument("--output", default="out/predictor")
     args = parser.parse_args()

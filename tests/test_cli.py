@@ -101,7 +101,7 @@ def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
 
 def learn(output, *more, book=("--dataset", BOOK)):
     small = ("--rows", 5, "--heldout-rows", 1, "--tokens", 256, "--rank", 8, "--block-size", 16)
-    shared = ("--model", DEMO / "model", *book, "--output", output)
+    shared = ("--model", DEMO / "model", *book, "--epochs", 1, "--output", output)
     return ("train-predictor", *shared, *small, *more)
 
 

@@ -120,11 +120,11 @@ def test_predictors_are_trained_and_pushed(tmp_path):
     for name in ("lemo_config.json", "lemo_predictors.safetensors"):
         assert files[name] == (tmp_path / "out" / name).read_bytes()
     assert b"me/predictor" in files["README.md"]
-    found = re.findall(r"layer 5, retention 0.3: recall of (\w+) +([\d.]+)", output)
+    found = re.findall(r"layer 4, retention 0.3: recall of (\w+) +([\d.]+)", output)
     recall = {policy: float(share) for policy, share in found}
     assert recall["random"] < recall["predictor"] <= 1
     predictor = LeMoPredictor.from_pretrained(tmp_path / "out")
-    assert predictor.known == [0, 2, 5] and predictor.info.recall
+    assert predictor.known == [4] and predictor.info.recall
 
 
 def test_thresholds_are_calibrated_and_trained_with(run):

@@ -139,7 +139,7 @@ class TrainPredictor(Scenario):
         from lemo_hf.train_predictor import train_predictor
 
         train_predictor.__kwdefaults__["save_steps"] = 2
-        small = ("--rows", 8, "--heldout-rows", 1, "--tokens", 128, "--rank", 4)
+        small = ("--rows", 8, "--heldout-rows", 1, "--tokens", 128, "--rank", 4, "--epochs", 1)
         data = ("--model", self.inputs / "model", "--dataset", self.inputs / "book.txt")
         more = ("--block-size", 16, "--layer", 0, "--layer", 2, "--output", out)
         return lemo("train-predictor", *data, *small, *more)
