@@ -215,7 +215,7 @@ def test_the_callers_embeddings_stay_whole():
 def test_the_gradient_may_come_expanded():
     """`sum()` hands an expanded gradient down, which must not be written to."""
     model = make_model("llama")
-    apply_lemo(model, LeMoConfig(block_size=8))
+    apply_lemo(model, LeMoConfig(block_size=8)).begin_step(0)  # which has a loss of its own
     norm, model.model.norm = model.model.norm, torch.nn.Identity()
     hidden = []
     head = model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
