@@ -226,8 +226,9 @@ class Passes:
         if promised is None and self.expected is not None and self.expected.fit(main):
             promised, labels = self.expected, self.expected.whole
         labels = given or labels
-        fused = kwargs.get("fused_lm_head") and torch.is_grad_enabled()  # which is refused
-        if labels is None and not fused and not self._asked_without_labels():
+        odd = kwargs.get("fused_lm_head") or self.group is not None  # which are refused below
+        refused = odd and torch.is_grad_enabled()
+        if labels is None and not refused and not self._asked_without_labels():
             self.plain = True
             return (), kwargs
         check_call(model, kwargs, promised is not None)
