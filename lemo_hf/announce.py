@@ -6,8 +6,13 @@ from transformers import TrainingArguments
 
 
 def announce(args: TrainingArguments, line: str) -> None:
-    """Print ``line`` once for all processes, unless errors alone are asked for."""
-    if args.process_index == 0 and args.get_process_log_level() <= logging.WARNING:
+    """Print ``line`` once for all processes, unless this run is asked for errors alone.
+
+    What transformers' own verbosity is, as it is by ``"passive"``, says nothing of this line: who
+    quiets a library is to see what trains all the same.
+    """
+    asked = args.log_level == "passive" or args.get_process_log_level() <= logging.WARNING
+    if args.process_index == 0 and asked:
         print(line)
 
 

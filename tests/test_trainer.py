@@ -229,6 +229,17 @@ def test_errors_alone_are_said_where_that_is_asked_for(
     assert ("more than retention 0.5 allows" in caplog.text) == (not quiet)
 
 
+def test_a_quiet_library_still_says_what_trains(tmp_path, capsys):
+    """As the demo and many scripts quiet it, without a log_level."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        make_trainer(tmp_path, SPARSE, max_steps=1).train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    assert "LeMo: 4 of 4 layers" in capsys.readouterr().out
+
+
 def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):
     """Kept tokens per second count from the start of training, not from the Trainer's making."""
     clock = [100.0]
