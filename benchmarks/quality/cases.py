@@ -12,7 +12,6 @@ from benchmarks.quality.job import Job
 SEEDS = (0, 1, 2)
 COMPLETION, TEXT = 45.0, 60.0  # seconds of training
 STEPS = 150  # of a comparison at equal steps: what dense takes in `TEXT` seconds
-COMPLETION_STEPS = 110
 FINISH = 0.3
 # A finish is a share of the time here, and of the steps in LeMoConfig. A dense step takes as long
 # as six sparse ones at 0.3 and 32K, so 0.1 of the steps, the default, is this share of the time.

@@ -117,7 +117,7 @@ def _fine_tune(
     run: "Run", asked: str, checkpoint: str | None, overwrite: bool, report: bool, progress: bool
 ) -> tuple[Any, dict[str, float]]:
     """Train, evaluate and save; the Trainer and its metrics."""
-    from lemo_hf.cli.train_folder import announce, clear, starting_point
+    from lemo_hf.cli.train_folder import clear, starting_point, write_first_settings
     from lemo_hf.cli.train_model import load_for_training
     from lemo_hf.cli.train_rows import collator, eval_rows, train_rows
     from lemo_hf.cli.train_run import RunTrainer
@@ -146,7 +146,7 @@ def _fine_tune(
                 starting_point(args, False, overwrite, run.model.name)
             if overwrite:
                 clear(args.output_dir)
-            announce(args.output_dir, asked)
+            write_first_settings(args.output_dir, asked)
             _print_plan(run, trainer, len(rows), heldout)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()

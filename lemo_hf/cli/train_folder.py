@@ -70,7 +70,7 @@ def write_settings(directory: str, settings: str) -> None:
         Path(part).write_text(settings, encoding="utf-8")
 
 
-def announce(directory: str, settings: str) -> None:
+def write_first_settings(directory: str, settings: str) -> None:
     """Write the settings at the start of a run, unless weights lie there that they did not make."""
     if not _weights(directory):
         write_settings(directory, settings)
