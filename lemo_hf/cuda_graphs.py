@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
+from lemo_hf.capture import capture
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.lazy_logits import Logits, stock_class, with_logits
 from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.passes import Passes
-from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
+from lemo_hf.recorded_pass import RecordedPass, Written, aliases, flatten
 from lemo_hf.row_counts import RowCounts
 from lemo_hf.step import Seen
 

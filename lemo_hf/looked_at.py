@@ -16,6 +16,7 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import shifted
 from lemo_hf.observe import observe
 from lemo_hf.policies import ScoreInputs, oracle_shares, sublayer_input
+from lemo_hf.predictors.rarity import rarity
 
 # Token ids, or what a trainer's dataset holds: ``input_ids`` and, if a part has any, ``labels``.
 Row = Sequence[int] | Mapping[str, Sequence[int]]
@@ -34,6 +35,7 @@ class LookedAt:
 
     Attributes:
         index, asks: Of the blocks that ask, as of `asking_index`.
+        rare: ``[B, T]``, `rarity` of the tokens.
         streams: By layer.
         target: ``[B, M, N]`` fp32: mean shares of the upper half of the layers.
     """
@@ -51,6 +53,8 @@ class LookedAt:
         self.index = self.asks = self.target = torch.empty(0)
         lowest = model.config.num_hidden_layers // 2
         ids = cast(Tensor, batch["input_ids"])
+        mask = batch["attention_mask"]
+        self.rare = rarity(ids, None if mask is None else mask.bool())
 
         def see(inputs: ScoreInputs) -> None:
             layer = inputs.layer_index
@@ -72,7 +76,7 @@ class LookedAt:
             config,
             ids,
             see,
-            attention_mask=batch["attention_mask"],
+            attention_mask=mask,
             targets=batch["targets"],
         )
 

@@ -17,6 +17,7 @@ from lemo_hf.families import Family
 from lemo_hf.predictors.asked_shares import asked_shares, asking_index
 from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
 from lemo_hf.predictors.overlap import overlap_scores
+from lemo_hf.predictors.rarity import rarity
 from lemo_hf.predictors.training_free import (
     chunk_scores,
     mix_ranks,
@@ -25,6 +26,7 @@ from lemo_hf.predictors.training_free import (
     recent_scores,
     window_scores,
 )
+from lemo_hf.replayed import Replayed
 from lemo_hf.step import Step
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,8 @@ logger = logging.get_logger(__name__)
 MEANING = 0.5
 # Tokens whose normed rows exist at a time while a whole sequence is scored.
 CHUNK = 8192
+
+_overlap_scores = Replayed(overlap_scores)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _shared_words(inputs: ScoreInputs) -> Tensor:
             "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
             "policy='chunks'."
         )
-    shared = overlap_scores(
+    shared = _overlap_scores(
         step.input_ids, step.asking_tokens, step.config.block_size, step.valid, step.documents
     )
     return torch.where(shared > 0, 1 + shared, chunks(inputs))
@@ -234,7 +238,8 @@ def predictor(inputs: ScoreInputs) -> Tensor:
         for part, valid in _chunks(inputs)
     ]
     projected = Projected(*(_whole(inputs, x) for x in Projected.join(parts)))
-    scores = network.score(projected, *_asking(inputs), step.block_documents)
+    rare = None if step.input_ids is None else rarity(step.input_ids, step.valid, step.documents)
+    scores = network.score(projected, *_asking(inputs), step.block_documents, rare)
     asks = any(row.label_blocks for row in step.rows) and step.input_ids is not None
     if asks and step.config.threshold is None and step.config.mlp_threshold is None:
         both = mix_ranks(_shared_words(inputs), scores, MEANING)

@@ -83,7 +83,7 @@ def recall_table(
                     assert network is not None  # it is known
                     read = seen.rows(layer)
                     scores = {
-                        name: net(read, seen.index, seen.asks)
+                        name: net(read, seen.index, seen.asks, rare=seen.rare)
                         for name, net in (
                             ("predictor", network),
                             ("untrained", network.untrained(read)),

@@ -39,7 +39,7 @@ from lemo_hf.modes import evaluating
 from lemo_hf.patch import transformers_model
 from lemo_hf.predictors.asked_shares import HIDDEN
 from lemo_hf.predictors.base_model import BaseModel
-from lemo_hf.predictors.block_predictor import BlockPredictor
+from lemo_hf.predictors.block_predictor import RANK, BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor, PredictorInfo
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class PredictorTraining:
             meanings. The first sparse layer chooses for all, if layers agree; those below it are
             dense.
         block_size: Tokens a block.
-        rank: Size of a token's query and key.
+        rank: Size of a token's query and key, at most the model's hidden size.
         asking: Blocks of a row that ask, at most; drawn anew at each step.
         epochs: Passes over the rows. 0 leaves the networks as they begin: tokens look for their
             like, which finds more of what answers need than any training did
@@ -70,7 +70,7 @@ class PredictorTraining:
 
     layers: tuple[int, ...] | None = None
     block_size: int = 64
-    rank: int = 128
+    rank: int = RANK
     asking: int = 32
     epochs: int = 0
     batch_size: int = 1
@@ -199,7 +199,8 @@ class _Run:
         self.depth = len(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.networks = nn.ModuleDict()
         for layer in how.of_model(self.depth):
-            network = BlockPredictor(model.config.hidden_size, how.block_size, how.rank)
+            hidden = model.config.hidden_size
+            network = BlockPredictor(hidden, how.block_size, min(how.rank, hidden))
             network.init_weights(generator)
             self.networks[str(layer)] = network
         self.networks.to(self.device)
@@ -228,7 +229,9 @@ class _Run:
         for layer, module in zip(layers, self.networks.values(), strict=True):
             network = cast(BlockPredictor, module)
             projected = network.project(seen.rows(layer), None if mask is None else mask.bool())
-            shares = torch.cat(list(network.log_shares(projected, seen.index, seen.asks)), 1)
+            shares = torch.cat(
+                list(network.log_shares(projected, seen.index, seen.asks, rare=seen.rare)), 1
+            )
             loss = share_loss(shares, seen.target)
             loss.backward()
             losses.append(loss.detach())

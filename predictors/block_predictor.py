@@ -3,9 +3,10 @@
 Every token has a query and a key of length 1, maps of what a layer is about to read. A token i of a
 block that asks matches a block n by its best key there, ``s_in = scale * max_j q_i . k_j``, and
 looks at the blocks before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m
-looks at is the mean over its tokens by ``softmax_i`` of a weight that is a map of the token, too,
-as rare words say more than common ones. So each asking block gives one unit away, and a block
-scores what it is given. Before anything is learned a token looks for its like.
+looks at is the mean over its tokens by ``softmax_i`` of a weight: a map of the token, and how rare
+it is in its row (`rarity`), as rare words say more than common ones. So each asking block gives one
+unit away, and a block scores what it is given. Before anything is learned a token looks for its
+like, the more the rarer it is.
 
 Tokens meet tokens (late interaction) because means of blocks lose the words. The weights cost one
 pass over the stream and one product of the asking tokens with all keys.
@@ -26,6 +27,7 @@ from lemo_hf.predictors.asked_shares import HIDDEN
 # Products of an asking token and a key that exist at a time, 256 MiB in fp32.
 PAIRS = 2**26
 SCALE = 16.0  # of the cosines, at the beginning
+RANK = 512  # the more dimensions, the truer the cosines: see docs/LOG.md
 
 
 class Projected(NamedTuple):
@@ -51,7 +53,7 @@ class BlockPredictor(nn.Module):
         rank: Size of queries and keys.
     """
 
-    def __init__(self, hidden_size: int, block_size: int, rank: int = 128):
+    def __init__(self, hidden_size: int, block_size: int, rank: int = RANK):
         super().__init__()
         self.hidden_size, self.block_size, self.rank = hidden_size, block_size, rank
         self.query = nn.Linear(hidden_size, rank)
@@ -62,9 +64,10 @@ class BlockPredictor(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw the weights anew, on the CPU, from ``generator`` alone.
 
-        Queries begin as keys, so that a token looks for its like before anything is learned.
+        Queries begin as keys, so that a token looks for its like before anything is learned. Their
+        dimensions are orthogonal: cosines are those of the model's states, as far as so many tell.
         """
-        nn.init.normal_(self.key.weight, std=self.hidden_size**-0.5, generator=generator)
+        nn.init.orthogonal_(self.key.weight, generator=generator)
         self.query.weight.data.copy_(self.key.weight)
         nn.init.zeros_(self.query.bias)
         nn.init.zeros_(self.key.bias)
@@ -110,7 +113,12 @@ class BlockPredictor(nn.Module):
         return Projected(keys, queries, weights[..., 0], valid)
 
     def log_shares(
-        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
+        self,
+        projected: Projected,
+        index: Tensor,
+        asks: Tensor,
+        documents: Tensor | None = None,
+        rare: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Logarithms of what asking blocks give the blocks before them, some after the other.
 
@@ -122,12 +130,17 @@ class BlockPredictor(nn.Module):
             index: ``[B, M]`` int64, the blocks that ask; see `asked_shares.asking_index`.
             asks: ``[B, M]`` bool, False at idle entries.
             documents: ``[B, N]`` id of each block's document, or None.
+            rare: ``[B, T]`` fp32, added to the tokens' weights: their `rarity`; None where nobody
+                knows the tokens.
 
         Yields:
             ``[B, m, N]`` fp32, about `HIDDEN` where a block is not seen.
         """
         keys, queries, weights, valid = projected
         batch, blocks, size, _ = keys.shape
+        if rare is not None:
+            rare = pad(rare, (0, blocks * size - rare.shape[1]))
+            weights = weights + rare.unflatten(1, (blocks, size))
         hidden, looks = ~valid, _sought(valid.any(2), documents)
         places = torch.arange(blocks, device=keys.device)
         at_once = max(1, PAIRS // (batch * blocks * size * size))
@@ -147,10 +160,15 @@ class BlockPredictor(nn.Module):
             yield given.masked_fill(~seen, HIDDEN)
 
     def score(
-        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
+        self,
+        projected: Projected,
+        index: Tensor,
+        asks: Tensor,
+        documents: Tensor | None = None,
+        rare: Tensor | None = None,
     ) -> Tensor:
         """``[B, N]`` fp32, at least 0: what each block is given; arguments as of `log_shares`."""
-        shares = self.log_shares(projected, index, asks, documents)
+        shares = self.log_shares(projected, index, asks, documents, rare)
         return torch.stack([part.exp().sum(1) for part in shares]).sum(0)
 
     def forward(
@@ -160,9 +178,10 @@ class BlockPredictor(nn.Module):
         asks: Tensor,
         valid: Tensor | None = None,
         documents: Tensor | None = None,
+        rare: Tensor | None = None,
     ) -> Tensor:
         """`score` of what `project` gives for ``rows``."""
-        return self.score(self.project(rows, valid), index, asks, documents)
+        return self.score(self.project(rows, valid), index, asks, documents, rare)
 
 
 def _sought(real: Tensor, documents: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from lemo_hf.policies import oracle_shares
 from lemo_hf.predictors import block_predictor
 from lemo_hf.predictors.asked_shares import asking_index
 from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
+from lemo_hf.predictors.rarity import rarity
 from lemo_hf.recall import recall, recall_table
 from lemo_hf.train_predictor import PredictorTraining, remove_state, share_loss, train_predictor
 
@@ -28,12 +29,14 @@ def network(seed=0) -> BlockPredictor:
     return predictor.requires_grad_(False)
 
 
-def by_definition(net: BlockPredictor, rows: torch.Tensor, asking: list[int]) -> list[float]:
+def by_definition(net: BlockPredictor, rows, ids, asking: list[int]) -> list[float]:
     """Scores of one row without padding, one token after the other."""
-    blocks = rows.split(4)
+    blocks, tokens = rows.split(4), ids.split(4)
     scores = [0.0] * len(blocks)
     for m in asking:
-        weights = net.weight(blocks[m])[:, 0].softmax(0)
+        rare = torch.tensor([1 / ids.tolist().count(x) for x in tokens[m].tolist()])
+        weights = net.weight(blocks[m])[:, 0].exp() * rare
+        weights = weights / weights.sum()
         for row, weight in zip(blocks[m], weights, strict=True):
             query = torch.nn.functional.normalize(net.query(row), dim=0)
             match = [
@@ -52,13 +55,26 @@ def everyone(blocks, batch=1):
 def test_scores_are_those_of_the_definition(monkeypatch):
     net, rows = network(), torch.randn(1, 22, 12)
     index, asks = torch.tensor([[2, 5, 0]]), torch.tensor([[True, True, False]])
-    expected = torch.tensor(by_definition(net, rows[0], [2, 5]))
-    torch.testing.assert_close(net(rows, index, asks)[0], expected, rtol=1e-5, atol=1e-6)
+    ids = torch.randint(0, 9, (1, 22), generator=torch.Generator().manual_seed(1))
+    expected = torch.tensor(by_definition(net, rows[0], ids[0], [2, 5]))
+    rare = rarity(ids)
+    torch.testing.assert_close(net(rows, index, asks, rare=rare)[0], expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(block_predictor, "PAIRS", 1)  # one asking block at a time
     parts = [net.project(part) for part in rows.split(8, 1)]
-    got = net.score(Projected.join(parts), index, asks)[0]
+    got = net.score(Projected.join(parts), index, asks, rare=rare)[0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert expected.sum() == pytest.approx(2)  # a unit each
+
+
+def test_rarity_is_counted_within_a_document_and_without_padding():
+    ids = torch.tensor([[5, 5, 7, 5, 7, 0], [0, 0, 3, 3, 3, 9]])
+    times = torch.tensor([[3.0, 3, 2, 3, 2, 1], [2, 2, 3, 3, 3, 1]])
+    torch.testing.assert_close(rarity(ids), -times.log())
+    valid = torch.tensor([[True] * 5 + [False], [False] + [True] * 5])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
+    times = torch.tensor([[2.0, 2, 1, 1, 1, 1], [1, 1, 2, 2, 1, 1]])
+    found = rarity(ids, valid, documents)
+    torch.testing.assert_close(found[valid], -times.log()[valid])
 
 
 def test_padding_and_other_documents_change_nothing():
@@ -195,7 +211,8 @@ def test_by_default_nothing_is_learned_and_tokens_look_for_their_like():
     assert torch.equal(network.query.weight, network.key.weight)
     seen = LookedAt(model, CONFIG, collate(rows, torch.device("cpu")), [0])
     read = seen.rows(0)
-    torch.testing.assert_close(network.key(read).mean((0, 1)), torch.zeros(128))  # it is centred
+    assert network.rank == 32  # no more than the model's hidden size
+    torch.testing.assert_close(network.key(read).mean((0, 1)), torch.zeros(32))  # it is centred
     index, asks = torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool)
     scores = network(read, index, asks)
     assert scores.argmax() == 2

@@ -14,6 +14,8 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.attention import _tried as fastest_attention
 from lemo_hf.config import LEVELS, UNITS
 from lemo_hf.families import FAMILIES
+from lemo_hf.predictors.overlap import overlap_scores
+from lemo_hf.replayed import MOST_GRAPHS, Replayed
 
 pytestmark = pytest.mark.gpu
 
@@ -93,9 +95,11 @@ def test_trainer_on_the_gpu(tmp_path):
 def test_predictors_on_the_gpu(tmp_path):
     predictor = make_predictor()
     rows = torch.randn(2, 70, 32).bfloat16()
-    expected = [network(rows) for network in predictor.attention]
-    for network, scores in zip(predictor.cuda().attention, expected, strict=True):
-        torch.testing.assert_close(network(rows.cuda()).cpu(), scores, rtol=1e-4, atol=1e-4)
+    given = rows, torch.tensor([[8], [7]]), torch.tensor([[True], [True]])
+    expected = [network(*given) for network in predictor.layers]
+    for network, scores in zip(predictor.cuda().layers, expected, strict=True):
+        found = network(*(x.cuda() for x in given)).cpu()
+        torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
     predictor.save_pretrained(tmp_path / "predictor")
     config = LeMoConfig(predictor=tmp_path / "predictor", block_size=8, agree_across_layers=False)
     options = {"use_cpu": False, "bf16": True}
@@ -256,3 +260,33 @@ def test_a_unit_runs_again_once(level, runs):
     ids = torch.randint(3, 97, (2, 4096), device="cuda")
     step_of(model, ids, recompute=level)
     assert len(calls) == runs
+
+
+def test_scores_by_a_graph_are_those_without_one():
+    """Whatever the row, its padding and its documents; within a recorded pass, too."""
+    replayed = Replayed(overlap_scores)
+
+    def given(seed, tokens=500, parts=False):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 60, (2, tokens), generator=generator).cuda()
+        asking = torch.zeros_like(ids, dtype=torch.bool)
+        asking[:, -40 - seed :] = True
+        if not parts:
+            return ids, asking, 16, None, None
+        places = torch.arange(tokens, device="cuda").expand(2, -1)
+        return ids, asking, 16, places >= 10 * seed, places // 200
+
+    for parts in (False, True):
+        for seed in range(5):
+            arguments = given(seed, parts=parts)
+            assert torch.equal(replayed(*arguments), overlap_scores(*arguments))
+    assert len(replayed._graphs) == 2
+    first = replayed(*given(0))
+    replayed(*given(1))
+    assert torch.equal(first, overlap_scores(*given(0)))  # which the next one does not overwrite
+    for tokens in range(501, 511):  # shapes that come once, then as many as there may be
+        replayed(*given(0, tokens))
+    for tokens in 2 * list(range(501, 511)):
+        arguments = given(1, tokens)
+        assert torch.equal(replayed(*arguments), overlap_scores(*arguments))
+    assert len(replayed._graphs) == MOST_GRAPHS

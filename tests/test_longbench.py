@@ -159,6 +159,7 @@ def test_predictions_of_other_rows_are_refused(model, tokenizer, tmp_path):
     for lines, message in (
         (b'{"pred": "a", "answers": ["5"]}\n', "line 1 has other answers than the data. Remove"),
         (b'{"pred": "a", "answ\n', "line 1 is no prediction"),
+        (b'{"pred": "' + b"\xe1" * 9000 + b'"}\n', "^.{60,700}$"),  # not the line, whole
         (path.read_bytes() * 2, "there are 4 predictions of 2 rows"),
     ):
         path.write_bytes(lines)

@@ -14,6 +14,7 @@ from lemo_hf.config import POLICIES as CONFIG_POLICIES
 from lemo_hf.families import FAMILIES
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.block_predictor import BlockPredictor
+from lemo_hf.predictors.rarity import rarity
 from lemo_hf.predictors.training_free import (
     Places,
     chunk_scores,
@@ -268,9 +269,10 @@ def test_predictors_see_the_normed_stream_of_each_layer(monkeypatch):
             super().__init__(32, 8, rank=2)
             self.wanted = wanted
 
-        def score(self, projected, index, asks, documents=None):
+        def score(self, projected, index, asks, documents=None, rare=None):
             seen.append((projected.keys.shape, torch.is_grad_enabled()))
-            scores = super().score(projected, index, asks, documents)
+            assert torch.equal(rare, rarity(batch()["input_ids"]))
+            scores = super().score(projected, index, asks, documents, rare)
             scores[:, self.wanted] = scores.max() + 1
             return scores
 

@@ -37,6 +37,7 @@ from lemo_hf.observe import observe
 from lemo_hf.policies import POLICIES, ScoreInputs, sublayer_input
 from lemo_hf.predictors.overlap import overlap_scores
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.predictors.rarity import rarity
 from lemo_hf.predictors.training_free import mix_ranks, random_scores
 from lemo_hf.selection import keep_blocks, num_kept_blocks
 from lemo_hf.train_predictor import PredictorTraining, train_predictor
@@ -96,7 +97,7 @@ def rankings(
             return
         read = sublayer_input(inputs, inputs.x)
         for name, net in (("predictor", network), ("untrained", network.untrained(read))):
-            scores = net(read, *asked(step))
+            scores = net(read, *asked(step), rare=rarity(step.input_ids))
             found.append((name, layer, scores, inputs))
             for hops, overlap in ((2, found[1][2]), (4, found[2][2])):
                 mixture = mix_ranks(overlap, scores, MIXED)

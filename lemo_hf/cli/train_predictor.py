@@ -34,7 +34,7 @@ def train_predictor(
         typer.Option(help="That gets a predictor; repeatable. Default: see PredictorTraining."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 64,
-    rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 128,
+    rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 512,
     asking: Annotated[int, typer.Option(min=1, help="Blocks of a row that ask, at most.")] = 32,
     epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the rows; 0: tokens look for their like.")

@@ -66,7 +66,7 @@ def resume(path: Path, rows: Sequence[dict[str, Any]], batch_size: int) -> int:
         try:
             same = parse_json(line)["answers"] == row["answers"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} is no prediction: {error!r}. {again}") from error
+            raise ValueError(f"line {number} is no prediction: {shown(error)}. {again}") from error
         if not same:
             raise ValueError(f"line {number} has other answers than the data. {again}")
     done = len(lines) if len(lines) == len(rows) else len(lines) // batch_size * batch_size
