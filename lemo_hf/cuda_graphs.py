@@ -2,8 +2,8 @@
 
 The host takes as long for a step of 1,000 tokens as for one of 100,000, and below 8,000 (of an 8B
 model on an H200) the GPU waits for it. A graph takes it out: what a pass launches is recorded once
-and from then on replayed. Shapes in it are fixed, so batches that keep as many rows share a graph,
-and any other batch runs as ever.
+and from then on replayed. Shapes in it are fixed: batches that keep as many rows share a graph, if
+their answers differ in length, too (`RowCounts.shapes`). Any other batch runs as ever.
 """
 
 import inspect
@@ -29,6 +29,7 @@ from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.passes import Passes
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, flatten
 from lemo_hf.row_counts import RowCounts
+from lemo_hf.selection import num_kept_blocks
 from lemo_hf.step import Seen
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class CudaGraphs:
             self.passes.rows = None
 
     def _run(self, model: PreTrainedModel, kwargs: dict[str, Any], rows: list[RowCounts]) -> Any:
-        key = _key(kwargs, rows)
+        key = _key(kwargs, [row.shapes(self._least(row)) for row in rows])
         if key not in self._graphs:
             full = len(self._graphs) == MOST_GRAPHS
             if full:
@@ -103,6 +104,15 @@ class CudaGraphs:
         passes.add(recorded.written.seen.clone())
         output = tree_map_only(Tensor, torch.clone, recorded.written.output)
         return with_logits(output, loss, Logits(None, OF_GRAPHS))
+
+    def _least(self, row: RowCounts) -> int:
+        """Blocks that any sublayer keeps of it, at least; 0 where scores decide how many."""
+        config = self.passes.config
+        given = (config.retention, config.mlp_retention, self.passes.retention)
+        each = [x for value in given for x in (value if isinstance(value, tuple) else (value,))]
+        shares = [share for share in each if share is not None]
+        scored = config.threshold is not None or config.mlp_threshold is not None
+        return 0 if scored else num_kept_blocks(min(shares), row.blocks)
 
     def _why_not(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
         """Why a batch cannot run by a graph; None if it may."""
@@ -209,7 +219,7 @@ def _forward_and_backward(
     )
 
 
-def _key(kwargs: dict[str, Any], rows: list[RowCounts]) -> tuple:
+def _key(kwargs: dict[str, Any], rows: list[tuple]) -> tuple:
     """What fixes the shapes and kinds of all that a pass computes."""
     ids = kwargs["input_ids"]
     given = tuple(kwargs.get(name) is not None for name in _INPUTS)

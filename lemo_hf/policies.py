@@ -144,7 +144,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
 def _asking(inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     """The blocks that ask, as `asking_index` gives them."""
     step = inputs.step
-    most = max(1, *(row.label_blocks or row.blocks for row in step.rows))
+    most = max(1, *(row.most_label_blocks or row.blocks for row in step.rows))
     return asking_index(step.asking_blocks, most)
 
 

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from lemo_hf.selection import num_kept_blocks
 
+# Counts that bound what a pass works on are rounded up to multiples of these, so that rows whose
+# answers differ a little in length have the same shapes.
+LABELS, LABEL_BLOCKS = 256, 8
+
 
 @dataclass(frozen=True)
 class RowCounts:
@@ -23,6 +27,23 @@ class RowCounts:
 
     def num_blocks(self, retention: float) -> int:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)
+
+    @property
+    def most_labels(self) -> int:
+        """At least ``labels``."""
+        return min(self.tokens, -(-self.labels // LABELS) * LABELS)
+
+    @property
+    def most_label_blocks(self) -> int:
+        """At least ``label_blocks``; 0 if there are none."""
+        return min(self.blocks, -(-self.label_blocks // LABEL_BLOCKS) * LABEL_BLOCKS)
+
+    def shapes(self, least: int) -> tuple:
+        """What of a row without padding fixes the shapes of a pass that keeps ``least`` blocks of
+        it, or more: two rows for which this is equal have the same."""
+        exceeds = self.required_blocks > least
+        required = (self.required_blocks, self.required_tokens) if exceeds else None
+        return self.tokens, self.blocks, required, self.most_label_blocks, self.most_labels
 
     def most_tokens(self, blocks: int, size: int) -> int:
         """In so many blocks: padding may cut required ones short, all others count ``size``."""

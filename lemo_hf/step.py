@@ -246,11 +246,11 @@ class Step(BatchFacts):
 
         That is so where layers choose sets of their own, and tokens kept most often are asked.
         """
-        labels = sum(row.labels for row in self.rows)
+        labels = sum(row.most_labels for row in self.rows)
         if self.config.supervise == "all":
             return labels
         if set(self.agreed) != {"attention"}:
             return None
         kept = self.agreed["attention"]
         slots = (self.share(kept) or kept).index.shape[1]
-        return sum(min(row.labels, slots) for row in self.rows)
+        return sum(min(row.most_labels, slots) for row in self.rows)

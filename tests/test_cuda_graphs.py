@@ -176,6 +176,25 @@ def test_rows_of_which_a_part_is_labelled(device, policy):
     assert_as_without(lambda: tiny(device), config, inputs)
 
 
+@pytest.mark.parametrize("policy", ["auto", "overlap", "pooled", "oracle"])
+@pytest.mark.parametrize("supervise", ["kept", "all"])
+def test_answers_of_different_lengths_share_a_graph(device, policy, supervise):
+    """As long as their blocks are no more than the budget; each length beyond has its own."""
+    config = LeMoConfig(
+        policy=policy, retention=0.5, block_size=8, segment_size=40, supervise=supervise
+    )
+    inputs = [{**x, "labels": x["labels"].clone()} for x in batches(device, tokens=150, steps=7)]
+    for step, x in enumerate(inputs):
+        for row in range(2):
+            x["labels"][row, : 140 - 13 * step + 5 * row] = -100
+            x["labels"][row, 148 - step :] = -100
+    assert len({int((x["labels"] != -100).sum()) for x in inputs}) == len(inputs)
+    within = 5  # 10 of 19 blocks may be kept
+    assert_as_without(lambda: tiny(device), config, inputs[:within], graphs=1)
+    beyond = [x for x in inputs[within + 1 :] for _ in range(2)]
+    assert_as_without(lambda: tiny(device), config, [*inputs[:within], *beyond], graphs=2)
+
+
 def test_bf16_and_checkpointing(device):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 

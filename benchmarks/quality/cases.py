@@ -105,6 +105,23 @@ def controls() -> list[Job]:
     ]
 
 
+def graphed() -> list[Job]:
+    """Completions whose steps are CUDA graphs, as those of `chunks` are; three seeds each."""
+    lexical = {"lemo": overlap(random_share=0.25, cuda_graphs=True)}
+    hidden = {"lemo": overlap(cuda_graphs=True)}
+    arm = "overlap 0.3, a quarter random, CUDA graphs"
+    return [
+        *seeded([completion(arm, batch=2, **lexical)], SEEDS[:1]),
+        *seeded([completion(f"{arm}, 1 row a step", batch=1, **lexical)], SEEDS[:1]),
+        *seeded([completion("overlap 0.3, CUDA graphs", "hidden", batch=2, **hidden)], SEEDS),
+        *seeded([completion(arm, batch=2, **lexical)], SEEDS[1:]),
+        *seeded([completion("dense", seconds=2 * COMPLETION)], SEEDS[2:]),
+        *seeded([completion("dense, rate 0.002", learning_rate=2e-3)], SEEDS[1:]),
+        *seeded([text("dense, rate 0.002", learning_rate=2e-3)], SEEDS[1:]),
+        *seeded([completion(f"{arm}, 1 row a step", batch=1, **lexical)], SEEDS[1:]),
+    ]
+
+
 def equal_steps(seed: int) -> Job:
     """As many steps as dense takes in `TEXT` seconds, one row a step, the finish included."""
     lemo = chunks(0.5)
@@ -213,7 +230,7 @@ def smoke() -> list[Job]:
     return [replace(job, seconds=4.0) for job in jobs]
 
 
-GROUPS = {"smoke": smoke, "headline": headline, "more": more, "tuning": tuning}
+GROUPS = {"smoke": smoke, "graphed": graphed, "headline": headline, "more": more, "tuning": tuning}
 
 
 def jobs_of(
