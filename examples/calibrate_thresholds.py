@@ -4,7 +4,7 @@
 
 As it stands it takes the repository's small model and a few rows of a book, less than a minute on
 a CPU. For the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
---block-size 64 --rows 8; `lemo calibrate --thresholds` does the same in a shell.
+--block-size 64 --rows 8; `lemo calibrate` does the same in a shell.
 """
 
 import argparse

@@ -8,7 +8,7 @@ the softmax is fp32 in registers.
 
 Memory traffic of a segment besides the head's own, in elements: reads 2*S*V, writes S*V.
 
-Source: LeMo, arXiv:2501.09767, "segment-based peak cutting"; z-loss: PaLM, arXiv:2204.02311.
+Source: LeMo, arXiv:2501.09767, "segment-based peak cutting".
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,6 @@ def segment_reference(
     weights: Tensor,
     divisor: float = 1.0,
     softcap: float | None = None,
-    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Weighted losses ``[S]`` of logits ``[S, V]`` as the head returns them, and their gradient."""
     wide = torch.promote_types(raw.dtype, torch.float32)
@@ -51,8 +50,8 @@ def segment_reference(
         logits = capped * softcap
     log_z = logits.logsumexp(1)
     nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
-    losses = (nll + z_loss * log_z.square()) * weights
-    grad = logits.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
+    losses = nll * weights
+    grad = logits.sub_(log_z[:, None]).exp_()
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
     grad.mul_(weights[:, None]).div_(divisor)
     if softcap is not None:
@@ -77,7 +76,6 @@ def _segment_kernel(
     stride,
     scale,
     softcap,
-    z_loss,
     vocabulary,
     HAS_SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -104,15 +102,14 @@ def _segment_kernel(
         highest = higher
     peak = tl.max(highest, 0)
     log_z = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
-    loss = weight * (log_z - at_target + z_loss * log_z * log_z)
+    loss = weight * (log_z - at_target)
     tl.store(losses_ptr + row, loss)
     if GRADIENT:
-        slope = 1.0 + 2.0 * z_loss * log_z
         for start in range(0, vocabulary, BLOCK):
             inside = start + lane < vocabulary
             logits = tl.load(logits_ptr + start + lane, mask=inside, other=0.0)
             logits = _capped(logits, scale, softcap, HAS_SOFTCAP)
-            grad = tl.exp(logits - log_z) * slope
+            grad = tl.exp(logits - log_z)
             grad -= tl.where(start + lane == target, 1.0, 0.0)
             grad *= weight * scale
             if HAS_SOFTCAP:
@@ -129,7 +126,6 @@ def segment_losses_(
     losses: Tensor,
     divisor: float = 1.0,
     softcap: float | None = None,
-    z_loss: float = 0.0,
     gradient: bool = True,
 ) -> None:
     """Weighted losses of one segment; their gradient overwrites the logits if it is wanted.
@@ -141,12 +137,11 @@ def segment_losses_(
         losses: ``[S]`` fp32, written.
         divisor: As for `segment_cross_entropy`, and so are the others.
         softcap: See there.
-        z_loss: See there.
         gradient: Overwrite ``logits``.
     """
     logits = logits.detach()
     if not use_triton(logits):
-        rows, grad = segment_reference(logits, targets, weights, divisor, softcap, z_loss)
+        rows, grad = segment_reference(logits, targets, weights, divisor, softcap)
         losses.copy_(rows)
         if gradient:
             logits.copy_(grad)
@@ -160,7 +155,6 @@ def segment_losses_(
             logits.stride(0),
             1.0 / divisor,
             softcap,
-            z_loss,
             logits.shape[1],
             HAS_SOFTCAP=softcap is not None,
             GRADIENT=gradient,
@@ -359,7 +353,6 @@ def segment_cross_entropy(
     segment_size: int | None = None,
     divisor: float = 1.0,
     softcap: float | None = None,
-    z_loss: float = 0.0,
     parameters: Sequence[Tensor] = (),
     norm: Norm | None = None,
     most_labels: int | None = None,
@@ -377,7 +370,6 @@ def segment_cross_entropy(
         segment_size: Rows of logits that exist at a time; None: `choose_segment_size`.
         divisor: Logits are divided by it (Granite).
         softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
-        z_loss: Adds ``z_loss * log_z ** 2`` to a row's loss, ``log_z`` its log-sum-exp.
         parameters: The head's parameters that need a gradient.
         norm: Between ``hidden`` and ``head``, taken a segment at a time; or None.
         most_labels: No more rows than this have a label. None: the host waits until they have been
@@ -390,7 +382,7 @@ def segment_cross_entropy(
     if segment_size is None:
         vocabulary = getattr(head, "out_features", None)  # Linear, its adapted and quantised kin
         segment_size = choose_segment_size(hidden, vocabulary, bool(parameters))
-    options = {"divisor": divisor, "softcap": softcap, "z_loss": z_loss}
+    options = {"divisor": divisor, "softcap": softcap}
     of_norm = trained_parameters(norm)
     how = _How(segment_size, most_labels)
     return _SegmentCrossEntropy.apply(

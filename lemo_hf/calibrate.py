@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lemo_hf.allocate import check_share
 from lemo_hf.config import LeMoConfig
 from lemo_hf.measure import LossRise, Measurement, Row
 
@@ -75,7 +74,8 @@ def calibrate_thresholds(
 
     Source: LeMo, arXiv:2501.09767, Algorithm 1.
     """
-    check_share("retention", retention)
+    if not 0 < retention <= 1:
+        raise ValueError(f"retention must lie in (0, 1], got {retention!r}")
     if config.policy in ("recent", "window"):
         raise ValueError(
             f"policy={config.policy!r} scores a block by its place, which no threshold can learn "

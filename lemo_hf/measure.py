@@ -1,4 +1,4 @@
-"""What calibration measures of a live model: what sparse passes cost, in loss and in memory."""
+"""What calibration measures of a live model: the loss that sparse passes cost, and saved bytes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.families import family_of
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import shifted
-from lemo_hf.modes import evaluating, modes_kept
+from lemo_hf.modes import evaluating
 from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
 
 Row = Mapping[str, Any]
@@ -148,41 +148,6 @@ class LossRise:
         return max(_num_blocks(row, config) for row in self.rows)
 
 
-def training_bytes(model: nn.Module, row: Row, config: LeMoConfig, predictors: Any = None) -> int:
-    """Memory of one forward and backward pass over one row, in training mode.
-
-    On a GPU the peak of all that is allocated there: weights, gradients, activations; an
-    optimizer's states come on top. On the CPU, where no peak is kept, the bytes that the pass saves
-    for its backward: each storage once, no parameters. Gradients of the model stay as they were.
-
-    Args:
-        model: As for `LossRise`.
-        row: One row, likewise.
-        config: What to leave out.
-        predictors: As for `apply_lemo`.
-
-    Raises:
-        ValueError: Nothing of the model is trainable, or the config does not fit.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("no parameter of the model is trainable: its training takes no memory.")
-    device = input_device(model)
-    batch = _as_batch(row, device)
-    with (
-        modes_kept(model),
-        _without_gradients(model),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        _lemo_on(model, config, predictors),
-    ):
-        model.train()
-        if device.type != "cuda":
-            return saved_bytes(model, lambda: model(**batch).loss)
-        torch.cuda.reset_peak_memory_stats(device)
-        model(**batch).loss.backward()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-
-
 @contextmanager
 def sparse_evaluation(model: nn.Module) -> Iterator[None]:
     """Passes are sparse, without gradients, and every module but the causal LM is in eval mode.
@@ -193,17 +158,6 @@ def sparse_evaluation(model: nn.Module) -> Iterator[None]:
     with evaluating(model), torch.no_grad():
         transformers_model(model).training = True
         yield
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager

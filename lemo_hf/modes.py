@@ -7,19 +7,12 @@ from torch import nn
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, every module has its mode back afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode; every module has its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode."""
-    with modes_kept(model):
-        model.eval()
-        yield

@@ -24,7 +24,7 @@ def calibrate(output, *more, model=DEMO / "model", dataset=BOOK):
 
 
 def test_help():
-    for command, expected in (((), "calibrate"), (("calibrate",), "--memory-gib")):
+    for command, expected in (((), "calibrate"), (("calibrate",), "--retention")):
         result = subprocess.run(
             [sys.executable, "-m", "lemo_hf.cli", *command, "--help"],
             capture_output=True,
@@ -41,18 +41,18 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=DEMO.parent.parent)
 
 
-def test_calibrate_retention(lemo, tmp_path):
+def test_calibrate(lemo, tmp_path):
     code, out, err = lemo(*calibrate(tmp_path, "--retention", 0.5))
-    assert code == 0 and "the lowest was taken" in out
-    assert "layers x retentions" in err  # the progress bar
+    assert code == 0 and "mean retention 0.5" in out and "thresholds: " in out
+    assert "threshold steps" in err  # the progress bar
     config = LeMoConfig.from_pretrained(tmp_path)
-    assert config.block_size == 64
+    assert config.block_size == 64 and len(config.threshold) == 10
 
 
-def test_calibrate_thresholds_as_json_with_longer_positions(lemo, tmp_path):
+def test_calibrate_as_json_with_longer_positions(lemo, tmp_path):
     LeMoConfig(policy="random", dense_first_layers=8).save_pretrained(tmp_path / "start")
     code, out, _ = lemo(
-        *calibrate(tmp_path / "new", "--retention", 0.6, "--thresholds", "--json"),
+        *calibrate(tmp_path / "new", "--retention", 0.6, "--json"),
         *("--rope-parameters", '{"rope_type": "linear", "factor": 2.0}'),
         *("--max-position-embeddings", 1024, "--config", tmp_path / "start"),
     )
@@ -64,13 +64,6 @@ def test_calibrate_thresholds_as_json_with_longer_positions(lemo, tmp_path):
     assert result["history"][-1]["thresholds"] == list(config.threshold)
 
 
-def test_calibrate_memory(lemo, tmp_path):
-    code, _, _ = lemo(*calibrate(tmp_path, "--memory-gib", 1000, "--json"))
-    assert code == 0 and LeMoConfig.from_pretrained(tmp_path).retention in (1.0, (1.0,) * 10)
-    code, _, err = lemo(*calibrate(tmp_path, "--memory-gib", 1e-6, "--gradient-checkpointing"))
-    assert code == 2 and "1e-06 GiB is less than a training pass takes" in err
-
-
 def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
     make_model("llama", vocab_size=2048).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(tmp_path / "model")
@@ -78,7 +71,7 @@ def test_calibrating_predictors_keeps_what_they_are(lemo, tmp_path):
     predictor.save_pretrained(tmp_path / "learned")
     before = json.loads((tmp_path / "learned" / "lemo_config.json").read_text())
     card = (tmp_path / "learned" / "README.md").read_bytes()
-    options = ("--predictor", tmp_path / "learned", "--block-size", 8, "--thresholds")
+    options = ("--predictor", tmp_path / "learned", "--block-size", 8)
     for output in ("new", "learned"):
         code, _, err = lemo(
             *calibrate(tmp_path / output, "--retention", 0.6, *options, model=tmp_path / "model")
@@ -152,10 +145,8 @@ def test_train_predictor_on_answers(lemo, tmp_path, columns):
     ("arguments", "message"),
     [
         (("--retention", 0.5, "--text-column", "body"), "no column 'body', its columns are: text"),
-        ((), "give one of --retention and --memory-gib"),
-        (("--retention", 0.5, "--memory-gib", 3), "give one of --retention and --memory-gib"),
-        (("--memory-gib", 3, "--thresholds"), "--thresholds needs --retention"),
-        (("--retention", 7), r"budget must lie in (0, 1], got 7.0"),
+        ((), "Missing option '--retention'"),
+        (("--retention", 7), r"retention must lie in (0, 1], got 7.0"),
         (("--retention", 0.5, "--rope-parameters", "{linear}"), "--rope-parameters is no JSON"),
         (("--retention", 0.5, "--rope-parameters", "[2]"), "must be a JSON object, got [2]"),
         (("--retention", 0.5, "--device", "abacus"), "--device 'abacus'"),

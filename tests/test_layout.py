@@ -76,7 +76,6 @@ FLOORS = {
     "train_predictor": 9,
     "text_rows": 2,
     "measure": 9,
-    "allocate": 10,
     "calibrate": 11,
     "eval.token_files": 1,
     "eval.weights": 0,

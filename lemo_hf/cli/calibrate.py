@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,10 +20,6 @@ from lemo_hf.cli.options import (
 from lemo_hf.config import LeMoConfig
 from lemo_hf.outputs import check_output
 
-if TYPE_CHECKING:
-    from lemo_hf.allocate import Allocation
-    from lemo_hf.calibrate import ThresholdCalibration
-
 
 @takes_model
 def calibrate(
@@ -31,18 +27,8 @@ def calibrate(
     dataset: Dataset,
     output: Annotated[Path, typer.Option(help="Directory for lemo_config.json.")],
     retention: Annotated[
-        float | None, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")
-    ] = None,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(
-            help="Instead: what forward and backward over one row may take, weights and gradients "
-            "included, optimizer not. On a CPU: bytes saved for the backward."
-        ),
-    ] = None,
-    thresholds: Annotated[
-        bool, typer.Option("--thresholds", help="Calibrate score thresholds, not shares.")
-    ] = False,
+        float, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")
+    ],
     config: Annotated[
         str | None, typer.Option(help="Directory or Hub id of the lemo_config.json to start from.")
     ] = None,
@@ -54,69 +40,34 @@ def calibrate(
     text_column: TextColumn = "text",
     tokens: Tokens = 8192,
     rows: Rows = 8,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Measure memory with it.")
-    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
     ] = False,
 ) -> None:
-    """Find what each layer should keep of text like yours, and write it as a LeMoConfig."""
-    if (retention is None) == (memory_gib is None):
-        raise ValueError("give one of --retention and --memory-gib.")
-    if thresholds and memory_gib is not None:
-        raise ValueError("--thresholds needs --retention: what they keep depends on the text.")
+    """Find each layer's score threshold on text like yours, and write them as a LeMoConfig."""
     check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
 
-    from lemo_hf.allocate import Allocation, allocate_memory, allocate_retention
-    from lemo_hf.calibrate import ThresholdCalibration, calibrate_thresholds
+    from lemo_hf.calibrate import calibrate_thresholds
 
     lm, tokenizer = model.load(tokens)
     samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, not as_json)
-    found: ThresholdCalibration | Allocation
-    if thresholds and retention is not None:
-        found = calibrate_thresholds(lm, samples, start, retention, progress=not as_json)
-    else:
-        if gradient_checkpointing:
-            lm.gradient_checkpointing_enable()
-        if memory_gib is not None:
-            found = allocate_memory(lm, samples, start, memory_gib, progress=not as_json)
-        elif retention is not None:
-            found = allocate_retention(lm, samples, start, retention, progress=not as_json)
+    found = calibrate_thresholds(lm, samples, start, retention, progress=not as_json)
+    first, last = found.history[0], found.history[-1]
     if as_json:
-        how: dict[str, Any] = (
-            {"history": found.history}
-            if isinstance(found, ThresholdCalibration)
-            else {"loss_rises": found.loss_rises}
-        )
-        result = {"dense_loss": found.dense_loss, **how, "config": found.config.to_dict()}
-        print(json.dumps(result), flush=True)
+        result = {"dense_loss": found.dense_loss, "history": found.history}
+        print(json.dumps({**result, "config": found.config.to_dict()}), flush=True)
     else:
-        _tell(found, thresholds)
+        print("thresholds:", *(f"{threshold:.3g}" for threshold in last["thresholds"]))
+        print(f"loss of the dense model: {found.dense_loss:.4f} nats a label")
+        print(
+            f"rise above it: {first['loss_rise']:.4f} with one threshold, {last['loss_rise']:.4f} "
+            f"with one each; mean retention {last['retention']:.3f}",
+            flush=True,
+        )
     save(found.config, lm.config, output)
     if not as_json:
         print(f"Wrote {output / 'lemo_config.json'}: LeMoConfig.from_pretrained({str(output)!r})")
-
-
-def _tell(found: "ThresholdCalibration | Allocation", thresholds: bool) -> None:
-    """The numbers as text."""
-    from lemo_hf.calibrate import ThresholdCalibration
-
-    kept = found.config.threshold if thresholds else found.config.retention
-    name = "thresholds" if thresholds else "retention"
-    values = kept if isinstance(kept, tuple) else (kept,)
-    print(f"{name}: {' '.join(f'{value:.3g}' for value in values)}")
-    print(f"loss of the dense model: {found.dense_loss:.4f} nats a label")
-    if isinstance(found, ThresholdCalibration):
-        first, last = found.history[0], found.history[-1]
-        print(
-            f"rise above it: {first['loss_rise']:.4f} with one threshold, {last['loss_rise']:.4f} "
-            f"with one each; mean retention {last['retention']:.3f}"
-        )
-    else:
-        rises = ", ".join(f"{name} {rise:.4f}" for name, rise in found.loss_rises.items())
-        print(f"rise above it: {rises}; the lowest was taken", flush=True)
 
 
 def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
