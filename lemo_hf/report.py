@@ -1,6 +1,8 @@
-"""The page of a run: one HTML file that needs nothing but itself."""
+"""The page of a run: one HTML file that needs nothing but itself.
 
-import math
+It shows what no tracker has. Curves of loss, speed and memory are in `report_to`'s.
+"""
+
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lemo_hf.files import whole_file
 from lemo_hf.report_data import CELL, POSITION, RECORD_NAME, RunFiles, read_run
-from lemo_hf.report_figures import heat_map, line_chart
+from lemo_hf.report_figures import heat_map
 from lemo_hf.shown import shown
 
 __all__ = ["RECORD_NAME", "render", "write_report"]
@@ -22,7 +24,7 @@ def write_report(directory: str | os.PathLike, path: str | os.PathLike | None = 
 
     Args:
         directory: Output directory of a Trainer. `ReportCallback` leaves there what the page shows
-            of layers, memory and speed; without it the page says what it lacks.
+            of layers and settings; without it the page says what it lacks.
         path: Of the page; None is ``report.html`` in the directory.
 
     Raises:
@@ -48,21 +50,16 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
     )
     templates.filters["number"] = _number
-    rows = run.record.get("rows", [])
     return templates.get_template("report.html.j2").render(
         run=run,
-        tiles=_tiles(run, rows),
-        loss=_loss(run.history),
-        retention=_retention(rows),
-        memory=_memory(run.history, rows),
-        speed=_speed(run.history, rows),
-        recall=_recall(run.recall),
+        tiles=_tiles(run),
+        retention=_retention(run.record.get("rows", [])),
         evaluations=_evaluations(run),
         environment=run.record.get("environment") or {},
     )
 
 
-def _tiles(run: RunFiles, rows: list[dict]) -> dict[str, Any]:
+def _tiles(run: RunFiles) -> dict[str, Any]:
     """The few numbers that one looks for first."""
     history, model = run.history, run.record.get("model") or {}
     tiles: dict[str, Any] = {"model": model.get("name")}
@@ -71,19 +68,11 @@ def _tiles(run: RunFiles, rows: list[dict]) -> dict[str, Any]:
     tiles["steps"] = max((line["step"] for line in history if "step" in line), default=None)
     tiles["last loss"] = _last(history, "loss")
     tiles["evaluation loss"] = _last(history, "eval_loss")
-    if tiles["evaluation loss"] is not None:
-        tiles["perplexity"] = math.exp(min(tiles["evaluation loss"], 700))
-    shares = [share for _, share in _series(history, "lemo/attention_retention")]
+    name = "lemo/attention_retention"
+    shares = [line[name] for line in history if name in line]
     tiles["mean retention"] = sum(shares) / len(shares) if shares else None
-    tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
-    tiles["tokens a second"] = tokens / seconds if tokens and seconds else None
     tiles["peak GPU memory, GiB"] = _last(history, "lemo/peak_memory_gib")
     return {name: value for name, value in tiles.items() if value is not None}
-
-
-def _loss(history: list[dict]) -> Any:
-    series = {"training": _series(history, "loss"), "evaluation": _series(history, "eval_loss")}
-    return line_chart(_present(series), "step", "loss (nats a token)")
 
 
 def _retention(rows: list[dict]) -> dict[str, Any]:
@@ -102,44 +91,6 @@ def _retention(rows: list[dict]) -> dict[str, Any]:
         )
         for name, title in names.items()
     }
-
-
-def _memory(history: list[dict], rows: list[dict]) -> Any:
-    gpu = _series(rows, "gpu_peak_gib") or _series(history, "lemo/peak_memory_gib")
-    series = {
-        "GPU, peak so far": gpu,
-        "GPU, between steps": _series(rows, "gpu_memory_gib"),
-        "host, process": _series(rows, "host_memory_gib"),
-    }
-    return line_chart(_present(series), "step", "memory (GiB)", from_zero=True)
-
-
-def _speed(history: list[dict], rows: list[dict]) -> Any:
-    timed = [row for row in rows if row["tokens"] and row["seconds"] > 0]
-    if not timed:
-        kept = {"kept by the mean sublayer": _series(history, "lemo/kept_tokens_per_second")}
-        return line_chart(_present(kept), "step", "tokens a second", from_zero=True)
-    series: dict[str, list] = {"read by process 0": [], "kept by the mean sublayer": []}
-    for row in timed:
-        speed = row["tokens"] / row["seconds"]
-        shares = [*row["attention"], *row["mlp"]]
-        for name, value in zip(series, (speed, speed * sum(shares) / len(shares)), strict=True):
-            series[name].append((row["step"], value))
-    return line_chart(series, "step", "tokens a second", from_zero=True)
-
-
-def _recall(table: list[dict]) -> dict[str, Any]:
-    """A figure for each retention, with a line for each documents over the predictors' layers."""
-    figures: dict[str, Any] = {}
-    learned = [row for row in table if row["policy"] == "predictor"]
-    for retention in dict.fromkeys(row["retention"] for row in learned):
-        series: dict[str, list] = {}
-        for row in learned:
-            if row["retention"] == retention:
-                series.setdefault(row["documents"], []).append((row["layer"], row["recall"]))
-        title = f"retention {retention:g}"
-        figures[title] = line_chart(_present(series), "layer", "recall", from_zero=True)
-    return figures
 
 
 def _evaluations(run: RunFiles) -> list[dict[str, Any]]:
@@ -170,14 +121,6 @@ def _evaluations(run: RunFiles) -> list[dict[str, Any]]:
             ]
         found.append(table)
     return found
-
-
-def _series(lines: list[dict], key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-
-
-def _present(series: dict[str, list]) -> dict[str, list]:
-    return {name: points for name, points in series.items() if points}
 
 
 def _last(lines: list[dict], key: str) -> Any:

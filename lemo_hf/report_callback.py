@@ -2,11 +2,9 @@
 
 import dataclasses
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -24,11 +22,9 @@ from lemo_hf.report_data import read_record
 from lemo_hf.report_environment import environment
 from lemo_hf.step import Seen
 
-GIB = 2**30
-
 
 class ReportCallback(TrainerCallback):
-    """Keeps retention by layer, memory and speed at each log; writes ``report.html`` at the end.
+    """Keeps retention by layer at each log; writes ``report.html`` at the end.
 
     Beside the page it writes ``lemo_report.json`` (at each log, as a whole) and Trainer's own
     ``trainer_state.json`` into the output directory. A resumed run goes on with both. Retention is
@@ -81,15 +77,7 @@ class ReportCallback(TrainerCallback):
         """Keep a row for each training log."""
         if not self._record or "loss" not in (logs or {}):
             return
-        row: dict[str, Any] = {
-            "step": state.global_step,
-            "seconds": time.perf_counter() - self._started,
-            "tokens": self._tokens,
-            "host_memory_gib": psutil.Process().memory_info().rss / GIB,
-        }
-        if torch.cuda.is_available():
-            row["gpu_memory_gib"] = torch.cuda.memory_allocated() / GIB
-            row["gpu_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        row: dict[str, Any] = {"step": state.global_step}
         if self._lemo is not None and self._kept:
             row |= {name: self._shares(kept, self._lemo) for name, kept in self._kept.items()}
         self._record["rows"].append(row)
@@ -98,18 +86,6 @@ class ReportCallback(TrainerCallback):
         os.makedirs(directory, exist_ok=True)
         with whole_file(Path(directory, RECORD_NAME)) as path:
             write_json(path, self._record)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Leave the time of an evaluation out of the training speed."""
-        runtimes = [value for name, value in (metrics or {}).items() if name.endswith("_runtime")]
-        self._started += sum(runtimes)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,8 +107,6 @@ class ReportCallback(TrainerCallback):
     def _reset(self) -> None:
         self._kept: dict[str, Tensor] = {}
         self._blocks: Tensor | int = 0
-        self._tokens = 0
-        self._started = time.perf_counter()
 
     def _count(self, seen: Seen) -> None:
         """Add the kept blocks of a pass."""
@@ -141,7 +115,6 @@ class ReportCallback(TrainerCallback):
             sets = [seen.kept_blocks[i, name].sum() for i in self._lemo.sparse_layers]
             self._kept[name] = self._kept.get(name, 0) + torch.stack(sets)
         self._blocks = self._blocks + seen.real_blocks.sum()
-        self._tokens += seen.real_tokens
 
     def _shares(self, kept: Tensor, lemo: LeMo) -> list[float]:
         """Share of the blocks that each layer kept; 1 for dense ones."""

@@ -101,7 +101,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def evaluations_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Results of `lemo eval` and of ``Trainer.evaluate``: JSON objects with numbers in them."""
+    """Results of `lemo eval`: JSON objects with numbers in them."""
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         if path.name in KNOWN or path.parent.name.startswith("checkpoint-"):
             continue
@@ -118,8 +118,8 @@ def _kind(values: dict[str, Any]) -> str | None:
         return "perplexity"
     if "accuracy" in values and has_rows(values.get("cells"), *CELL):
         return "retrieval"
-    if "eval_loss" in values or "train_loss" in values:
-        return "trainer"
+    if "eval_loss" in values or "train_loss" in values:  # Trainer's own, which trackers show
+        return None
     scores = [x for value in values.values() for x in (_leaves(value))]
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in scores)
     return "longbench" if scores and numbers else None

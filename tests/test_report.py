@@ -17,7 +17,7 @@ from lemo_hf import LeMoConfig, LeMoTrainer
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.report import write_report
 from lemo_hf.report_callback import ReportCallback
-from lemo_hf.report_figures import MOST_COLUMNS, heat_map, line_chart
+from lemo_hf.report_figures import MOST_COLUMNS, heat_map
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 ROWS = [{name: values[0] for name, values in batch(1, 96).items()}] * 8
@@ -87,8 +87,6 @@ def test_retention_by_layer_and_step(tmp_path):
             passes = seen[2 * number : 2 * number + 2]
             expected = [1.0] + [float(sum(sets[i, name] for sets in passes)) / 2 for i in (1, 2, 3)]
             assert row[name] == pytest.approx(expected)
-        assert row["tokens"] == 2 * 2 * 96 and row["seconds"] > 0
-        assert 0 < row["host_memory_gib"] < 100
     logged = [x["lemo/mlp_retention"] for x in trainer.state.log_history if "loss" in x]
     assert logged == pytest.approx([sum(row["mlp"]) / 4 for row in rows], abs=1e-3)
 
@@ -105,7 +103,6 @@ def test_padding_is_not_counted(tmp_path):
     (row,) = record(tmp_path)["rows"]
     blocks = 96 // 8 + 40 // 8
     assert row["attention"] == pytest.approx([(6 + 3) / blocks] * 4)
-    assert row["tokens"] == 2 * (96 + 40)
 
 
 def test_the_page(tmp_path):
@@ -116,12 +113,11 @@ def test_the_page(tmp_path):
     trainer.save_model()
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert {"loss", "speed", "memory", "retention", "settings", "environment"} <= page.ids
-    assert page.tags.count("svg") == 5  # loss, speed, memory, attention and MLP
-    loss = [line for line in trainer.state.log_history if "loss" in line]
-    for line in loss:
-        assert f"training: {line['loss']:,.4g} at {line['step']}" in text
-    assert "evaluation: " in text and "layer 0, step 2 to 4: 0.50" in text
+    assert page.ids == {"retention", "settings", "environment"}
+    assert page.tags.count("svg") == 2  # attention and MLP: trackers have the rest
+    loss = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert f"last loss</span><b>{loss[-1]:,.4g}" in text and "evaluation loss" in text
+    assert "layer 0, step 2 to 4: 0.50" in text
     assert "layer 3, step 2 to 4: 0.25" in text
     assert str(torch.__version__) in text and "learning_rate" in text
     assert trainer.lemo.describe() in html.unescape(text)
@@ -173,7 +169,7 @@ def test_a_resumed_run_goes_on(tmp_path):
     train(tmp_path, config, 6, resume=str(tmp_path / "checkpoint-3"), **settings)
     after = record(tmp_path)["rows"]
     assert [row["step"] for row in after] == [1, 2, 3, 4, 5, 6]
-    assert after[:3] == before[:3] and after[4]["seconds"] != before[4]["seconds"]
+    assert after[:3] == before[:3]
     train(tmp_path, config, 2, **settings)  # a new run begins anew
     assert [row["step"] for row in record(tmp_path)["rows"]] == [1, 2]
 
@@ -196,8 +192,7 @@ def test_a_run_after_one_that_failed_counts_once(tmp_path):
             with pytest.raises(RuntimeError, match="out of memory"):
                 trainer.train()
         trainer.train()
-        rows = 1 if own else 2
-        assert [row["tokens"] for row in record(tmp_path)["rows"]] == [2 * rows * 96] * 2
+        assert [row["step"] for row in record(tmp_path)["rows"]] == [2, 4]
         assert len(trainer.lemo.passes.listeners) == 0
 
 
@@ -220,8 +215,8 @@ def test_dense_training_has_a_page_too(tmp_path):
     trainer = train(tmp_path, None)
     text = (tmp_path / "report.html").read_text()
     assert "Not recorded: train sparse with ReportCallback" in text and "A training run." in text
-    assert f"{trainer.state.log_history[0]['loss']:,.4g}" in text
-    assert Page(text).tags.count("svg") == 2  # loss and memory
+    assert f"{trainer.state.log_history[-2]['loss']:,.4g}" in text
+    assert Page(text).tags.count("svg") == 0
 
 
 def test_recall_and_evaluations(lemo, tmp_path):
@@ -249,9 +244,10 @@ def test_recall_and_evaluations(lemo, tmp_path):
     text = (tmp_path / "page.html").read_text()
     for expected in ("ppl.json", "12.34", "7.389", "needles.json", "0.75", "bench/result.json"):
         assert expected in text
-    for expected in ("31.25", "8.125", "eval_loss", "retention 0.3", "held-out books"):
+    for expected in ("31.25", "8.125", "held-out books"):
         assert expected in text
-    assert "other.json" not in text and "list.json" not in text
+    for other in ("eval_results.json", "other.json", "list.json"):
+        assert other not in text
     table = json.loads((run / "lemo_config.json").read_text())["predictor"]["recall"]
     for row in table:
         assert f"<td>{row['recall']:.4g}</td>" in text
@@ -269,17 +265,6 @@ def test_many_steps_are_averaged():
     values = [[step / 1000 for step in range(1000)]]
     figure = str(heat_map(values, list(range(1000)), "step", "layer"))
     assert MOST_COLUMNS / 2 < figure.count("<rect") <= MOST_COLUMNS
-
-
-def test_lines_stay_inside(tmp_path):
-    points = [(1, 5.0), (2, float("nan")), (3, 1e6), (4, -2.0)]
-    figure = str(line_chart({"a<b": points}, "step", "loss"))
-    (line,) = re.findall(r'<polyline points="([^"]+)"', figure)
-    places = [tuple(map(float, pair.split(","))) for pair in line.split()]
-    assert len(places) == 3 and all(0 <= x <= 420 and 0 <= y <= 230 for x, y in places)
-    assert "a&lt;b" in figure and "a<b" not in figure
-    assert str(line_chart({"one": [(1, 2.0)]}, "step", "loss")).count("<circle") == 1
-    assert line_chart({}, "step", "loss") == ""
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
