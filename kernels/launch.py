@@ -4,14 +4,8 @@ A tensor on a CUDA device takes the Triton kernel, and an error there is raised.
 else takes the plain PyTorch definition that each kernel file begins with.
 """
 
-import os
-
 import triton
 from torch import Tensor, nn
-
-# Triton's interpreter runs kernels on the CPU, which is how they are tested without a GPU. It has
-# no bf16 arithmetic, so what a kernel hands to tl.dot must be fp32 there.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DEVICES = {"cuda"}  # types of device whose tensors take kernels
 

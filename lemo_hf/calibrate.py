@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -162,10 +163,10 @@ class _Calibration:
         else:
             while excess(low := low / growth) < 0 and low > 1 / LARGEST:
                 high, growth = low, growth**2
-        while min(tried.values(), key=_first)[0] > self.tolerance and high / low > 1.001:
+        while min(tried.values(), key=itemgetter(0))[0] > self.tolerance and high / low > 1.001:
             middle = (low * high) ** 0.5
             low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-        _, scaled, measured = min(tried.values(), key=_first)
+        _, scaled, measured = min(tried.values(), key=itemgetter(0))
         return scaled, measured
 
     def descent(self, thresholds: Tensor, epsilon: float, bar: tqdm) -> Tensor:
@@ -182,7 +183,3 @@ class _Calibration:
         loss, share = torch.tensor(slopes).unbind(1)
         along = loss - share * (loss @ share) / (share @ share).clamp_min(1e-12)
         return -along / along.abs().max().clamp_min(1e-12)
-
-
-def _first(entry: tuple[float, Tensor, Measurement]) -> float:
-    return entry[0]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -42,9 +41,9 @@ class ReportCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        *_: Any,
         model: nn.Module | None = None,
-        **kwargs: Any,
+        **__: Any,
     ) -> None:
         """Note what is trained, and listen to its passes."""
         assert model is not None  # Trainer has one by now
@@ -70,9 +69,9 @@ class ReportCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        *_: Any,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **__: Any,
     ) -> None:
         """Keep a row for each training log."""
         if not self._record or "loss" not in (logs or {}):
@@ -88,7 +87,7 @@ class ReportCallback(TrainerCallback):
             write_json(path, self._record)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Write the page."""
         self._stop_listening()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.eval import token_losses
 from lemo_hf.eval.perplexity import perplexity
-from lemo_hf.eval.token_files import read_token_file, write_token_file
+from lemo_hf.eval.token_files import read_token_file
 from lemo_hf.eval.token_losses import TokenLosses
 
 ROOT = Path(__file__).parent.parent
@@ -294,16 +294,12 @@ def test_what_is_only_warned_of(caplog):
 
 def test_token_files(tmp_path):
     path = tmp_path / "test.bin"
-    assert write_token_file(path, [[1, 65535], [], np.array([256])]) == 3
-    assert path.read_bytes() == b"\x01\x00\xff\xff\x00\x01"
+    path.write_bytes(b"\x01\x00\xff\xff\x00\x01")
     tokens = read_token_file(path)
     assert tokens.tolist() == [1, 65535, 256] and isinstance(tokens, np.memmap)
     assert read_token_file(path, 65536).tolist() == tokens.tolist()
     with pytest.raises(ValueError, match="token 65535 at 1, the model's vocabulary has 32000"):
         read_token_file(path, 32000)
-    with pytest.raises(ValueError, match="token 65536 does not fit into 16 bits"):
-        write_token_file(path, [[1], [2, 65536]])
-    assert path.stat().st_size == 6  # a file that failed does not replace one that is whole
     with pytest.raises(FileNotFoundError, match="no file '.*missing.bin'"):
         read_token_file(tmp_path / "missing.bin")
     for content in (b"", b"abc"):
@@ -313,8 +309,8 @@ def test_token_files(tmp_path):
 
 
 def test_a_token_file_is_a_document(tmp_path):
-    write_token_file(tmp_path / "test.bin", DOCUMENTS)
     stream = [token for document in DOCUMENTS for token in document]
+    np.array(stream, "<u2").tofile(tmp_path / "test.bin")
     tokens = read_token_file(tmp_path / "test.bin", 97)
     for protocol in ("sliding", "longlora"):
         result = run(double_model(), [tokens], protocol=protocol, stride=4)

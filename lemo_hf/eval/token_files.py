@@ -1,15 +1,11 @@
 """Files of token ids: 16-bit numbers one after the other and nothing else, as LongLoRA's .bin."""
 
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lemo_hf.files import whole_file
-
 DTYPE = np.dtype("<u2")  # unsigned, 16 bit, little-endian
-LARGEST = np.iinfo(DTYPE).max
 CHUNK = 2**24  # tokens looked at at a time
 
 
@@ -50,31 +46,3 @@ def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> n
                 f"has {vocab_size}: use a file made with the model's tokenizer."
             )
     return tokens
-
-
-def write_token_file(path: str | os.PathLike, documents: Iterable[Sequence[int]]) -> int:
-    """Write documents one after the other; nothing marks where one ends.
-
-    Args:
-        path: The file; replaced when the new one is whole.
-        documents: Token ids of each.
-
-    Returns:
-        Tokens written.
-
-    Raises:
-        ValueError: An id does not fit into 16 bits.
-    """
-    written = 0
-    with whole_file(path) as part, open(part, "wb") as file:
-        for document in documents:
-            ids = np.asarray(document, dtype=np.int64)
-            if len(ids) and not 0 <= ids.min() <= ids.max() <= LARGEST:
-                wrong = ids[(ids < 0) | (ids > LARGEST)][0]
-                raise ValueError(
-                    f"the token {wrong} does not fit into 16 bits: this format holds ids up to "
-                    f"{LARGEST}. Pass the ids themselves, or the text."
-                )
-            file.write(ids.astype(DTYPE).tobytes())
-            written += len(ids)
-    return written

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.checks import check_trainer
@@ -46,24 +46,14 @@ class LeMoCallback(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
         """The Trainer is made, its model not yet prepared."""
         if model is not None:  # else it comes from ``model_init``
             self._apply(args, model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
         """The model is prepared; it is a new one if it came from ``model_init``."""
         assert model is not None  # Trainer has one by now
@@ -76,15 +66,13 @@ class LeMoCallback(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Chance draws anew, and the finish may begin."""
         assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
         self.lemo.begin_step(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Says what the first batch kept."""
         assert self.lemo is not None
         self.lemo.end_step()
@@ -96,9 +84,9 @@ class LeMoCallback(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        *_: Any,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **__: Any,
     ) -> None:
         """Adds the figures to a training log."""
         if logs is None or "loss" not in logs or self.lemo is None:
@@ -108,9 +96,7 @@ class LeMoCallback(TrainerCallback):
         logs.update(figures)
         state.log_history[-1].update(figures)  # a copy of logs
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """LeMo's files go with the checkpoint."""
         assert self.lemo is not None and args.output_dir is not None
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
@@ -118,12 +104,7 @@ class LeMoCallback(TrainerCallback):
             self.lemo.save_files(checkpoint)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
         """The model is the stock one again."""
         assert self.lemo is not None and model is not None and args.output_dir is not None
