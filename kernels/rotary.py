@@ -182,7 +182,9 @@ class _Rotary(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_query, grad_key):
-        return *_launch(grad_query, grad_key, *ctx.saved_tensors, backward=True), None, None, None
+        cos, sin, keep_index = ctx.saved_tensors
+        grads = _launch(grad_query, grad_key, cos, sin, keep_index, backward=True)
+        return *grads, None, None, None
 
 
 def rotary(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary) -> tuple[Tensor, Tensor]:

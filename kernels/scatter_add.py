@@ -105,6 +105,7 @@ class _ScatterAdd(Function):
         keep_index, slot_mask = ctx.saved_tensors
         if use_triton(grad_x):
             grad, _ = launch_forward(grad_x, keep_index, None, slot_mask=slot_mask)
+            assert grad is not None  # rows are written unless it is told otherwise
         else:
             grad = gather_rows(grad_x, keep_index)
             grad = grad if slot_mask is None else grad * slot_mask[..., None]

@@ -235,8 +235,9 @@ class _SegmentCrossEntropy(Function):
                 continue
             if by_autograd:
                 wanted = ([normed] if normed.requires_grad else []) + list(of_head)
-                grads = torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True)
-                grads = list(grads)
+                grads = list(
+                    torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True)
+                )
                 grad_normed = grads.pop(0) if normed.requires_grad else None
                 for total, partial in zip(grad_parameters, grads, strict=False):
                     if partial is not None:
@@ -249,10 +250,10 @@ class _SegmentCrossEntropy(Function):
             del logits  # or they would stay until the next segment's exist
             if grad_normed is None:
                 continue
-            if of_hidden and index is None:
-                out = grad_hidden[part]
+            if grad_hidden is None:
+                out = torch.empty_like(rows)
             else:
-                out = grad_hidden if of_hidden else torch.empty_like(rows)
+                out = grad_hidden[part] if index is None else grad_hidden
             place = index if of_hidden else None
             found = write_gradient(out, place, rows, grad_normed, norm)
             for total, partial in zip(grad_parameters[len(of_head) :], found, strict=True):
