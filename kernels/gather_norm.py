@@ -118,7 +118,7 @@ def gather_norm(
         x: Residual stream, ``[B, T, H]``, contiguous, any float dtype. Must come from
             `open_stream` or `scatter_add_`; the rows must go back by `scatter_add_`.
         keep_index: Token positions, ``[B, K]``, int64, distinct within a row, ``0 <= i < T``.
-        norm: How to normalise, or None: the rows alone.
+        norm: Norm to take, or None: the rows alone.
         slot_mask: ``[B, K]`` bool or None. Where False the slot is idle: its row is read, but the
             gradient stream is left as if it were not.
 
@@ -146,8 +146,8 @@ def add_norm(
     Args:
         rows: ``[B, K, H]``, any float dtype.
         update: ``[B, K, H]``, or None for 0.
-        norm: How to normalise.
-        scale: Of the update (Granite's residual multiplier).
+        norm: Norm to take.
+        scale: Factor of the update (Granite's residual multiplier).
 
     Returns:
         The sum, ``[B, K, H]`` in the dtype of ``rows`` (``rows`` itself without an update), and

@@ -194,7 +194,7 @@ def rotary(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary) -> tupl
         query: ``[B, heads, K, D]``, any float dtype.
         key: ``[B, key heads, K, D]``.
         cos: ``[B or 1, T, R]`` with R even and at most D, and the ``[B, K]`` positions.
-        sin: The same of the sine.
+        sin: Table and positions of the sine, likewise.
 
     Returns:
         Both, in their shapes and dtypes; dimensions from R on are unchanged.

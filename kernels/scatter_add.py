@@ -132,9 +132,10 @@ def scatter_add_(
         rows: ``[B, K, H]``: what `gather_norm` or `add_norm` returned, so the sum is residual
             plus update.
         update: ``[B, K, H]``, any float dtype, or None for 0.
-        keep_index: Of `gather_norm`.
-        slot_mask: Of `gather_norm`; idle slots are not stored, and their gradient is 0.
-        scale: Of the update (Granite's residual multiplier).
+        keep_index: Index ``[B, K]`` int64 of `gather_norm`.
+        slot_mask: Mask ``[B, K]`` bool of `gather_norm`, or None; idle slots are not stored, and
+            their gradient is 0.
+        scale: Factor of the update (Granite's residual multiplier).
 
     Returns:
         ``x`` itself. Rows outside ``keep_index`` are untouched and so is their gradient.

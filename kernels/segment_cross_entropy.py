@@ -135,8 +135,8 @@ def segment_losses_(
         targets: ``[S]`` int64, all of them tokens.
         weights: ``[S]`` fp32.
         losses: ``[S]`` fp32, written.
-        divisor: As for `segment_cross_entropy`, and so are the others.
-        softcap: See there.
+        divisor: Divisor as for `segment_cross_entropy`.
+        softcap: Cap as for `segment_cross_entropy`.
         gradient: Overwrite ``logits``.
     """
     logits = logits.detach()
@@ -361,7 +361,7 @@ def segment_cross_entropy(
     """Weighted sum of the next-token losses of ``hidden`` under ``head``.
 
     Args:
-        hidden: What the head reads, ``[N, H]``, any float dtype; before ``norm`` if there is one.
+        hidden: Input of the head, ``[N, H]``, any float dtype; before ``norm`` if there is one.
         targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` where there is none.
             What is no token of the head's is an error on the CPU, and a loss of NaN by the kernel.
         weights: Factor of each row's loss, ``[N]`` fp32.
@@ -372,7 +372,7 @@ def segment_cross_entropy(
         divisor: Logits are divided by it (Granite).
         softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
         parameters: The head's parameters that need a gradient.
-        norm: Between ``hidden`` and ``head``, taken a segment at a time; or None.
+        norm: Norm between ``hidden`` and ``head``, taken a segment at a time; or None.
         most_labels: No more rows than this have a label. None: the host waits until they have been
             counted.
 

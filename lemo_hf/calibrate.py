@@ -64,10 +64,10 @@ def calibrate_thresholds(
         config: All but retention, threshold and ``cuda_graphs``, which thresholds rule out.
         retention: Mean share of blocks that the sparse layers' attention keeps, in (0, 1].
         steps: Gradient steps; 0 gives all layers one threshold.
-        step_size: What the first step moves the threshold that moves most.
-        epsilon: Of the finite difference; blocks must cross the threshold within it.
-        predictors: As for `apply_lemo`.
-        progress: Show a progress bar.
+        step_size: Change of the threshold that moves most, in the first step.
+        epsilon: Step of the finite difference; blocks must cross the threshold within it.
+        predictors: Predictors as for `apply_lemo`.
+        progress: Whether a progress bar is shown.
 
     Raises:
         ValueError: Retention is no share, or below what must be kept of the rows; or the model,

@@ -62,18 +62,18 @@ class LeMoConfig:
         retention: Share of the token blocks each attention keeps, in (0, 1]. One number, or one
             per decoder layer (the dense first and last layers' entries must then be 1). ``None``
             is 0.3, unless ``threshold`` takes its place.
-        threshold: Instead of a share: a block is kept where its score is at least ``threshold``
-            times the mean score of its row's blocks. Being relative to the row's own mean, it
-            depends neither on the length of the row nor on the scale of the scores; 0 keeps
-            everything, and what is kept differs from row to row. One number of at least 0, or
-            one per decoder layer (dense layers' entries must then be 0). Each choice makes the
-            host wait for the scores once, since they fix the shapes.
+        threshold: Least score of a kept block, as a multiple of the mean score of its row's
+            blocks, in place of ``retention``. Being relative to the row's own mean, it depends
+            neither on the length of the row nor on the scale of the scores; 0 keeps everything,
+            and what is kept differs from row to row. One number of at least 0, or one per decoder
+            layer (dense layers' entries must then be 0). Each choice makes the host wait for the
+            scores once, since they fix the shapes.
         mlp_retention: ``retention`` for the MLPs, with a kept set of their own, chosen by the MLP's
             intermediate activation. Without it and ``mlp_threshold`` the MLP keeps what its
             layer's attention keeps.
         mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
         block_size: Tokens that are kept or eliminated together.
-        policy: What ranks the blocks; within each document, where rows are packed.
+        policy: Ranking of the blocks; within each document, where rows are packed.
             ``"overlap"``: those that share rare words with the blocks that hold labels, for rows
             whose labels cover only a part. ``"chunks"``: runs of ``chunk_size`` neighbouring
             tokens, others at each step, for rows that are labelled throughout. ``"auto"``: of each
@@ -85,7 +85,7 @@ class LeMoConfig:
             to `apply_lemo`; half of the blocks by overlap in rows whose labels cover a part.
             ``None``: ``"predictor"`` if one is given, ``"pooled"`` if a threshold is, else
             ``"auto"``.
-        chunk_size: Neighbouring tokens that ``"chunks"`` keeps together; whole blocks of them.
+        chunk_size: Neighbouring tokens that ``"chunks"`` keeps together, in whole blocks.
         random_share: Share of the kept blocks that ``"overlap"`` and ``"predictor"`` leave to
             ``"chunks"``, so that what is not needed is seen too, in [0, 1). ``None``: 0.25 under
             ``"auto"``, else 0.
@@ -102,27 +102,27 @@ class LeMoConfig:
             otherwise each layer chooses its own.
         dense_first_layers: Layers at the bottom that keep every token.
         dense_last_layers: Layers at the top that keep every token.
-        supervise: ``"kept"``: a token that is eliminated more often than the average of its
-            sequence is not asked to predict, and the mean over the others stands for the
-            sequence. ``"all"``: the loss covers every label, as in the paper.
+        supervise: Tokens that the loss asks. ``"kept"``: a token that is eliminated more often than
+            the average of its sequence is not asked to predict, and the mean over the others stands
+            for the sequence. ``"all"``: the loss covers every label, as in the paper.
         segment_size: Tokens whose logits exist at a time; None: a tenth of the memory that hidden
             states and head take.
-        recompute: What is not stored but computed again in the backward, for all layers or one
-            entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``: everything but
-            attention and its output projection, stored are a layer's kept rows, attention's output
-            and their sum behind it. ``"lean"``: everything but attention, without that sum.
-            ``"full"``: all of it, stored are the kept rows alone. ``None`` follows the model's
-            gradient checkpointing: ``"none"`` without it, with it the first of ``"selective"``,
-            ``"lean"`` and ``"full"`` that the memory allows.
+        recompute: Part of a layer that the backward computes again instead of storing it, for all
+            layers or one entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``:
+            everything but attention and its output projection, stored are a layer's kept rows,
+            attention's output and their sum behind it. ``"lean"``: everything but attention,
+            without that sum. ``"full"``: all of it, stored are the kept rows alone. ``None``
+            follows the model's gradient checkpointing: ``"none"`` without it, with it the first of
+            ``"selective"``, ``"lean"`` and ``"full"`` that the memory allows.
         offload_gib: Pinned host memory for what the last three store, in GiB; copies hide behind
             the computation. ``None``: nothing is offloaded.
         sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a
             shard of the stream, works on an equal share of the kept rows, and attends with some of
             the heads. Training only; 1: each process has sequences of its own.
-        cuda_graphs: Train by CUDA graphs, on a GPU: from the third batch of a shape on, forward and
-            backward are launched as one, so that short rows do not wait for the host. See
+        cuda_graphs: Training by CUDA graphs, on a GPU: from the third batch of a shape on, forward
+            and backward are launched as one, so that short rows do not wait for the host. See
             `CudaGraphs` for which batches can.
-        seed: Of what is drawn by chance.
+        seed: Seed of what is drawn by chance, any integer.
 
     Raises:
         ValueError: A value is out of range; the message names the field and the value.

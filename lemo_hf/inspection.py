@@ -70,13 +70,13 @@ def inspect_text(
 
     Args:
         model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
-        input_ids: Of the text.
-        config: What LeMo leaves out.
+        input_ids: Token ids of the text.
+        config: Settings: what LeMo leaves out.
         lengths: Beginnings of the text, in tokens, for ``sparsity``; None halves the text down to
             eight blocks. Of a text with ``labels`` they are its ends, where answers stand.
-        progress: Show a progress bar.
-        labels: As many as ids, -100 for none; blocks with labels are those that ask. None: all ids
-            are labels.
+        progress: Whether a progress bar is shown.
+        labels: Labels, as many as ids, -100 for none; blocks with labels are those that ask. None:
+            all ids are labels.
 
     Raises:
         ValueError: The text has fewer than two blocks, a length does not fit, or model and config
@@ -135,7 +135,7 @@ def sparse_pass(
     Args:
         model: Without LeMo on it; given back as it was.
         ids: ``[1, T]``.
-        config: What LeMo leaves out.
+        config: Settings: what LeMo leaves out.
         labels: ``[1, T]``, -100 for none.
 
     Returns:

@@ -46,7 +46,7 @@ class LossRise:
         model: A causal LM or a PEFT model around one, without LeMo on it.
         rows: ``{"input_ids": [T], "labels": [T]}`` without padding, run one at a time; labels are
             the input ids if missing.
-        predictors: As for `apply_lemo`.
+        predictors: Predictors as for `apply_lemo`.
 
     Attributes:
         dense_loss: Nats per label of the dense model.

@@ -52,9 +52,10 @@ def apply_lemo(
 
     Args:
         model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
-        config: What to leave out.
-        predictors: For ``policy="predictor"``; None loads ``config.predictor``. A `LeMoPredictor`,
-            or one `BlockPredictor` a decoder layer, None for a layer that does not choose.
+        config: Settings: what each layer leaves out.
+        predictors: Learned predictors for ``policy="predictor"``: a `LeMoPredictor`, or one
+            `BlockPredictor` a decoder layer, None for a layer that does not choose. None loads
+            ``config.predictor``.
 
     Returns:
         The `LeMo` now on the model. `remove_lemo` takes it off.
@@ -107,8 +108,8 @@ def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
     """Take off what an earlier trainer left on ``model``, with a line in the log.
 
     Args:
-        model: As of `apply_lemo`; without LeMo on it, nothing happens.
-        config: Of the newest trainer, None for dense training.
+        model: A model as for `apply_lemo`; without LeMo on it, nothing happens.
+        config: Settings of the newest trainer; None for dense training.
 
     Raises:
         ValueError: It cannot come off, since processes hold parts of the model.
@@ -244,7 +245,7 @@ class LeMo:
 
         Args:
             step: Optimizer steps done.
-            steps: Of the whole run; None if nobody knows, then there is no finish.
+            steps: Optimizer steps of the whole run; None if nobody knows, then there is no finish.
         """
         finish = 0 if steps is None else round(self.config.finish * steps)
         ends = steps is not None and finish > 0 and step >= steps - finish
@@ -280,7 +281,7 @@ class LeMo:
         """What a training log says of the passes since the last call; counts start anew.
 
         Args:
-            seconds: That they took.
+            seconds: Seconds that they took.
 
         Returns:
             Retention, kept tokens per second and, with CUDA, peak memory in GiB, by names that

@@ -25,7 +25,7 @@ def write_report(directory: str | os.PathLike, path: str | os.PathLike | None = 
     Args:
         directory: Output directory of a Trainer. `ReportCallback` leaves there what the page shows
             of layers and settings; without it the page says what it lacks.
-        path: Of the page; None is ``report.html`` in the directory.
+        path: Path of the page; None is ``report.html`` in the directory.
 
     Raises:
         OSError: There is no such directory.

@@ -25,8 +25,8 @@ def load_examples(
     Args:
         dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
             file is a document) or .parquet, compressed or not.
-        split: Of a Hub dataset, or of a directory whose files have splits in their names. Files
-            that are named one by one have none.
+        split: Split of a Hub dataset, or of a directory whose files have splits in their names.
+            Files that are named one by one have none.
 
     Returns:
         The examples in the dataset's order, by column; a .txt file has one column, ``"text"``.
@@ -64,8 +64,8 @@ def load_documents(
 
     Args:
         dataset: Hub id, directory, or files.
-        split: Of a Hub dataset.
-        text_column: Where the text is.
+        split: Split of a Hub dataset.
+        text_column: Column of the text.
 
     Raises:
         ValueError: There is no such column (those that there are are named), or a row of it is no
@@ -80,11 +80,12 @@ def labelled_rows(
     """Rows of which a part is labelled, as they are; longer ones than ``tokens`` are left out.
 
     Args:
-        examples: With ``input_ids`` and ``labels`` (-100: none), or with the texts ``prompt`` and
-            ``completion``, of which the second is labelled and ends with the EOS token.
-        tokenizer: Of the model.
-        tokens: Of the longest row.
-        max_rows: Stop there; None takes all.
+        examples: Mappings with ``input_ids`` and ``labels`` (-100: none), or with the texts
+            ``prompt`` and ``completion``, of which the second is labelled and ends with the EOS
+            token.
+        tokenizer: Tokenizer of the model.
+        tokens: Tokens of the longest row.
+        max_rows: Most rows that are made; None takes all.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row.
@@ -134,11 +135,11 @@ def token_rows(
 
     Args:
         documents: Texts. No more of them are tokenised than ``max_rows`` need.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         tokens: Length of a row.
-        max_rows: Stop there; None takes all.
-        min_tokens: Keep the rest of a document as a shorter row if it has that many; None drops it.
-        progress: Show a progress bar.
+        max_rows: Most rows that are made; None takes all.
+        min_tokens: Tokens from which the rest of a document is a shorter row; None drops it.
+        progress: Whether a progress bar is shown.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.

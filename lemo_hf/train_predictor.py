@@ -54,9 +54,9 @@ class PredictorTraining:
     """How predictors are trained.
 
     Args:
-        layers: That get a predictor; None: the one at `MIDDLE` of the depth, where states tell
-            meanings. The first sparse layer chooses for all, if layers agree; those below it are
-            dense.
+        layers: Layers that get a predictor; None: the one at `MIDDLE` of the depth, where states
+            tell meanings. The first sparse layer chooses for all, if layers agree; those below it
+            are dense.
         block_size: Tokens a block.
         rank: Size of a token's query and key, at most the model's hidden size.
         asking: Blocks of a row that ask, at most; drawn anew at each step.
@@ -64,8 +64,8 @@ class PredictorTraining:
             like, which finds more of what answers need than any training did
             (docs/predictors.md).
         batch_size: Rows a step on each device.
-        learning_rate: At its peak; a cosine leads down to 0.
-        seed: Of the initial weights, the order of the rows, and the blocks that ask.
+        learning_rate: Learning rate at its peak; a cosine leads down to 0.
+        seed: Seed of the initial weights, the order of the rows, and the blocks that ask.
     """
 
     layers: tuple[int, ...] | None = None
@@ -107,10 +107,10 @@ def train_predictor(
         model: A causal LM of a supported family on its device. Frozen, left as it was.
         rows: Token ids, or mappings with ``input_ids`` and ``labels`` (-100: none). Rows of a batch
             may differ in length.
-        training: How.
-        output_dir: Where the state is written every ``save_steps`` steps and at the end, and read
-            if it is there: an interrupted training goes on to the very result it would have had.
-            `remove_state` removes it, once the result is saved.
+        training: Settings of the training; None takes the defaults.
+        output_dir: Directory where the state is written every ``save_steps`` steps and at the end,
+            and read if it is there: an interrupted training goes on to the very result it would
+            have had. `remove_state` removes it, once the result is saved.
         save_steps: Steps between two states.
         provenance: More facts for the model card: ``datasets``, ``command``.
 

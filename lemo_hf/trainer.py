@@ -322,7 +322,7 @@ class LeMoTrainer(LeMoMixin, Trainer):
     """`transformers.Trainer` with one more argument, ``lemo_config``.
 
     Args:
-        lemo_config: What each layer leaves out in training; None is `Trainer`.
+        lemo_config: Settings: what each layer leaves out in training; None is `Trainer`.
 
     All other arguments, methods, callbacks and files are Trainer's. Evaluation, prediction and what
     is saved are those of the plain model.

@@ -30,7 +30,7 @@ class BaseModel:
     """What tells one base model from another.
 
     Attributes:
-        model_type: Of its config, such as ``"llama"``.
+        model_type: Type in its config, such as ``"llama"``.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Decoder layers.
         num_attention_heads: Query heads.
@@ -38,8 +38,8 @@ class BaseModel:
         vocab_size: Rows of the embedding.
         name: Repository it was loaded from; None if it came from a directory, whose path means
             something on one machine only, or was made from scratch.
-        commit: Of that repository, or None.
-        fingerprint: Of its weights, see `fingerprint_of`; None if not known.
+        commit: Commit of that repository, or None.
+        fingerprint: Fingerprint of its weights, see `fingerprint_of`; None if not known.
 
     Raises:
         ValueError: A fact is of another kind.

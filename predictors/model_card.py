@@ -19,7 +19,7 @@ def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
     Args:
         info: `PredictorInfo`.
         layers: Predictors, one entry a layer; None where there is none.
-        source: What users load: a repository id, or a directory.
+        source: Source that users load: a repository id, or a directory.
     """
     from huggingface_hub import ModelCardData
 

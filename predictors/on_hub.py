@@ -26,7 +26,7 @@ def find_predictor(base: BaseModel, block_size: int) -> str:
 
     Args:
         base: The model that is to be trained.
-        block_size: Of its `LeMoConfig`.
+        block_size: Tokens a block, of its `LeMoConfig`.
 
     Raises:
         OSError: The Hub cannot be reached.

@@ -138,7 +138,7 @@ def read_tensors(
         path: The file.
         shapes: Every tensor that it must hold, and no other. Compared with the file's header, so
             that nothing is allocated for a config that does not belong to it.
-        sha256: Of the file.
+        sha256: Hash of the file.
 
     Raises:
         ValueError: It is damaged, a pickle, or holds other names, shapes, dtypes or values.

@@ -32,9 +32,9 @@ class PredictorInfo:
     Attributes:
         block_size: Tokens a block.
         base: The model they were trained for.
-        recall: What was measured, as `lemo_hf.recall.recall_table` returns it.
-        training: How they were made. ``"datasets"`` (Hub ids) and ``"command"`` have places of
-            their own in the model card; all else (tokens, epochs, ...) is listed there.
+        recall: Rows of what was measured, as `lemo_hf.recall.recall_table` returns it.
+        training: Facts of how they were made. ``"datasets"`` (Hub ids) and ``"command"`` have
+            places of their own in the model card; all else (tokens, epochs, ...) is listed there.
 
     Raises:
         ValueError: The block size is no positive integer, or facts are of another kind.
@@ -69,7 +69,7 @@ class LeMoPredictor(nn.Module):
     """Small networks of some decoder layers, which say what blocks are needed from there on.
 
     Args:
-        info: What they were trained for.
+        info: Facts: what they were trained for.
         layers: One `BlockPredictor` a decoder layer; None for a layer that has none.
 
     Raises:
@@ -155,8 +155,9 @@ class LeMoPredictor(nn.Module):
         """Write ``lemo_predictors.safetensors`` and ``lemo_config.json`` into a directory.
 
         Args:
-            directory: Made if missing. After a crash it holds the old files or the new ones.
-            lemo_config: To train with; `recommended` if None.
+            directory: Directory, made if missing. After a crash it holds the old files or the new
+                ones.
+            lemo_config: Settings to train with; `recommended` if None.
 
         Raises:
             ValueError: ``lemo_config`` has another block size.
@@ -178,9 +179,9 @@ class LeMoPredictor(nn.Module):
         """`save_files`, and a model card ``README.md``.
 
         Args:
-            directory: Made if missing.
-            lemo_config: To train with; `recommended` if None.
-            repo_id: What the card tells users to load; the directory if None.
+            directory: Directory, made if missing.
+            lemo_config: Settings to train with; `recommended` if None.
+            repo_id: Repository that the card tells users to load; the directory if None.
 
         Raises:
             ValueError: ``lemo_config`` has another block size.
@@ -207,11 +208,11 @@ class LeMoPredictor(nn.Module):
 
         Args:
             repo_id: Repository, which is made if missing.
-            lemo_config: To train with; `recommended` if None.
-            private: Of a new repository.
-            token: That may write; the stored one if None.
+            lemo_config: Settings to train with; `recommended` if None.
+            private: Visibility of a new repository.
+            token: Access token that may write; the stored one if None.
             revision: Branch, which is made if missing; None for the default one.
-            commit_message: Of the commit.
+            commit_message: Message of the commit.
 
         Returns:
             The commit's URL.

@@ -62,7 +62,7 @@ class Places:
 
     Attributes:
         document: Number of the block's document in its row, ascending.
-        place: Of the block within its document, from 0.
+        place: Place of the block within its document, from 0.
         size: Blocks of its document.
     """
 
@@ -109,9 +109,9 @@ def chunk_scores(keys: Tensor, places: Places, chunk: int, *salts: Tensor | int)
 
     Args:
         keys: ``[B]`` int64, see `row_keys`.
-        places: Of the blocks.
+        places: Places of the blocks.
         chunk: Blocks a run.
-        *salts: As for `random_scores`.
+        *salts: Integers as for `random_scores`.
 
     Returns:
         ``[B, N]`` fp32.
@@ -126,8 +126,8 @@ def mix_ranks(first: Tensor, second: Tensor, share: float) -> Tensor:
 
     Args:
         first: ``[B, N]``, higher is better.
-        second: Likewise.
-        share: In (0, 1).
+        second: ``[B, N]``, likewise.
+        share: Share of the second, in (0, 1).
 
     Returns:
         ``[B, N]`` fp32, negative.

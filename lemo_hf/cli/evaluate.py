@@ -45,13 +45,17 @@ def perplexity(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 8192,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Between windows; default: half a window, 256 for longlora."),
+        typer.Option(
+            min=1, help="Tokens between windows; default: half a window, 256 for longlora."
+        ),
     ] = None,
     protocol: Annotated[
         Protocol, typer.Option(help="sliding: each token once. longlora: windows as a whole.")
     ] = Protocol.sliding,
     buckets: Annotated[int, typer.Option(min=1, help="Ranges of positions to tell apart.")] = 8,
-    max_documents: Annotated[int | None, typer.Option(min=1, help="The first ones.")] = None,
+    max_documents: Annotated[
+        int | None, typer.Option(min=1, help="First documents to read.")
+    ] = None,
     split: Split = "test",
     text_column: TextColumn = "text",
     batch_size: BatchSize = 1,
@@ -109,7 +113,8 @@ def longbench(
     output: Annotated[Path, typer.Option(help="Directory for predictions; resumed if begun.")],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Of the 21 (13 with --extended); repeatable; all.")
+        list[str] | None,
+        typer.Option(help="One of the 21 (13 with --extended); repeatable; default: all."),
     ] = None,
     score_only: Annotated[
         bool, typer.Option("--score-only", help="Score the predictions that lie in --output.")
@@ -186,7 +191,7 @@ def retrieval(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows for each length and depth.")] = 8,
     keys: Annotated[int, typer.Option(min=1, help="Lines with a key; one is asked for.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of keys, values and places.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of keys, values and places.")] = 0,
     split: Split = "test",
     text_column: TextColumn = "text",
     batch_size: BatchSize = 1,

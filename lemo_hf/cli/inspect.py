@@ -24,7 +24,7 @@ def inspect(
     text: Annotated[Path, typer.Option(help="Text file.")],
     output: Annotated[Path | None, typer.Option(help="Directory for the pictures.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Of the text, the first ones; default: at most 8192.")
+        int | None, typer.Option(min=2, help="First tokens of the text; default: at most 8192.")
     ] = None,
     retention: Annotated[
         float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
@@ -34,16 +34,16 @@ def inspect(
         typer.Option(help="Directory or Hub id of the lemo_config.json to start from."),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Ranks blocks: overlap, chunks, pooled, recent, ...")
+        str | None, typer.Option(help="Ranking of the blocks: overlap, chunks, pooled, recent, ...")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Each layer chooses blocks of its own.")
     ] = False,
     question: Annotated[
-        str | None, typer.Option(help="Asked at the end of the text; its answer alone has labels.")
+        str | None, typer.Option(help="Question after the text; its answer alone has labels.")
     ] = None,
-    answer: Annotated[str | None, typer.Option(help="To the question.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Answer to the question.")] = None,
     needle: Annotated[
         list[str] | None, typer.Option(help="Words of the text to mark; repeatable.")
     ] = None,

@@ -21,7 +21,8 @@ def merge(
         str | None, typer.Option(help="Base model; default: the one that the adapter names.")
     ] = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Of the merged weights; default: as the base was trained.")
+        DType | None,
+        typer.Option(help="Dtype of the merged weights; default: as the base was trained."),
     ] = None,
     push: Annotated[str | None, typer.Option(help="Repository to upload the result to.")] = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -16,7 +16,7 @@ from lemo_hf.shown import shortened
 
 
 class DType(StrEnum):
-    """Of the model's weights."""
+    """Dtype of the model's weights."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -33,7 +33,7 @@ Split = Annotated[str, typer.Option(help="Split of the dataset.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row: the length to train with.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows to use.")]
-Dtype = Annotated[DType, typer.Option(help="Of the model's weights.")]
+Dtype = Annotated[DType, typer.Option(help="Dtype of the model's weights.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
@@ -49,7 +49,7 @@ class ModelOptions:
         str | None, typer.Option(help="PEFT adapter over it: Hub id or directory.")
     ] = None
     device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1 or cpu; the first GPU if there is one.")
+        str | None, typer.Option(help="Device, such as cuda:1 or cpu; default: the first GPU.")
     ] = None
     dtype: Dtype = DType.auto
     rope_type: Annotated[
@@ -63,7 +63,7 @@ class ModelOptions:
         ),
     ] = None
     max_position_embeddings: Annotated[
-        int | None, typer.Option(min=1, help="Put over the model's own.")
+        int | None, typer.Option(min=1, help="Number of positions, put over the model's own.")
     ] = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -162,11 +162,12 @@ def prepared_config(
 
     Args:
         name: Hub id or directory.
-        rope_type: Stretch positions to ``length`` tokens: linear, yarn or dynamic.
-        rope_parameters: Put over the model's own.
-        max_position_embeddings: Put over the model's own.
-        length: Tokens.
-        **from_pretrained: For `AutoConfig.from_pretrained`.
+        rope_type: Way in which positions are stretched to ``length`` tokens: linear, yarn or
+            dynamic.
+        rope_parameters: RoPE parameters, put over the model's own.
+        max_position_embeddings: Number of positions, put over the model's own.
+        length: Tokens of a row.
+        **from_pretrained: Arguments of `AutoConfig.from_pretrained`.
 
     Raises:
         OSError: There is no such model, or it cannot be reached.

@@ -26,12 +26,12 @@ class ModelSection:
     Attributes:
         name: Hub id or directory.
         revision: Branch, tag or commit of the Hub's.
-        dtype: Of the weights.
-        attn_implementation: As for `from_pretrained`; None is transformers' own choice.
-        rope_type: Stretch positions to ``data.tokens``.
-        rope_parameters: Put over the model's own.
-        max_position_embeddings: Put over the model's own.
-        trust_remote_code: Run Python code that comes with the model.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention as for `from_pretrained`; None is transformers' own choice.
+        rope_type: Way in which positions are stretched to ``data.tokens``.
+        rope_parameters: RoPE parameters, put over the model's own.
+        max_position_embeddings: Number of positions, put over the model's own.
+        trust_remote_code: Whether Python code that comes with the model is run.
     """
 
     name: str
@@ -51,14 +51,14 @@ class DataSection:
     Attributes:
         dataset: Hub id, directory, or one or several files (.jsonl, .txt, .parquet).
         tokens: Length of a row. Longer documents are cut.
-        split: Of a Hub dataset or a directory.
-        text_column: That holds the text.
-        packing: Rows hold several documents, none of which sees another; otherwise one each.
-        min_tokens: Without packing: rests of documents that are this long become shorter rows.
-        max_rows: Stop there.
-        eval_dataset: To evaluate on, likewise.
-        eval_split: Of that.
-        max_eval_rows: Of that.
+        split: Split of a Hub dataset or a directory.
+        text_column: Column that holds the text.
+        packing: Whether rows hold several documents, none of which sees another.
+        min_tokens: Tokens from which the rest of a document is a shorter row, without packing.
+        max_rows: Most rows that are made.
+        eval_dataset: Dataset to evaluate on, likewise.
+        eval_split: Split of that.
+        max_eval_rows: Most rows of that.
     """
 
     dataset: str | list[str]

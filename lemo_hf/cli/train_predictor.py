@@ -31,7 +31,9 @@ def train_predictor(
     ] = None,
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="That gets a predictor; repeatable. Default: see PredictorTraining."),
+        typer.Option(
+            help="Layer that gets a predictor; repeatable. Default: see PredictorTraining."
+        ),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 64,
     rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 512,
@@ -40,13 +42,13 @@ def train_predictor(
         int, typer.Option(min=0, help="Passes over the rows; 0: tokens look for their like.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and device.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-4,
     split: Split = "train",
     text_column: TextColumn = "text",
     tokens: Tokens = 8192,
     rows: Rows = 1000,
     heldout_rows: Annotated[
-        int, typer.Option(min=0, help="Of them, rows to measure recall on; not trained on.")
+        int, typer.Option(min=0, help="Last of them, to measure recall on; not trained on.")
     ] = 16,
 ) -> None:
     """Make small networks that find the blocks that labels need, and measure their recall.

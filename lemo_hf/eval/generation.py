@@ -28,10 +28,10 @@ def continue_greedily(
 
     Args:
         model: A causal LM or a PEFT model around one, in evaluation mode.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         prompts: Token ids, one list a prompt; shorter ones are padded on the left.
-        max_new_tokens: At most that many tokens are written.
-        min_new_tokens: At least that many, before which no end or stop token is.
+        max_new_tokens: Most tokens that are written.
+        min_new_tokens: Least tokens that are written, before which no end or stop token is.
         stop_tokens: A row ends with one of these too, beside the end tokens of the tokenizer and
             the model.
 

@@ -53,12 +53,12 @@ def run_longbench(
 
     Args:
         model: A causal LM or a PEFT model around one, on its device.
-        tokenizer: Of the model.
-        output_dir: For predictions, ``settings.json`` and ``result.json``; made if missing. It
-            holds runs of one model with one set of settings, task by task if wanted.
+        tokenizer: Tokenizer of the model.
+        output_dir: Directory for predictions, ``settings.json`` and ``result.json``; made if
+            missing. It holds runs of one model with one set of settings, task by task if wanted.
         tasks: Names; None takes all, 21 or LongBench-E's 13.
-        data: See `load_task`; None takes the Hub's.
-        revision: Likewise.
+        data: Folder or zip, see `load_task`; None takes the Hub's.
+        revision: Branch, tag or commit of the Hub's.
         extended: LongBench-E.
         max_length: Tokens of a prompt from which on its middle is left out; the answer and a chat
             template come on top. None takes what the model's context has room for, task by task:
@@ -68,7 +68,7 @@ def run_longbench(
         chat_template: Put prompts into the tokenizer's chat template, if it has one, except those
             of the six tasks that the benchmark asks without.
         max_rows: Only the first rows of each task.
-        progress: Show progress bars, on the first process.
+        progress: Whether progress bars are shown, on the first process.
 
     Returns:
         Scores by task, see `score_folder`, of all tasks in ``output_dir``; on every process.

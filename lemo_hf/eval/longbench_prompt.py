@@ -22,8 +22,8 @@ def prompt_tokens(
 
     Args:
         task: Whose row it is.
-        row: With ``context`` and ``input``.
-        tokenizer: Of the model.
+        row: Mapping with ``context`` and ``input``.
+        tokenizer: Tokenizer of the model.
         max_length: Tokens from which on the middle is left out.
         chat_template: Use the tokenizer's chat template, if it has one and the task wants one.
     """

@@ -31,8 +31,8 @@ def score_row(
     """Score of one prediction: the best over its answers, 0 to 1.
 
     Args:
-        task: Of `TASKS`.
-        prediction: What the model wrote.
+        task: Name, one of `TASKS`.
+        prediction: Text that the model wrote.
         answers: Each of which would be right.
         all_classes: Names of the classes, where the task has some.
 
@@ -59,8 +59,8 @@ def score_rows(
     """Score of a task: the mean over its rows, in percent with two decimals.
 
     Args:
-        task: Of `TASKS`.
-        rows: With ``pred``, ``answers`` and ``all_classes``; in the benchmark's own files.
+        task: Name, one of `TASKS`.
+        rows: Mappings with ``pred``, ``answers`` and ``all_classes``; in the benchmark's own files.
         extended: A score for each of LongBench-E's `BUCKETS`, by the rows' ``length``; NaN where a
             bucket has no row.
 
@@ -134,9 +134,9 @@ def score_predictions(folder: str | os.PathLike, *, extended: bool = False) -> d
     """Score the predictions in a folder, and change nothing there.
 
     Args:
-        folder: With ``{task}.jsonl`` for each task that was run, in the benchmark's own format:
-            ``pred``, ``answers``, ``all_classes`` and ``length`` a line. Made by `run_longbench`,
-            by the benchmark's pred.py or by anything else.
+        folder: Folder with ``{task}.jsonl`` for each task that was run, in the benchmark's own
+            format: ``pred``, ``answers``, ``all_classes`` and ``length`` a line. Made by
+            `run_longbench`, by the benchmark's pred.py or by anything else.
         extended: They are LongBench-E's (whose files have the same names).
 
     Returns:

@@ -109,7 +109,7 @@ def choose_tasks(names: Sequence[str] | None = None, *, extended: bool = False) 
     """Tasks by their names, in the benchmark's order.
 
     Args:
-        names: Of `TASKS`; None takes all.
+        names: Names of `TASKS`; None takes all.
         extended: Only those of LongBench-E.
 
     Raises:

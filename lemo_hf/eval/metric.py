@@ -24,7 +24,7 @@ class LongBenchMetric(evaluate.Metric):
 
     Args:
         config_name: A task of LongBench.
-        **options: As `evaluate.Metric` takes them (``cache_dir``, ``num_process``, ...).
+        **options: Options as `evaluate.Metric` takes them (``cache_dir``, ``num_process``, ...).
 
     Raises:
         ImportError: The task is Chinese and jieba is not installed (by ``compute``).

@@ -50,7 +50,7 @@ class NeedleTemplate:
         needle: A line that tells a value; inserted as a line of its own.
         question: The last line. It ends with the value: all before it is the prompt.
         introduction: Before the haystack; with ``question``, the place for a chat format.
-        digits: Of a value. Who knows no more than that guesses it with
+        digits: Digits of a value. Who knows no more than that guesses it with
             ``-log(9 * 10 ** (digits - 1))`` nats, -16.0 for 7 digits.
 
     Raises:
@@ -85,9 +85,9 @@ class NeedleRow:
 
     Attributes:
         input_ids: Prompt and answer.
-        answer_tokens: How many of them, at the end, are the answer.
+        answer_tokens: Number of those that, at the end, are the answer.
         depth: Share of the haystack's tokens that were to come before the asked line.
-        position: Where its first token is.
+        position: Place of its first token.
         key, value: What is asked, and what the answer says.
     """
 
@@ -132,15 +132,16 @@ def needle_rows(
     Args:
         documents: Texts. The first ``samples`` that have as many tokens as the longest row are
             used, in turn; no more are read.
-        tokenizer: Of the model; one that knows the place of each token in a text ("fast").
+        tokenizer: Tokenizer of the model; one that knows the place of each token in a text
+            ("fast").
         lengths: Tokens of a row, all included.
         depths: Share of the haystack before the needle, 0 (first) to 1 (last before the question).
         samples: Rows for each length and depth.
         keys: Lines with a key each. One is asked for; the others, distractors, lie anywhere.
         template: The words; None takes those of `NeedleTemplate`.
-        seed: Of all that is random. A row depends on it, its length, depth and sample number, and
-            on the documents, not on what other rows are asked for.
-        progress: Show a progress bar.
+        seed: Seed of all that is random. A row depends on it, its length, depth and sample number,
+            and on the documents, not on what other rows are asked for.
+        progress: Whether a progress bar is shown.
 
     Returns:
         Rows, by length, then depth, then sample.
@@ -201,17 +202,17 @@ def mix_retrieval(
 
     Args:
         documents: Texts. No more of them are read than ``max_rows`` need.
-        tokenizer: Of the model; "fast".
+        tokenizer: Tokenizer of the model; "fast".
         tokens: Length of every row.
-        share: Of the rows that are to have retrieval, drawn row by row.
+        share: Share of the rows that are to have retrieval, drawn row by row.
         keys: Lines with a key each, in a row with retrieval.
-        questions: How many of them the row asks for at its end, one question after the other.
+        questions: Number of them that the row asks for at its end, one question after the other.
         answer_only: Rows with retrieval have labels on the answers alone (-100 elsewhere); rows
             without it keep all labels.
         template: The words; None takes those of `NeedleTemplate`.
-        max_rows: Stop there; None takes all.
-        seed: Of all that is random.
-        progress: Show a progress bar.
+        max_rows: Most rows that are made; None takes all.
+        seed: Seed of all that is random.
+        progress: Whether a progress bar is shown.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row.

@@ -104,7 +104,7 @@ def perplexity(
         protocol: ``"sliding"`` or ``"longlora"``.
         batch_size: Windows a pass on each process.
         buckets: Ranges of context that ``by_position`` tells apart.
-        progress: Show a progress bar, on the main process.
+        progress: Whether a progress bar is shown, on the main process.
 
     Returns:
         The figures. Losses are fp32 or the model's own dtype if wider, their sums fp64.

@@ -49,7 +49,7 @@ class Retrieval:
         """``[depths][lengths]``; None where nothing was asked.
 
         Args:
-            measure: Of `MEASURES`.
+            measure: Name, one of `MEASURES`.
         """
         values = {(cell["length"], cell["depth"]): cell[measure] for cell in self.cells}
         return [[values.get((length, depth)) for length in self.lengths] for depth in self.depths]
@@ -76,7 +76,7 @@ class Retrieval:
         """Plain text: a line for each depth, a column for each length, and the means.
 
         Args:
-            measure: Of `MEASURES`.
+            measure: Name, one of `MEASURES`.
         """
         lines = [["depth", *(f"{length:,}" for length in self.lengths), "mean"]]
         for depth, values in zip(self.depths, self.grid(measure), strict=True):
@@ -109,9 +109,9 @@ def retrieval(
     Args:
         model: A causal LM or a PEFT model around one, on its device, not wrapped for training. Run
             in evaluation mode, and given back as it was.
-        rows: As `needle_rows` makes them, the same in every process.
+        rows: Rows as `needle_rows` makes them, the same in every process.
         batch_size: Rows of one length that are run together.
-        progress: Show a progress bar.
+        progress: Whether a progress bar is shown.
 
     Returns:
         Measures for each length and depth.

@@ -17,7 +17,7 @@ def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> n
 
     Args:
         path: The file.
-        vocab_size: Of the model; None: ids are not looked at.
+        vocab_size: Vocabulary of the model; None: ids are not looked at.
 
     Returns:
         ``[N]`` uint16, read-only, mapped to the file: one document, or many in one stream.

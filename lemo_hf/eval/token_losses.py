@@ -25,7 +25,7 @@ class TokenLosses:
 
     Attributes:
         head: The output embeddings if they are run by segments, else None.
-        device: Where token ids must be.
+        device: Device where token ids must be.
     """
 
     def __init__(self, model: nn.Module):

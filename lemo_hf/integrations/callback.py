@@ -32,7 +32,7 @@ class LeMoCallback(TrainerCallback):
     predictor. Here such a loss covers all tokens.
 
     Args:
-        lemo_config: What each layer leaves out in training.
+        lemo_config: Settings: what each layer leaves out in training.
 
     Raises:
         ValueError: The model or the way it is run does not fit.

@@ -11,7 +11,7 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
     """`trl.SFTTrainer` with one more argument, ``lemo_config``.
 
     Args:
-        lemo_config: What each layer leaves out in training; None is `SFTTrainer`.
+        lemo_config: Settings: what each layer leaves out in training; None is `SFTTrainer`.
 
     All other arguments are SFTTrainer's: data formats and chat templates, packing, padding-free
     batches, losses on completions or assistant turns, ``peft_config``. The loss stays SFTTrainer's
