@@ -27,6 +27,7 @@ from lemo_hf.plan import plan
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+ROOTS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 MODEL = "examples/demo/model"
 STAND_INS = {
     # Models, text and lengths.
@@ -131,7 +132,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOTS], ids=lambda page: page.name)
 def test_links(page):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     for link in LINK.findall(text):

@@ -25,7 +25,7 @@ def built(tmp_path_factory):
     forget = shutil.ignore_patterns("__pycache__")
     for name in ("lemo_hf", "kernels", "predictors"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=forget)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source / name)
     output = tmp_path_factory.mktemp("dist")
     # Makes the wheel of the sdist, so one that lacks a file is found by the wheel's tests.
@@ -93,7 +93,7 @@ def test_the_sdist_holds_the_package_and_no_links(built):
         members = {member.name.split("/", 1)[-1]: member for member in sdist.getmembers()}
     assert not [name for name, member in members.items() if member.issym() or member.islnk()]
     assert package_files().keys() <= members.keys()
-    assert {"pyproject.toml", "README.md", "LICENSE"} <= members.keys()
+    assert {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"} <= members.keys()
 
 
 def test_the_import_is_light(installed):
