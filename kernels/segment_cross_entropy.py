@@ -3,10 +3,7 @@
 Logits, loss and gradient of a segment exist together and are gone before the next segment begins,
 so the vocabulary-sized peak is ``[segment_size, V]`` and no ``[T, V]`` tensor is ever made. Tokens
 without a label do not reach the head, unless they are so few that leaving them out costs more. The
-gradient is taken in the forward, where the logits are, and overwrites them: there is no fp32 copy,
-the softmax is fp32 in registers.
-
-Memory traffic of a segment besides the head's own, in elements: reads 2*S*V, writes S*V.
+gradient is taken in the forward, where the logits are, and overwrites them (`segment_losses_`).
 
 Source: LeMo, arXiv:2501.09767, "segment-based peak cutting".
 """
@@ -15,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -29,138 +24,11 @@ from lemo_hf.kernels.norm import (
     norm_dtype,
     norm_reference,
 )
+from lemo_hf.kernels.segment_losses import segment_losses_
 
 IGNORE_INDEX = -100
 UNNOTICED = 2**25  # elements of a segment; 64 MiB in 16 bits
 WHOLE = 0.98  # share of rows with a label from which on all rows go through the head
-
-
-def segment_reference(
-    raw: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    divisor: float = 1.0,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weighted losses ``[S]`` of logits ``[S, V]`` as the head returns them, and their gradient."""
-    wide = torch.promote_types(raw.dtype, torch.float32)
-    logits = raw.detach().to(wide, copy=True).div_(divisor)
-    if softcap is not None:
-        capped = torch.tanh(logits / softcap)
-        logits = capped * softcap
-    log_z = logits.logsumexp(1)
-    nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
-    losses = nll * weights
-    grad = logits.sub_(log_z[:, None]).exp_()
-    grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
-    grad.mul_(weights[:, None]).div_(divisor)
-    if softcap is not None:
-        grad.mul_(1 - capped.square_())
-    return losses, grad.to(raw.dtype)
-
-
-@triton.jit
-def _capped(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    logits = logits.to(tl.float32) * scale
-    if HAS_SOFTCAP:
-        logits = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * logits)) - 1.0)
-    return logits
-
-
-@triton.jit
-def _segment_kernel(
-    logits_ptr,  # [S, V], overwritten by their gradient if GRADIENT
-    targets_ptr,  # [S]
-    weights_ptr,  # [S] fp32
-    losses_ptr,  # [S] fp32, out
-    stride,
-    scale,
-    softcap,
-    vocabulary,
-    HAS_SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    target = tl.load(targets_ptr + row)
-    weight = tl.load(weights_ptr + row)
-    # Read before the first reduction: later on another thread may have overwritten it.
-    is_token = (target >= 0) & (target < vocabulary)  # a neighbour's logits are not its loss
-    at_target = tl.load(logits_ptr + target, mask=is_token, other=float("nan"))
-    at_target = _capped(at_target, scale, softcap, HAS_SOFTCAP)
-    lane = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        inside = start + lane < vocabulary
-        logits = tl.load(logits_ptr + start + lane, mask=inside, other=0.0)
-        logits = _capped(logits, scale, softcap, HAS_SOFTCAP)
-        logits = tl.where(inside, logits, -float("inf"))
-        higher = tl.maximum(highest, logits)
-        total = total * tl.exp(highest - higher) + tl.exp(logits - higher)
-        highest = higher
-    peak = tl.max(highest, 0)
-    log_z = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
-    loss = weight * (log_z - at_target)
-    tl.store(losses_ptr + row, loss)
-    if GRADIENT:
-        for start in range(0, vocabulary, BLOCK):
-            inside = start + lane < vocabulary
-            logits = tl.load(logits_ptr + start + lane, mask=inside, other=0.0)
-            logits = _capped(logits, scale, softcap, HAS_SOFTCAP)
-            grad = tl.exp(logits - log_z)
-            grad -= tl.where(start + lane == target, 1.0, 0.0)
-            grad *= weight * scale
-            if HAS_SOFTCAP:
-                capped = logits / softcap
-                grad *= 1.0 - capped * capped
-            grad = grad.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + start + lane, grad, mask=inside)
-
-
-def segment_losses_(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    losses: Tensor,
-    divisor: float = 1.0,
-    softcap: float | None = None,
-    gradient: bool = True,
-) -> None:
-    """Weighted losses of one segment; their gradient overwrites the logits if it is wanted.
-
-    Args:
-        logits: ``[S, V]`` as the head returns them, any float dtype.
-        targets: ``[S]`` int64, all of them tokens.
-        weights: ``[S]`` fp32.
-        losses: ``[S]`` fp32, written.
-        divisor: Divisor as for `segment_cross_entropy`.
-        softcap: Cap as for `segment_cross_entropy`.
-        gradient: Overwrite ``logits``.
-    """
-    logits = logits.detach()
-    if not use_triton(logits):
-        rows, grad = segment_reference(logits, targets, weights, divisor, softcap)
-        losses.copy_(rows)
-        if gradient:
-            logits.copy_(grad)
-        return
-    with torch.cuda.device_of(logits):
-        _segment_kernel[(len(targets),)](
-            logits,
-            targets,
-            weights,
-            losses,
-            logits.stride(0),
-            1.0 / divisor,
-            softcap,
-            logits.shape[1],
-            HAS_SOFTCAP=softcap is not None,
-            GRADIENT=gradient,
-            BLOCK=8192,
-            num_warps=16,
-        )
 
 
 def plain_weight(

@@ -2,33 +2,20 @@
 
 import dataclasses
 import logging
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from lemo_hf.config_checks import KEEPS_ALL, LEVELS, POLICIES, UNITS, check_values
 from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.outputs import locked
 from lemo_hf.shown import shortened, shown
 from lemo_hf.version import __version__
 
+__all__ = ["LEVELS", "POLICIES", "UNITS", "KeepRule", "LeMoConfig"]
+
 logger = logging.getLogger(__name__)
 
-POLICIES = (
-    "auto",
-    "overlap",
-    "chunks",
-    "recent",
-    "window",
-    "random",
-    "pooled",
-    "oracle",
-    "predictor",
-)
-SUPERVISE = ("kept", "all")
-LEVELS = ("none", "mlp", "selective", "lean", "full")  # of recomputation
-UNITS = ("selective", "lean", "full")  # at which a layer is run again as a whole
-LARGEST = 2**63 - 1  # integer that tensors know
 # By "auto": share of the steps, at the end, that keep all of rows that are labelled throughout.
 AUTO_FINISH = 0.1
 # And share of the blocks kept by overlap that are drawn by chance: three seeds, docs/QUALITY.md.
@@ -37,8 +24,6 @@ AUTO_CHANCE = 0.25
 _REMOVED = {
     "normalize_scores": (False, "policy='recent' keeps nearly the same blocks (docs/LOG.md)."),
 }
-# Fields that say how much is kept, and the value at which that is everything.
-_KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
 
 
 @dataclass(frozen=True)
@@ -155,86 +140,12 @@ class LeMoConfig:
 
     def __post_init__(self) -> None:
         self._settle_policy()
-        for name in _KEEPS_ALL:
-            value = getattr(self, name)
-            if isinstance(value, list):  # JSON has no tuples
-                object.__setattr__(self, name, value := tuple(value))
-            if value is None:
-                continue
-            interval = "(0, 1]" if name.endswith("retention") else "[0, inf)"
-            for number in value if isinstance(value, tuple) else (value,):
-                inside = _is_number(number) and (
-                    0 < number <= 1 if name.endswith("retention") else number >= 0
-                )
-                if not inside:
-                    raise ValueError(
-                        f"{name} must lie in {interval}, got {shown(number)} in "
-                        f"{name}={shown(value)}"
-                    )
-        for share, limit in (("retention", "threshold"), ("mlp_retention", "mlp_threshold")):
-            if getattr(self, share) is not None and getattr(self, limit) is not None:
-                raise ValueError(
-                    f"{share}={shown(getattr(self, share))} and {limit}="
-                    f"{shown(getattr(self, limit))} both say how much is kept: set one of them to "
-                    "None."
-                )
+        for name in (*KEEPS_ALL, "recompute"):
+            if isinstance(value := getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(value))
         if self.retention is None and self.threshold is None:
             object.__setattr__(self, "retention", 0.3)
-        for name, least in (
-            ("block_size", 1),
-            ("chunk_size", 1),
-            ("segment_size", 1),
-            ("dense_first_layers", 0),
-            ("dense_last_layers", 0),
-            ("sequence_parallel_size", 1),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "segment_size":
-                continue
-            if type(value) is not int or not least <= value <= LARGEST:
-                raise ValueError(
-                    f"{name} must be an integer of at least {least}, got {shown(value)}"
-                )
-        for name, choices in (("policy", POLICIES), ("supervise", SUPERVISE)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {choices}, got {shown(getattr(self, name))}"
-                )
-        for name in ("agree_across_layers", "cuda_graphs"):
-            value = getattr(self, name)
-            if type(value) is not bool:
-                raise ValueError(f"{name} must be one of (True, False), got {shown(value)}")
-        self._check_schedule()
-        self._check_memory()
-        self._check_graphs()
-        if type(self.seed) is not int or abs(self.seed) > LARGEST:
-            raise ValueError(f"seed must be an integer, got {shown(self.seed)}")
-
-    def _check_schedule(self) -> None:
-        for name, interval, inside in (
-            ("dense_finish", "[0, 1], or be None", lambda x: 0 <= x <= 1),
-            ("finish_retention", "(0, 1]", lambda x: 0 < x <= 1),
-            ("random_share", "[0, 1), or be None", lambda x: 0 <= x < 1),
-        ):
-            value = getattr(self, name)
-            if value is None and name != "finish_retention":
-                continue
-            if not (_is_number(value) and inside(value)):
-                raise ValueError(f"{name} must lie in {interval}, got {shown(value)}")
-        if self.random_share and self.policy not in ("auto", "overlap", "predictor"):
-            raise ValueError(
-                f"random_share={self.random_share} and policy={self.policy!r}: only 'overlap' and "
-                "'predictor' (and 'auto') leave a share to chance. Set random_share=0."
-            )
-
-        for name in ("threshold", "mlp_threshold"):
-            if getattr(self, name) is not None and (self.random_share or self.policy == "auto"):
-                raise ValueError(
-                    f"{name}={shown(getattr(self, name))} compares scores, and policy="
-                    f"{self.policy!r} with random_share={self.random_share} only ranks: use "
-                    "policy='overlap', 'pooled' or 'predictor' without a random_share, or a "
-                    "retention."
-                )
+        check_values(self)
 
     @property
     def chance(self) -> float:
@@ -249,44 +160,6 @@ class LeMoConfig:
         if self.dense_finish is not None:
             return self.dense_finish
         return AUTO_FINISH if self.policy == "auto" else 0.0
-
-    def _check_memory(self) -> None:
-        value = self.recompute
-        if isinstance(value, list):
-            object.__setattr__(self, "recompute", value := tuple(value))
-        for level in value if isinstance(value, tuple) else (value,):
-            if level not in LEVELS and (level is not None or isinstance(value, tuple)):
-                raise ValueError(
-                    f"recompute must be one of {LEVELS} (or one a layer), or None, got "
-                    f"{shown(level)}"
-                )
-        budget = self.offload_gib
-        if budget is not None and not (_is_number(budget) and budget > 0):
-            raise ValueError(f"offload_gib must be a number above 0 or None, got {shown(budget)}")
-
-    def _check_graphs(self) -> None:
-        if not self.cuda_graphs:
-            return
-        for name, allowed in (
-            ("threshold", None),
-            ("mlp_threshold", None),
-            ("offload_gib", None),
-            ("sequence_parallel_size", 1),
-        ):
-            value = getattr(self, name)
-            if value != allowed:
-                raise ValueError(
-                    f"cuda_graphs=True and {name}={value!r} cannot be combined: the host must act "
-                    f"during such a pass. Set cuda_graphs=False, or {name}={allowed}."
-                )
-        one_set = self.agree_across_layers and self.mlp_retention is None
-        if not one_set and self.supervise == "kept":
-            raise ValueError(
-                "cuda_graphs=True and supervise='kept' need one kept set: with "
-                f"agree_across_layers={self.agree_across_layers} and mlp_retention="
-                f"{self.mlp_retention} it is known only at the end of a pass how many tokens are "
-                "asked to predict. Set cuda_graphs=False, or supervise='all'."
-            )
 
     def brief(self) -> str:
         """In one line: the fields that are not at their defaults."""
@@ -349,7 +222,7 @@ class LeMoConfig:
             )
         sparse = range(first, num_layers - last)
         per_layer = {}
-        for name, keeps_all in _KEEPS_ALL.items():
+        for name, keeps_all in KEEPS_ALL.items():
             value = getattr(self, name)
             if not isinstance(value, tuple):
                 per_layer[name] = [value] * num_layers
@@ -449,8 +322,3 @@ class LeMoConfig:
             revision = None if os.path.isdir(path_or_repo) else hub_kwargs.get("revision")
             values |= {"predictor": os.fspath(path_or_repo), "predictor_revision": revision}
         return cls.from_dict(values)
-
-
-def _is_number(value: Any) -> bool:
-    small = type(value) is not int or abs(value) <= LARGEST  # a larger one may be no float
-    return small and type(value) in (int, float) and math.isfinite(value)

@@ -255,9 +255,8 @@ class _Run:
             return
         gradients = [p.grad for p in self.networks.parameters() if p.grad is not None]
         flat = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
     def _learning_rate(self, step: int) -> float:
@@ -333,16 +332,9 @@ class _Run:
         """The predictors as they are now."""
         how = self.how
         networks = self.networks.requires_grad_(False).eval()
-        info = PredictorInfo(
-            block_size=how.block_size,
-            base=BaseModel.of_model(self.model),
-            training={
-                **dataclasses.asdict(how),
-                "rows": len(self.rows),
-                "tokens": self.tokens,
-                **provenance,
-            },
-        )
+        facts = {**dataclasses.asdict(how), "rows": len(self.rows), "tokens": self.tokens}
+        base = BaseModel.of_model(self.model)
+        info = PredictorInfo(how.block_size, base, training={**facts, **provenance})
         layers = [dict(networks).get(str(i)) for i in range(self.depth)]
         return LeMoPredictor(info, cast(list[BlockPredictor | None], layers))
 

@@ -7,13 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_hf.eval.needles import (
-    SENTENCE_END,
-    NeedleTemplate,
-    _ends,
-    mix_retrieval,
-    needle_rows,
-)
+from lemo_hf.eval.needle_text import SENTENCE_END, _ends
+from lemo_hf.eval.needles import NeedleTemplate, mix_retrieval, needle_rows
 from lemo_hf.eval.retrieval import retrieval
 from lemo_hf.text_rows import token_rows
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lemo_hf.kernels.segment_cross_entropy import choose_segment_size, segment_losses_
+from lemo_hf.kernels.segment_cross_entropy import choose_segment_size
+from lemo_hf.kernels.segment_losses import segment_losses_
 from lemo_hf.patch import input_device, transformers_model
 
 

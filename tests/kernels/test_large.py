@@ -10,7 +10,8 @@ from lemo_hf.kernels.norm import Norm, norm_reference
 from lemo_hf.kernels.rotary import KeptRotary, rotary, rotary_reference
 from lemo_hf.kernels.rows import close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
-from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy, segment_losses_
+from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy
+from lemo_hf.kernels.segment_losses import segment_losses_
 
 pytestmark = pytest.mark.gpu
 BF16 = {"dtype": torch.bfloat16, "device": "cuda"}

@@ -1,0 +1,139 @@
+"""Whether a `LeMoConfig` says what it can say; an error names the field and the value."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lemo_hf.shown import shown
+
+POLICIES = (
+    *("auto", "overlap", "chunks", "recent", "window"),
+    *("random", "pooled", "oracle", "predictor"),
+)
+SUPERVISE = ("kept", "all")
+LEVELS = ("none", "mlp", "selective", "lean", "full")  # of recomputation
+UNITS = ("selective", "lean", "full")  # at which a layer is run again as a whole
+# Fields that say how much is kept, and the value at which that is everything.
+KEEPS_ALL = {"retention": 1, "threshold": 0, "mlp_retention": 1, "mlp_threshold": 0}
+LARGEST = 2**63 - 1  # integer that tensors know
+
+_LEAST = {
+    "block_size": 1,
+    "chunk_size": 1,
+    "segment_size": 1,
+    "dense_first_layers": 0,
+    "dense_last_layers": 0,
+    "sequence_parallel_size": 1,
+}
+_CHOICES = {
+    "policy": POLICIES,
+    "supervise": SUPERVISE,
+    "agree_across_layers": (True, False),
+    "cuda_graphs": (True, False),
+}
+_SHARES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "dense_finish": ("[0, 1], or be None", lambda x: 0 <= x <= 1),
+    "finish_retention": ("(0, 1]", lambda x: 0 < x <= 1),
+    "random_share": ("[0, 1), or be None", lambda x: 0 <= x < 1),
+}
+
+
+def check_values(config: Any) -> None:
+    """Raises ValueError unless the fields of the `LeMoConfig` are in range and go together."""
+    _check_how_much(config)
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is None and name == "segment_size":
+            continue
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices or type(value) is not type(choices[0]):  # 1 == True
+            raise ValueError(f"{name} must be one of {choices}, got {shown(value)}")
+    _check_schedule(config)
+    _check_memory(config)
+    if config.cuda_graphs:
+        _check_graphs(config)
+    if type(config.seed) is not int or abs(config.seed) > LARGEST:
+        raise ValueError(f"seed must be an integer, got {shown(config.seed)}")
+
+
+def _check_how_much(config: Any) -> None:
+    for name in KEEPS_ALL:
+        value, share = getattr(config, name), name.endswith("retention")
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not (_is_number(number) and (0 < number <= 1 if share else number >= 0)):
+                raise ValueError(
+                    f"{name} must lie in {'(0, 1]' if share else '[0, inf)'}, got "
+                    f"{shown(number)} in {name}={shown(value)}"
+                )
+    for one, other in (("retention", "threshold"), ("mlp_retention", "mlp_threshold")):
+        values = getattr(config, one), getattr(config, other)
+        if None not in values:
+            raise ValueError(
+                f"{one}={shown(values[0])} and {other}={shown(values[1])} both say how much is "
+                "kept: set one of them to None."
+            )
+
+
+def _check_schedule(config: Any) -> None:
+    for name, (interval, inside) in _SHARES.items():
+        value = getattr(config, name)
+        if value is None and name != "finish_retention":
+            continue
+        if not (_is_number(value) and inside(value)):
+            raise ValueError(f"{name} must lie in {interval}, got {shown(value)}")
+    if config.random_share and config.policy not in ("auto", "overlap", "predictor"):
+        raise ValueError(
+            f"random_share={config.random_share} and policy={config.policy!r}: only 'overlap' and "
+            "'predictor' (and 'auto') leave a share to chance. Set random_share=0."
+        )
+    for name in ("threshold", "mlp_threshold"):
+        value = getattr(config, name)
+        if value is not None and (config.random_share or config.policy == "auto"):
+            raise ValueError(
+                f"{name}={shown(value)} compares scores, and policy={config.policy!r} with "
+                f"random_share={config.random_share} only ranks: use policy='overlap', 'pooled' "
+                "or 'predictor' without a random_share, or a retention."
+            )
+
+
+def _check_memory(config: Any) -> None:
+    value = config.recompute
+    for level in value if isinstance(value, tuple) else () if value is None else (value,):
+        if level not in LEVELS:
+            raise ValueError(
+                f"recompute must be one of {LEVELS} (or one a layer), or None, got {shown(level)}"
+            )
+    budget = config.offload_gib
+    if budget is not None and not (_is_number(budget) and budget > 0):
+        raise ValueError(f"offload_gib must be a number above 0 or None, got {shown(budget)}")
+
+
+def _check_graphs(config: Any) -> None:
+    for name, allowed in (
+        ("threshold", None),
+        ("mlp_threshold", None),
+        ("offload_gib", None),
+        ("sequence_parallel_size", 1),
+    ):
+        value = getattr(config, name)
+        if value != allowed:
+            raise ValueError(
+                f"cuda_graphs=True and {name}={value!r} cannot be combined: the host must act "
+                f"during such a pass. Set cuda_graphs=False, or {name}={allowed}."
+            )
+    one_set = config.agree_across_layers and config.mlp_retention is None
+    if not one_set and config.supervise == "kept":
+        raise ValueError(
+            "cuda_graphs=True and supervise='kept' need one kept set: with "
+            f"agree_across_layers={config.agree_across_layers} and mlp_retention="
+            f"{config.mlp_retention} it is known only at the end of a pass how many tokens are "
+            "asked to predict. Set cuda_graphs=False, or supervise='all'."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    small = type(value) is not int or abs(value) <= LARGEST  # a larger one may be no float
+    return small and type(value) in (int, float) and math.isfinite(value)
