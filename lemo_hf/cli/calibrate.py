@@ -14,7 +14,6 @@ from lemo_hf.cli.options import (
     Split,
     TextColumn,
     Tokens,
-    load_rows,
     takes_model,
 )
 from lemo_hf.config import LeMoConfig
@@ -49,10 +48,13 @@ def calibrate(
     start = _start_config(config, predictor, block_size)
 
     from lemo_hf.calibrate import calibrate_thresholds
+    from lemo_hf.text_rows import load_documents, token_rows
 
     lm, tokenizer = model.load(tokens)
-    samples = load_rows(dataset, split, text_column, tokenizer, tokens, rows, not as_json)
-    found = calibrate_thresholds(lm, samples, start, retention, progress=not as_json)
+    progress = not as_json
+    documents = load_documents(dataset, split, text_column)
+    samples = token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)
+    found = calibrate_thresholds(lm, samples, start, retention, progress=progress)
     first, last = found.history[0], found.history[-1]
     if as_json:
         result = {"dense_loss": found.dense_loss, "history": found.history}

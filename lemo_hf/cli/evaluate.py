@@ -212,7 +212,7 @@ def retrieval(
     lm, tokenizer = model.load(max(lengths))
     main = PartialState().is_main_process
     rows = needle_rows(
-        load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column),
+        load_documents(dataset, split, text_column),
         tokenizer,
         lengths=lengths,
         depths=depth or [0.0, 0.25, 0.5, 0.75, 1.0],
@@ -247,7 +247,7 @@ def _token_documents(
         raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
     if binary:
         return (cast(Sequence[int], read_token_file(path)) for path in binary[:most])
-    texts = load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column)
+    texts = load_documents(dataset, split, text_column)
     return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))
 
 

@@ -190,19 +190,3 @@ def prepared_config(
         length=length,
     )
     return config
-
-
-def load_rows(
-    dataset: list[str],
-    split: str,
-    text_column: str,
-    tokenizer: Any,
-    tokens: int,
-    rows: int,
-    progress: bool,
-) -> list[dict[str, list[int]]]:
-    """Rows of tokens, as the shared options ask for them; see `text_rows`."""
-    from lemo_hf.text_rows import load_documents, token_rows
-
-    documents = load_documents(dataset[0] if len(dataset) == 1 else dataset, split, text_column)
-    return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)

@@ -123,11 +123,11 @@ def _rows(
     progress: bool,
 ) -> list[dict[str, list[int]]]:
     """Rows with labels as they are, or texts cut into rows."""
-    from lemo_hf.cli.options import load_rows
-    from lemo_hf.text_rows import labelled_rows, load_examples
+    from lemo_hf.text_rows import labelled_rows, load_documents, load_examples, token_rows
 
-    examples = load_examples(dataset[0] if len(dataset) == 1 else dataset, split)
+    examples = load_examples(dataset, split)
     first = next(examples)  # there is one, or an error
     if {"input_ids", "labels"} <= set(first) or {"prompt", "completion"} <= set(first):
         return labelled_rows(chain([first], examples), tokenizer, tokens, rows)
-    return load_rows(dataset, split, text_column, tokenizer, tokens, rows, progress)
+    documents = load_documents(dataset, split, text_column)
+    return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)
