@@ -64,8 +64,8 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
     Args:
         repo: Repository id.
         name: File name.
-        otherwise: What users may do who cannot reach the Hub.
-        **hub_kwargs: For `hf_hub_download`.
+        otherwise: Way out of users who cannot reach the Hub.
+        **hub_kwargs: Arguments of `hf_hub_download`.
 
     Raises:
         EntryNotFound: The repository has no such file.

@@ -37,10 +37,10 @@ class Inspection:
         config: LeMo's settings, as a dictionary.
         informativeness: ``[L][N]``, a layer's oracle score of each block of the dense pass.
         kept: ``"attention"`` and ``"mlp"``: ``[L][N]`` bool, what the sparse pass kept.
-        retention: Likewise ``[L]``: share of the blocks.
+        retention: Share of the blocks, likewise ``[L]``.
         recall: ``[L]``: share of the blocks the oracle would keep that the config's policy ranks as
             high, both looking at the dense pass; None for dense layers.
-        sparsity: By length in tokens, ``[L]``: share of the blocks whose score is below `SMALL`
+        sparsity: Share of the blocks, ``[L]`` by length in tokens, whose score is below `SMALL`
             times the layer's largest.
     """
 

@@ -33,10 +33,10 @@ class KeptRow:
     """What one policy keeps.
 
     Attributes:
-        name: Of the policy, and of the step where steps differ.
-        policy: Of `lemo_hf.config.POLICIES`.
+        name: Name of the policy, and of the step where steps differ.
+        policy: Policy, one of `lemo_hf.config.POLICIES`.
         kept: ``[N]`` bool, in attention of the first sparse layer; in all layers that agree.
-        passages: Of each passage that was marked, the share of its tokens that is kept.
+        passages: Share of the tokens that is kept, of each passage that was marked.
     """
 
     name: str
@@ -53,12 +53,12 @@ class KeptByPolicy:
         tokens: Length of the row.
         block_size: Tokens a block.
         retention: Share of the blocks that each policy keeps.
-        question: At the end of the row, or None: the row is labelled throughout.
+        question: Question at the end of the row, or None: the row is labelled throughout.
         answer: The labelled tokens, or None.
-        passages: That were marked.
+        passages: Passages that were marked.
         label_blocks: ``[N]`` bool, blocks with labels, which all keep; none without a question.
         rows: One a policy and step.
-        shared: Where there is a question: the blocks of the text that share most words with it.
+        shared: Blocks of the text that share most words with the question, where there is one.
     """
 
     tokens: int
@@ -151,11 +151,12 @@ def compare_policies(
         model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
             Only `OF_MODEL` read more of it than its depth.
         tokenizer: Puts what is found into words.
-        row: See `text_row`.
-        config: Of its first sparse layer the retention, and all else that bears on the choice.
+        row: Row as of `text_row`.
+        config: Settings: the retention of its first sparse layer, and all else that bears on the
+            choice.
         policies: Those to compare, in this order; None: all that fit the row. One that is named
             again is shown at the next optimizer step, which changes what is drawn by chance.
-        progress: Show a progress bar.
+        progress: Whether a progress bar is shown.
 
     Raises:
         ValueError: The row has fewer than `FEW` blocks, a threshold decides how much is kept, or

@@ -31,8 +31,8 @@ class TextRow:
         input_ids: ``[T]``.
         labels: ``[T]``: the ids; where there is a question, `IGNORE_INDEX` outside the answer.
         question: Asked at the end of the text, or None.
-        answer: To it, or None.
-        passages: That were marked.
+        answer: Answer to it, or None.
+        passages: Passages that were marked.
     """
 
     input_ids: list[int]
@@ -53,9 +53,9 @@ def text_row(
     """The beginning of a text, or that and a question at its end.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         text: The whole of it.
-        tokens: Of the row, at most.
+        tokens: Most tokens of the row.
         question: Follows the text as a paragraph of its own.
         answer: Follows the question. Its tokens alone are labelled.
         needles: Parts of the text to mark, as the text has them but for white space.

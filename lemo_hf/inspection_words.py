@@ -37,10 +37,10 @@ class SharedBlock:
         block: Its place, from 0.
         first: Its first token.
         last: Its last token.
-        score: As the policy scores it.
-        words: What it shares with the tokens that ask, the rarest first; none in a block that was
-            found through others: beside one that asks, or by what one that was found says.
-        text: What it says.
+        score: Score by the policy.
+        words: Words that it shares with the tokens that ask, the rarest first; none in a block that
+            was found through others: beside one that asks, or by what one that was found says.
+        text: Text of the block.
     """
 
     block: int

@@ -39,7 +39,7 @@ def read_file(path: str | os.PathLike, most: int | None = None) -> Iterator[Row]
 
     Args:
         path: The file.
-        most: As of `read_rows`, whose errors it has, too.
+        most: Most rows, as of `read_rows`, whose errors it has, too.
 
     Raises:
         OSError: There is no such file.
@@ -54,7 +54,7 @@ def read_rows(file: IO[bytes], name: Any, most: int | None = None) -> Iterator[R
 
     Args:
         file: Open for reading bytes.
-        name: What it is called in messages.
+        name: Name in messages.
         most: Bytes that all lines may have together; None if they are not held together.
 
     Raises:

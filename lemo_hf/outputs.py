@@ -22,8 +22,8 @@ def check_output(path: str | os.PathLike, name: str, *, directory: bool = False)
 
     Args:
         path: A file, or a directory; it and those above it may be missing.
-        name: What the user calls it, such as ``"--output"``.
-        directory: Which of the two it is to be.
+        name: Name that the user knows it by, such as ``"--output"``.
+        directory: Whether it is to be a directory.
 
     Raises:
         OSError: It cannot; the message says why.

@@ -27,9 +27,9 @@ class RunFiles:
     """The contents of a run's directory.
 
     Attributes:
-        name: Of the directory.
+        name: Name of the directory.
         history: Trainer's ``log_history``.
-        record: Of `ReportCallback`; empty if the run had none.
+        record: Record of `ReportCallback`; empty if the run had none.
         settings: Text of files, or mappings, by title.
         recall: Rows of the predictor's recall table; empty without a predictor.
         evaluations: JSON results by path; see `evaluations_in`.

@@ -21,9 +21,9 @@ def heat_map(
 
     Args:
         values: ``[rows][columns]``.
-        columns: Where the columns are, such as steps.
-        x_label: What is below.
-        y_label: What is beside.
+        columns: Places of the columns, such as steps.
+        x_label: Name of the horizontal axis.
+        y_label: Name of the vertical axis.
     """
     groups = _groups(len(columns))
     means = [[sum(row[i] for i in group) / len(group) for group in groups] for row in values]

@@ -27,8 +27,8 @@ def load_adapter(
         model: The base model. Its embeddings get as many rows as the adapter was trained with.
         adapter: Hub id or directory.
         tokenizer: The base model's.
-        is_trainable: As for `PeftModel.from_pretrained`.
-        **shared: For the tokenizer's `from_pretrained`.
+        is_trainable: Whether it is trained, as for `PeftModel.from_pretrained`.
+        **shared: Arguments of the tokenizer's `from_pretrained`.
 
     Raises:
         ImportError: peft is not installed.
@@ -110,9 +110,9 @@ def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], to
     Args:
         model: The base model.
         adapter: Its name.
-        config: Of PEFT.
-        weights: Of the adapter.
-        tokens: Of the adapter's tokenizer, if tokens were added to it; else 0.
+        config: Config of PEFT.
+        weights: Weights of the adapter.
+        tokens: Tokens of the adapter's tokenizer, if tokens were added to it; else 0.
 
     Raises:
         ValueError: Tokens were added, and the adapter does not hold their rows.

@@ -95,8 +95,8 @@ class Settings:
     """Values by section and key, and where each was said.
 
     Attributes:
-        values: Of sections that are there; ``lora`` is left out where all parameters are trained,
-            ``lemo`` is False where training is dense.
+        values: Values of the sections that are there; ``lora`` is left out where all parameters are
+            trained, ``lemo`` is False where training is dense.
         sources: File or flag, by section and by ``section.key``.
     """
 

@@ -18,8 +18,8 @@ class RunTrainer(LeMoTrainer):
     """`LeMoTrainer` that puts the run's settings beside all weights it saves.
 
     Args:
-        settings: As YAML.
-        **options: Of `LeMoTrainer`.
+        settings: Settings of the run, as YAML.
+        **options: Arguments of `LeMoTrainer`.
     """
 
     def __init__(self, settings: str, **options: Any):

@@ -22,7 +22,7 @@ def read_settings(
 
     Args:
         config: A file, or the name of a packaged preset; None is nothing.
-        flags: As they stand on the command line.
+        flags: Words as they stand on the command line.
         options: Names of other flags, of which one may have been meant.
 
     Raises:

@@ -61,8 +61,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """What a YAML text says.
 
     Args:
-        text: In YAML.
-        source: Where it stands, for messages.
+        text: Text in YAML.
+        source: Place where it stands, for messages.
 
     Raises:
         ValueError: It is no YAML, has a key twice or one that is no word, or says too much.

@@ -39,7 +39,7 @@ class Perplexity:
         protocol: ``"sliding"`` or ``"longlora"``.
         max_length: Tokens a window.
         stride: Tokens from the start of a window to the start of the next.
-        by_position: What tokens lose by how many tokens of context they have, which is their place
+        by_position: Losses of tokens by how many tokens of context they have, which is their place
             in the window. One entry a range of contexts in which tokens were scored: ``first`` and
             ``last`` context of it, ``tokens``, ``loss``, ``perplexity``.
     """

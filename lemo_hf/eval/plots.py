@@ -64,7 +64,7 @@ def loss_by_position_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) 
     The axis is logarithmic if the buckets grow with the position.
 
     Args:
-        results: By name, buckets of positions: ``first`` and ``last`` (both included) and ``loss``
+        results: Buckets of positions, by name: ``first`` and ``last`` (both included) and ``loss``
             in nats a token; no more is read of them.
 
     Returns:
