@@ -1,5 +1,7 @@
 """What contributors are told to run exists, and is what runs elsewhere."""
 
+import dataclasses
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lemo_hf import __version__
+import lemo_hf
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -40,4 +42,26 @@ def test_pre_commit_checks_what_make_lint_checks():
 
 def test_the_changelog_knows_this_version():
     heading = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert __version__ in heading[1]
+    assert lemo_hf.__version__ in heading[1]
+
+
+def test_arguments_of_what_is_exported_begin_with_a_noun():
+    """Not with what is said of it: "Of the model", "As for ...", "How ...", "Show ..."."""
+    fragment = re.compile(r"(Of|As|See|How|That|Which|What|Where|Likewise|To|For|Such|Show|Put)\b")
+    checked = 0
+    for name in lemo_hf.__all__:
+        exported = getattr(lemo_hf, name)
+        members = vars(exported).items() if isinstance(exported, type) else ()
+        public = [member for key, member in members if not key.startswith("_")]
+        for member in (exported, *public):
+            text = inspect.getdoc(member) or ""
+            for argument, said in re.findall(r"^ {4}(\*{0,2}\w+): (.*)$", text, re.MULTILINE):
+                assert not fragment.match(said), f"{name}, {argument}: {said}"
+                checked += 1
+    assert checked > 40
+
+
+def test_each_field_of_the_config_is_described():
+    described = re.findall(r"^ {4}(\w+): ", inspect.getdoc(lemo_hf.LeMoConfig), re.MULTILINE)
+    fields = [field.name for field in dataclasses.fields(lemo_hf.LeMoConfig)]
+    assert [name for name in described if name != "ValueError"] == fields
