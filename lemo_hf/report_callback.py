@@ -1,6 +1,5 @@
 """`ReportCallback`: what a run's page needs and Trainer does not keep."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,6 @@ class ReportCallback(TrainerCallback):
                 "model": _model_facts(model, inner),
                 "lemo": None if self._lemo is None else self._lemo.config.to_dict(),
                 "sparse": None if self._lemo is None else self._lemo.describe(),
-                "training": _changed(args),
                 "environment": environment(),
                 "rows": rows,
             }
@@ -148,18 +146,4 @@ def _model_facts(model: nn.Module, inner: PreTrainedModel) -> dict[str, Any]:
         "parameters": total,
         "trained": trained,
         "dtype": str(inner.dtype).removeprefix("torch."),
-    }
-
-
-def _changed(args: Any) -> dict[str, Any]:
-    """Training arguments that are not at their defaults; no secrets."""
-    defaults = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for f in dataclasses.fields(args)
-        if f.init
-    }
-    return {
-        name: value if isinstance(value, str | int | float | bool | None) else str(value)
-        for name, value in args.to_dict().items()
-        if name in defaults and value != defaults[name] and not name.endswith("_token")
     }

@@ -19,7 +19,7 @@ def check_history(lines: Any, where: str) -> None:
 
 def check_record(record: dict[str, Any], where: str) -> None:
     """What `ReportCallback` writes."""
-    for name in ("model", "lemo", "training", "environment"):
+    for name in ("model", "lemo", "environment"):
         value = record.get(name)
         if not isinstance(value, dict | None):
             _fail(f"{name!r} of {where}", "must be an object", value)

@@ -145,5 +145,3 @@ def _settings(folder: Path, record: dict, lemo: dict | None) -> Iterator[tuple[s
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(folder / "adapter_config.json")
         yield "adapter", {k: v for k, v in adapter.items() if v not in (None, {}, [], False)}
-    if record.get("training"):
-        yield "TrainingArguments that are not at their defaults", record["training"]

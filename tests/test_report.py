@@ -119,7 +119,7 @@ def test_the_page(tmp_path):
     assert f"last loss</span><b>{loss[-1]:,.4g}" in text and "evaluation loss" in text
     assert "layer 0, step 2 to 4: 0.50" in text
     assert "layer 3, step 2 to 4: 0.25" in text
-    assert str(torch.__version__) in text and "learning_rate" in text
+    assert str(torch.__version__) in text and "mlp_retention" in text
     assert trainer.lemo.describe() in html.unescape(text)
 
 
