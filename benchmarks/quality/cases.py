@@ -90,6 +90,7 @@ def headline() -> list[Job]:
         *seeded(hidden[:2], SEEDS[1:]),
         *seeded(completion_headline(tokens=65536, seconds=60.0)[:2], SEEDS[1:2]),
         *seeded(text_headline(tokens=65536, seconds=90.0), SEEDS[1:2]),
+        *graphed(),
     ]
 
 

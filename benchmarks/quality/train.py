@@ -100,17 +100,22 @@ def train(job: Job, model: PeftModel, feed: Feed, device: torch.device) -> dict:
         with ExitStack() as attention:
             if job.attention == "s2":
                 attention.enter_context(s2_attention(model))
+            run.held(most=True)  # from here on
             for step in range(WARM_STEPS):
                 run.step(step, 0.0)
+            warm = run.held(most=True)  # a CUDA graph's memory is counted when it is recorded
             if run.schedule.finishes(1.0):
                 for step in range(WARM_STEPS):
                     run.step(step, 1.0)
             run.start(job.seed)
-            return _timed(run, attention)
+            return _timed(run, attention, warm)
 
 
-def _timed(run: _Run, attention: ExitStack) -> dict:
-    """The run itself; ``attention`` is closed when it finishes on full rows."""
+def _timed(run: _Run, attention: ExitStack, warm: float) -> dict:
+    """The run itself; ``attention`` is closed when it finishes on full rows.
+
+    ``warm`` is the most GiB that steps before the finish took while they were warmed up.
+    """
     job, schedule = run.job, run.schedule
     next(run.source)  # rows are made ahead of the clock; this one is not trained on
     run.held(most=True)  # from here on
@@ -125,13 +130,15 @@ def _timed(run: _Run, attention: ExitStack) -> dict:
         if schedule.finishes(share) and not finishing:
             finishing = True
             attention.close()
-            peaks[False] = run.held(most=True)
+            peaks[False] = max(warm, run.held(most=True))
         losses.append(run.step(step, share))
         run.wait()
         before, now = now, time.perf_counter()
         times[finishing].append(now - before)
         step += 1
     peaks[finishing] = run.held(most=True)
+    if not finishing:
+        peaks[False] = max(warm, peaks[False])
     kept = run.lemo.report()
     found = torch.stack(losses).float().cpu() if losses else torch.zeros(0)
     main = peaks.get(False, 0.0)
