@@ -11,15 +11,15 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
+from lemo_hf.altered import altering
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
@@ -294,15 +294,14 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-@contextmanager
-def _no_documents() -> Iterator[None]:
+def _no_documents() -> AbstractContextManager[None]:
     """Tell transformers that a row is one document and no graph is made, so that it asks neither.
 
     While a stream is captured it would make masks that nobody needs, in place of asking the batch.
     """
-    with (
-        patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None),
-        patch.object(masking_utils, "is_tracing", lambda *_: False),
-        patch.object(masking_utils, "fast_all", lambda _: True),  # OPT makes a mask of ones
-    ):
-        yield
+    return altering(
+        masking_utils,
+        find_packed_sequence_indices=lambda *_, **__: None,
+        is_tracing=lambda *_: False,
+        fast_all=lambda _: True,  # OPT makes a mask of ones
+    )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lemo_hf.attention import fastest_attention, using
+from lemo_hf.attention_call import call_attention
 from lemo_hf.config import UNITS, KeepRule
 from lemo_hf.families import Family
-from lemo_hf.fused import call_attention
 from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
 from lemo_hf.kernels.gather_norm import gather_norm
 from lemo_hf.kernels.rows import add_update, close_stream, open_stream
@@ -26,9 +26,8 @@ from lemo_hf.passes import Passes
 from lemo_hf.plain_pickle import deep_copy, pickled_as
 from lemo_hf.policies import ScoreInputs, rank
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.recompute import checkpointed, value_free
+from lemo_hf.recompute import checkpointed
 from lemo_hf.selection import KeptSet
-from lemo_hf.sequence_attention import heads_shared
 from lemo_hf.sequence_parallel import Share
 from lemo_hf.step import Step
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
@@ -195,14 +194,13 @@ def _sparse_forward(
     plan.passes.dtype = dtype = _dtype_of(x)
     kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, dtype)
 
-    def attend(hidden: Tensor) -> Tensor:
+    def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
         inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, plan.family.attention)
-        unread = plan.family.attention_output if attention.plain and value_free() else None
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
-        with using(kernels), heads_shared(module, share):
-            return call_attention(module, positions, unread, **inputs)
+        with using(kernels):
+            return call_attention(module, positions, share, unread, **inputs)
 
     level = plan.recompute or _level(layer, plan, x)
     attention = attention_sublayer(layer, plan.family, attend)
@@ -252,7 +250,7 @@ def _update(
         run = partial(run_sublayers, sublayers)
         rows, update = checkpointed(run, rows, level, own, plan.passes.host, plan.index)
     else:
-        rows, update = run_sublayers(sublayers, rows, hidden)
+        rows, update = run_sublayers(sublayers, rows, hidden=hidden)
     scale = sublayers[-1].scale
     if share is not None:
         rows, update = share.collect(add_update(rows, update, scale).to(x.dtype)), None

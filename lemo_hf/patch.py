@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -37,11 +37,6 @@ logger = logging.getLogger(__name__)
 
 _LEMO = "_lemo"
 
-# A data loader's workers collect garbage that their parent left. Pinned memory and CUDA graphs in
-# it are freed by asking CUDA, which aborts a forked process: it must never collect them.
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=gc.freeze)
-
 
 def apply_lemo(
     model: nn.Module,
@@ -67,12 +62,24 @@ def apply_lemo(
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
+    _spare_forks()
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
     train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
     train_eagerly(model, partial(_run, train))
     pickle_plain(model, own=(_LEMO, CALL))
     return lemo
+
+
+@cache
+def _spare_forks() -> None:
+    """From now on no process that is forked from this one collects what its parent left.
+
+    A data loader's workers would free pinned memory and CUDA graphs by asking CUDA, which aborts a
+    forked process.
+    """
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(after_in_child=gc.freeze)
 
 
 def _run(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

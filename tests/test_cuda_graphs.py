@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -479,7 +480,9 @@ def test_a_loss_outside_the_model_runs_as_ever(device, tmp_path, warned):
 def test_a_forked_process_collects_nothing_of_its_parent():
     code = """
 import gc, os
-import lemo_hf.patch
+from models import make_model
+from lemo_hf import LeMoConfig, apply_lemo
+apply_lemo(make_model("llama"), LeMoConfig(block_size=8))
 left = []
 left.append(left)
 gc.disable()
@@ -489,7 +492,7 @@ if child == 0:
     os._exit(bool(gc.collect()))
 assert gc.collect() and os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
 
 
 @gpu
