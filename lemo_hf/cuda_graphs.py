@@ -28,7 +28,7 @@ from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.passes import Passes
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
 from lemo_hf.row_counts import RowCounts
-from lemo_hf.step import Seen
+from lemo_hf.sparse_pass import Seen
 
 logger = logging.getLogger(__name__)
 

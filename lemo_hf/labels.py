@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import share_left, shifted, supervised_targets
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Labels:
             return targets
         return shifted(nn.functional.pad(targets, (self.prompt, 0), value=IGNORE_INDEX))
 
-    def strike(self, step: Step) -> None:
+    def strike(self, sparse_pass: SparsePass) -> None:
         """Ignore what eliminated tokens would have to predict; take it out of the item count."""
         before = self.targets()
-        after, _ = supervised_targets(before, step)
+        after, _ = supervised_targets(before, sparse_pass)
         if self.num_items is not None:
             self.num_items.mul_(share_left(before, after))
         struck = (before != IGNORE_INDEX) & (after == IGNORE_INDEX)

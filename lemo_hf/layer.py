@@ -29,7 +29,7 @@ from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.recompute import checkpointed
 from lemo_hf.selection import KeptSet
 from lemo_hf.sequence_parallel import Share
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
 
 _PLAN = "_lemo_plan"
@@ -72,8 +72,8 @@ class SparseLayer(_Mixed):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         plan: LayerPlan = self.__dict__[_PLAN]
-        step = plan.passes.step
-        if step is None:
+        sparse_pass = plan.passes.current
+        if sparse_pass is None:
             cached = kwargs.get("past_key_values") is not None
             stray = not (cached or plan.passes.plain or plan.passes.resting)
             if self.training and torch.is_grad_enabled() and stray:
@@ -83,14 +83,14 @@ class SparseLayer(_Mixed):
                     "call model.eval() or remove_lemo(model) first."
                 )
             return super().forward(hidden_states, **kwargs)
-        return _sparse_forward(self, plan, step, hidden_states, **kwargs)
+        return _sparse_forward(self, plan, sparse_pass, hidden_states, **kwargs)
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
         # transformers checkpoints a layer by this function. A sparse layer stores its kept rows
         # rather than its whole input, so during a sparse pass the wrapper must do nothing.
         passes = self.__dict__[_PLAN].passes
-        if passes.step is not None:
+        if passes.current is not None:
             return _call
         own = self.__dict__["_gradient_checkpointing_func"]
         return partial(_plainly, passes, own) if passes.plain else own
@@ -149,7 +149,7 @@ def _stock_class(layer: nn.Module) -> type:
 def _sparse_forward(
     layer: nn.Module,
     plan: LayerPlan,
-    step: Step,
+    sparse_pass: SparsePass,
     x: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -160,8 +160,8 @@ def _sparse_forward(
     **kwargs: Any,
 ) -> Tensor:
     """The stream ``x [B, T, H]``, its kept rows updated in place."""
-    x = _stream(x, plan, step)
-    flash = plan.rule is not None and _uses_flash(layer, plan.family, step)
+    x = _stream(x, plan, sparse_pass)
+    flash = plan.rule is not None and _uses_flash(layer, plan.family, sparse_pass)
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
@@ -173,29 +173,29 @@ def _sparse_forward(
                     sublayer=sublayer,
                     x=x.detach(),
                     position_embeddings=position_embeddings,
-                    step=step,
+                    sparse_pass=sparse_pass,
                     # Where the stream is: layers may lie on several devices.
                     predictor=None if plan.predictor is None else plan.predictor.to(x.device),
                 )
             )
-            return scores if step.shards is None else step.shards.agreed(scores)
+            return scores if sparse_pass.shards is None else sparse_pass.shards.agreed(scores)
 
     shares = plan.mlp_rule is None
     if plan.rule is None:
-        kept = step.everything
+        kept = sparse_pass.everything
     else:
-        kept = step.choose(
+        kept = sparse_pass.choose(
             plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
         )
 
-    share = step.share(kept)
+    share = sparse_pass.share(kept)
 
     # Found here, since what is tried inside a unit would be stored for its backward.
     plan.passes.dtype = dtype = _dtype_of(x)
     kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, dtype)
 
     def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
-        inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
+        inputs = kept_attention_inputs(kept, sparse_pass, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, plan.family.attention)
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
@@ -210,18 +210,18 @@ def _sparse_forward(
     update = partial(_update, layer, plan, level)
     x = update(x, kept, share, [attention, mlp] if shares else [attention])
     if plan.mlp_rule is not None:
-        mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
-        x = update(x, mlp_kept, step.share(mlp_kept), [mlp])
-    return close_stream(x) if plan.closes and not step.owns_gradient else x
+        mlp_kept = sparse_pass.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
+        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [mlp])
+    return close_stream(x) if plan.closes and not sparse_pass.owns_gradient else x
 
 
-def _stream(x: Tensor, plan: LayerPlan, step: Step) -> Tensor:
+def _stream(x: Tensor, plan: LayerPlan, sparse_pass: SparsePass) -> Tensor:
     """The stream as something that may be updated in place."""
     if x._is_view():  # FSDP2 hands each layer a view that must not be written to
         return open_stream(x)
     if plan.index > 0:
         return x
-    if not step.owns_embeddings:
+    if not sparse_pass.owns_embeddings:
         return open_stream(x)
     # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.
     return (x.detach() if x.is_leaf else x).contiguous()
@@ -270,16 +270,16 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _uses_flash(layer: nn.Module, family: Family, step: Step) -> bool:
+def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bool:
     attention = getattr(layer, family.attention)
     implementation = attention.config._attn_implementation
     if "flash" not in implementation:
         return False
     window = getattr(attention.config, "sliding_window", None)
     window = getattr(attention, "sliding_window", window)  # None where only other layers slide
-    if window is not None and window < step.tokens:
+    if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {step.tokens}. Use attn_implementation='sdpa'."
+            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa'."
         )
     return True

@@ -105,9 +105,9 @@ class LossRise:
         supervised: list[Tensor] = []
 
         def after_last(*_: Any) -> None:
-            step = lemo.passes.step
-            assert step is not None  # a sparse pass is under way
-            supervised.append(step.supervised())
+            sparse_pass = lemo.passes.current
+            assert sparse_pass is not None  # a sparse pass is under way
+            supervised.append(sparse_pass.supervised())
 
         handle = lemo.passes.last.register_forward_hook(after_last)
         try:

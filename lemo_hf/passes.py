@@ -37,7 +37,7 @@ from lemo_hf.sequence_checks import (
     check_sequence_model,
 )
 from lemo_hf.sequence_parallel import Shards, sequence_group
-from lemo_hf.step import Seen, Step
+from lemo_hf.sparse_pass import Seen, SparsePass
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Passes:
     Attributes:
         resting: A trainer put LeMo on and does not train now: all passes are the plain model's. In
             a loop of one's own it is False.
-        step: The sparse pass under way, or None.
+        current: The sparse pass under way, or None.
         global_step: Optimizer steps done, int64 scalar tensor or int.
         rows: Counts of the rows of the next pass, where the host knows them already.
         retention: What rows keep in passes from now on, whatever the config says; None: what it
@@ -95,7 +95,7 @@ class Passes:
             check_sequence_model(config, model, family)
         self.group = sequence_group(config.sequence_parallel_size)
         self.resting = False
-        self.step: Step | None = None
+        self.current: SparsePass | None = None
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
@@ -146,7 +146,7 @@ class Passes:
             self._for_this_pass.pop().remove()
         if self._own is not None:
             self._own.remove()
-        self.step = self._own = self._promised = None
+        self.current = self._own = self._promised = None
         self.plain = False
 
     def reset_counts(self) -> None:
@@ -191,7 +191,7 @@ class Passes:
         """
         batch, tokens = input_ids.shape
         targets = shifted(labels)
-        step = Step(
+        sparse_pass = SparsePass(
             self.config,
             (batch, tokens),
             input_ids.device,
@@ -199,8 +199,8 @@ class Passes:
             targets=targets,
             vocabulary=self._model_config.vocab_size,
         )
-        step.check_labels(targets)
-        return step.rows
+        sparse_pass.check_labels(targets)
+        return sparse_pass.rows
 
     def _before(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,7 +243,7 @@ class Passes:
             check_sequence_loss(self.config, labels is not None, own)
             kwargs["attention_mask"] = None
             shards = Shards(self.group, main.shape[1], self.config.block_size)
-        self.step = step = Step(
+        self.current = sparse_pass = SparsePass(
             self.config,
             tuple(main.shape[:2]),
             main.device,
@@ -266,17 +266,17 @@ class Passes:
             for name in ("labels", "shift_labels"):
                 kwargs.pop(name, None)
             items = given.num_items
-            self._own = OwnLoss(model, self.family, step, given.targets(), items)
+            self._own = OwnLoss(model, self.family, sparse_pass, given.targets(), items)
         elif given is not None:
             kwargs[given.name] = given.tensor
             if given.num_items is not None:
                 kwargs["num_items_in_batch"] = given.num_items
             others.append(given)
-        if others and (self.config.supervise == "kept" or step.valid is not None):
+        if others and (self.config.supervise == "kept" or sparse_pass.valid is not None):
 
             def strike(*_: Any) -> None:
                 for labels in others:
-                    labels.strike(step)
+                    labels.strike(sparse_pass)
 
             self._for_this_pass.append(self.last.register_forward_hook(strike))
         return (), kwargs
@@ -295,24 +295,24 @@ class Passes:
 
         Decided by the first that asks, once for a shape and as many rows as layers keep.
         """
-        step = self.step
-        assert step is not None  # a layer of a sparse pass asks
-        if step.level is None:
-            rows = tuple(step.stored_rows(len(self._layers)))
-            step.level = self._levels.get((x.shape, rows))
-            if step.level is None:
-                step.level = self._fitting_level(layer, x, rows)
-                if step.level not in self._levels.values():
+        sparse_pass = self.current
+        assert sparse_pass is not None  # a layer of a sparse pass asks
+        if sparse_pass.level is None:
+            rows = tuple(sparse_pass.stored_rows(len(self._layers)))
+            sparse_pass.level = self._levels.get((x.shape, rows))
+            if sparse_pass.level is None:
+                sparse_pass.level = self._fitting_level(layer, x, rows)
+                if sparse_pass.level not in self._levels.values():
                     logger.info(
                         "recompute=%r is what fits beside batches of %d x %d tokens",
-                        step.level,
-                        step.batch,
-                        step.tokens,
+                        sparse_pass.level,
+                        sparse_pass.batch,
+                        sparse_pass.tokens,
                     )
                 if len(self._levels) == MOST_SHAPES:
                     self._levels.clear()
-                self._levels[x.shape, rows] = step.level
-        return step.level
+                self._levels[x.shape, rows] = sparse_pass.level
+        return sparse_pass.level
 
     def _fitting_level(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows]) -> str:
         if x.device.type != "cuda":
@@ -327,16 +327,18 @@ class Passes:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the pass (after an error too), count it, and hand our loss over."""
-        step, own = self.step, self._own
+        sparse_pass, own = self.current, self._own
         self.drop()
-        if step is None or output is None:
+        if sparse_pass is None or output is None:
             return output
-        if step.exceeded and not self._warned:
-            logger.warning("%s. Said once; the logged retention shows how often.", step.exceeded)
+        if sparse_pass.exceeded and not self._warned:
+            logger.warning(
+                "%s. Said once; the logged retention shows how often.", sparse_pass.exceeded
+            )
             self._warned = True
-        if not self._begun and step.retention is None:  # a run may go on within its finish
-            self.first, self._begun = (step.rows, step.row_slots), True
-        self.deliver(step.seen())
+        if not self._begun and sparse_pass.retention is None:  # a run may go on within its finish
+            self.first, self._begun = (sparse_pass.rows, sparse_pass.row_slots), True
+        self.deliver(sparse_pass.seen())
         return output if own is None else own.give(output)
 
 

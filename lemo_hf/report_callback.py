@@ -22,7 +22,7 @@ from lemo_hf.patch import LeMo, lemo_of, transformers_model
 from lemo_hf.report import RECORD_NAME, write_report
 from lemo_hf.report_data import read_record
 from lemo_hf.report_environment import environment
-from lemo_hf.step import Seen
+from lemo_hf.sparse_pass import Seen
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 from lemo_hf import LeMoConfig, apply_lemo, attention, memory
 from lemo_hf.attention import fastest_attention, using
 from lemo_hf.config import UNITS
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
@@ -142,11 +142,11 @@ def test_layers_say_what_they_store_before_they_choose():
     )
     mask = torch.ones(2, 64, dtype=torch.long)
     mask[1, 20:] = 0  # 3 blocks, of which at least first and last are kept
-    step = Step(config, (2, 64), torch.device("cpu"), attention_mask=mask)
-    assert list(step.stored_rows(3)) == [(128, None), (64, None), (32, None)]
+    sparse_pass = SparsePass(config, (2, 64), torch.device("cpu"), attention_mask=mask)
+    assert list(sparse_pass.stored_rows(3)) == [(128, None), (64, None), (32, None)]
     config = LeMoConfig(threshold=1.0, mlp_retention=0.25, block_size=8, agree_across_layers=False)
-    step = Step(config, (2, 64), torch.device("cpu"))
-    assert list(step.stored_rows(1)) == [(128, 32)]
+    sparse_pass = SparsePass(config, (2, 64), torch.device("cpu"))
+    assert list(sparse_pass.stored_rows(1)) == [(128, 32)]
 
 
 @pytest.mark.parametrize("level", UNITS)

@@ -89,7 +89,7 @@ def test_loss_rise_is_the_training_loss_less_the_dense_models(supervise, unchang
         model.get_base_model().training = True
         lemo = apply_lemo(model, config)
         handle = lemo.passes.last.register_forward_hook(
-            lambda *_: asked.append(lemo.passes.step.supervised())
+            lambda *_: asked.append(lemo.passes.current.supervised())
         )
         asked = []
         loss = model(input_ids=ids, labels=ids).loss

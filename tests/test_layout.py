@@ -50,7 +50,7 @@ FLOORS = {
     "row_counts": 1,
     "batch_facts": 2,
     "describe": 2,
-    "step": 3,
+    "sparse_pass": 3,
     "fused": 2,
     "recompute": 1,
     "memory": 2,

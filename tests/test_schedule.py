@@ -317,16 +317,16 @@ def test_chance_and_rows_without_labels_are_said():
 def test_a_loss_outside_of_which_nothing_is_asked_is_0():
     """Kept blocks may hold no label: the count that the sum of 0 is divided by stays above 0."""
     from lemo_hf.labels import Labels
-    from lemo_hf.step import Step
+    from lemo_hf.sparse_pass import SparsePass
 
     tensor = torch.full((1, 32), -100)
     tensor[0, 9] = 5
     labels = Labels.copy_of(tensor, 4)
-    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
-    step.times_kept[0, 16:] = 1  # not what predicts the label
-    labels.strike(step)
+    sparse_pass = SparsePass(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
+    sparse_pass.times_kept[0, 16:] = 1  # not what predicts the label
+    labels.strike(sparse_pass)
     assert (labels.tensor == -100).all() and labels.num_items.item() == 4
     kept = Labels.copy_of(tensor, 4)
-    step.times_kept[0, :16] = 1
-    kept.strike(step)
+    sparse_pass.times_kept[0, :16] = 1
+    kept.strike(sparse_pass)
     assert kept.num_items.item() == 4 and kept.tensor[0, 9] == 5

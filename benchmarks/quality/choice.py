@@ -55,7 +55,7 @@ class Choice:
         assert self.batch is not None
         batch = self.batch
         asking = batch.asking if self.job.asks == "question" else batch.labels != IGNORE_INDEX
-        return overlap_scores(batch.ids, asking, inputs.step.config.block_size)
+        return overlap_scores(batch.ids, asking, inputs.sparse_pass.config.block_size)
 
     def count(self, lemo: LeMo) -> None:
         """Note what the last pass kept of what its batch needed; the host does not wait."""

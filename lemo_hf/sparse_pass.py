@@ -48,7 +48,7 @@ class Seen:
         )
 
 
-class Step(BatchFacts):
+class SparsePass(BatchFacts):
     """One forward pass: the facts of its batch, and the kept sets chosen so far.
 
     Args:
