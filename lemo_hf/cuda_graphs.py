@@ -20,15 +20,17 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
 from lemo_hf.altered import altering
+from lemo_hf.batch_facts import BatchFacts
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.lazy_logits import Logits, stock_class, with_logits
+from lemo_hf.loss import shifted
 from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.passes import Passes
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, capture, flatten
 from lemo_hf.row_counts import RowCounts
-from lemo_hf.sparse_pass import Seen
+from lemo_hf.tally import Seen
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,9 @@ class CudaGraphs:
             self._say(why)
             return stock_call(model, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs.pop("attention_mask", None)
-        self.passes.rows = rows = self.passes.count_rows(ids, mask, kwargs["labels"])
+        self.passes.rows = rows = _count_rows(
+            model, self.passes.config, ids, mask, kwargs["labels"]
+        )
         try:
             if any(row.tokens < ids.shape[1] for row in rows):
                 self._say("its rows have padding")
@@ -99,7 +103,7 @@ class CudaGraphs:
             self._graphs[key] = self._record(model, kwargs)
         recorded, passes = self._graphs[key], self.passes
         loss = recorded.replay(kwargs, passes.global_step)
-        passes.add(recorded.written.seen.clone())
+        passes.tally.add(recorded.written.seen.clone())
         output = tree_map_only(Tensor, torch.clone, recorded.written.output)
         return with_logits(output, loss, Logits(None, OF_GRAPHS))
 
@@ -110,7 +114,7 @@ class CudaGraphs:
         ids = kwargs.get("input_ids")
         if ids is None or ids.device.type != DEVICE:
             return "it needs input_ids on a GPU"
-        if self.passes.promised or not makes_plain_loss(model, kwargs):
+        if self.passes.announced.any() or not makes_plain_loss(model, kwargs):
             return "the loss is not the model's own"
         if returns_tuple(model, kwargs):
             return "return_dict=False asks for logits as well"
@@ -181,7 +185,24 @@ class CudaGraphs:
         try:
             yield seen
         finally:
-            passes.global_step, passes.deliver = before, passes.add
+            passes.global_step, passes.deliver = before, passes.tally.add
+
+
+def _count_rows(
+    model: PreTrainedModel, config: LeMoConfig, ids: Tensor, mask: Tensor | None, labels: Tensor
+) -> list[RowCounts]:
+    """Counts of a batch before its pass; the host waits for them."""
+    targets = shifted(labels)
+    facts = BatchFacts(
+        config.block_size,
+        (ids.shape[0], ids.shape[1]),
+        ids.device,
+        attention_mask=mask,
+        targets=targets,
+        vocabulary=model.config.vocab_size,
+    )
+    facts.check_labels(targets)
+    return facts.rows
 
 
 def _forward_and_backward(

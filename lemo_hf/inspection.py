@@ -146,7 +146,7 @@ def run_sparse_pass(
     try:
         with sparse_evaluation(model):
             model(input_ids=ids, labels=labels, use_cache=False)
-        sets = lemo.passes.kept_blocks
+        sets = lemo.passes.tally.kept_blocks
     finally:
         remove_lemo(model)
     everything = torch.ones(-(-ids.shape[1] // config.block_size), dtype=torch.bool)

@@ -202,7 +202,7 @@ def _sparse_forward(
         with using(kernels):
             return call_attention(module, positions, share, unread, **inputs)
 
-    level = plan.recompute or _level(layer, plan, x)
+    level = plan.recompute or _level(layer, plan, sparse_pass, x)
     attention = attention_sublayer(layer, plan.family, attend)
     mlp = mlp_sublayer(layer, plan.family, again=level != "none")
     if level == "mlp" and not mlp.again:
@@ -257,11 +257,11 @@ def _update(
     return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
 
 
-def _level(layer: nn.Module, plan: LayerPlan, x: Tensor) -> str:
+def _level(layer: nn.Module, plan: LayerPlan, sparse_pass: SparsePass, x: Tensor) -> str:
     """What the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
-    return plan.passes.fitting_level(layer, x)
+    return plan.passes.levels.of(sparse_pass, layer, x)
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:

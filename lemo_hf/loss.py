@@ -25,6 +25,30 @@ def of_tokens(targets: Tensor, sparse_pass: SparsePass) -> Tensor:
     )
 
 
+def supervised(sparse_pass: SparsePass) -> Tensor:
+    """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
+    times = sparse_pass.times_kept
+    mean = times.sum(1, keepdim=True) / sparse_pass.row_tokens.clamp_min(1)
+    found = times >= mean
+    return found if sparse_pass.valid is None else found & sparse_pass.valid
+
+
+def most_labels(sparse_pass: SparsePass) -> int | None:
+    """No more tokens than this have a label that is asked for; None if only the device knows.
+
+    The device alone knows where layers choose sets of their own, and tokens kept most often are
+    asked. Where processes share the sequence, of the tokens that this one holds.
+    """
+    labels = sum(row.labels for row in sparse_pass.rows)
+    if sparse_pass.config.supervise == "all":
+        return labels
+    if set(sparse_pass.agreed) != {"attention"}:
+        return None
+    kept = sparse_pass.agreed["attention"]
+    slots = (sparse_pass.share(kept) or kept).index.shape[1]
+    return sum(min(row.labels, slots) for row in sparse_pass.rows)
+
+
 def supervised_targets(targets: Tensor, sparse_pass: SparsePass) -> tuple[Tensor, Tensor]:
     """Targets the pass may ask for, and each row's weight.
 
@@ -41,7 +65,7 @@ def supervised_targets(targets: Tensor, sparse_pass: SparsePass) -> tuple[Tensor
     targets = of_tokens(targets, sparse_pass)
     before = (targets != IGNORE_INDEX).sum(1, keepdim=True)
     if sparse_pass.config.supervise == "kept":
-        targets = targets.masked_fill(~sparse_pass.supervised(), IGNORE_INDEX)
+        targets = targets.masked_fill(~supervised(sparse_pass), IGNORE_INDEX)
     after = (targets != IGNORE_INDEX).sum(1, keepdim=True)
     return targets, before / after.clamp_min(1)
 
@@ -111,6 +135,6 @@ def segment_loss(
         softcap=getattr(model_config, family.logits_softcap) if family.logits_softcap else None,
         parameters=[p for p in head.parameters() if p.requires_grad],
         norm=norm,
-        most_labels=sparse_pass.most_labels,
+        most_labels=most_labels(sparse_pass),
     )
     return total / count

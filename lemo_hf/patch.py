@@ -223,7 +223,7 @@ class LeMo:
 
     def take_first_batch(self) -> str | None:
         """One line on what the first sparse pass kept; None before it, and from then on."""
-        first, self.passes.first = self.passes.first, None
+        first, self.passes.tally.first = self.passes.tally.first, None
         return None if first is None else describe_batch(self.config, *first)
 
     def _attention(self) -> str:
@@ -260,7 +260,7 @@ class LeMo:
 
     def end_step(self) -> None:
         """The step is over: passes without labels are those of the plain model again."""
-        self.passes.asked, self.passes.expected = False, None
+        self.passes.asked, self.passes.announced.for_step = False, None
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.
@@ -269,13 +269,14 @@ class LeMo:
             ``attention_retention`` and ``mlp_retention``: kept token-layers / token-layers, over
             **all** layers; ``kept_tokens``: tokens the mean sublayer kept.
         """
-        real = int(self.passes.counts["real"])
+        real = int(self.passes.tally.counts["real"])
         if not real:
             return {}
         total = len(self.rules)
         dense = total - len(self.sparse_layers)
         attention, mlp = (
-            (int(self.passes.counts[name]) / real + dense) / total for name in ("attention", "mlp")
+            (int(self.passes.tally.counts[name]) / real + dense) / total
+            for name in ("attention", "mlp")
         )
         return {
             "attention_retention": attention,
@@ -294,7 +295,7 @@ class LeMo:
             start with ``lemo/``; empty if there was no sparse pass.
         """
         report = self.report()
-        self.passes.reset_counts()
+        self.passes.tally.reset()
         if not report:
             return {}
         figures = {

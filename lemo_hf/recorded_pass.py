@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lemo_hf.sparse_pass import Seen
+from lemo_hf.tally import Seen
 
 
 @dataclass(frozen=True)

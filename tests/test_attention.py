@@ -130,8 +130,8 @@ def test_what_a_model_asks_for(offload_gib, monkeypatch):
     slabs = 0 if offload_gib is None else 16
     found = []
     for room in range(WORKING, WORKING + 2**28 + 2**26, 2**23):
-        monkeypatch.setattr("lemo_hf.passes.free_bytes", lambda _, room=room: room + 3 * trained)
-        found.append(lemo.passes._fitting_level(model.get_base_model().model.layers[1], x, rows))
+        monkeypatch.setattr("lemo_hf.levels.free_bytes", lambda _, room=room: room + 3 * trained)
+        found.append(lemo.passes.levels._fitting(model.get_base_model().model.layers[1], x, rows))
         assert found[-1] == level_of(rows, room, slabs=slabs)
     assert found[0] == "full" and found[-1] == "selective"
 
@@ -156,7 +156,7 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
     asked = []
     monkeypatch.setattr(
-        "lemo_hf.passes.Passes._fitting_level", lambda *ask: (asked.append(ask[3]), level)[1]
+        "lemo_hf.levels.Levels._fitting", lambda *ask: (asked.append(ask[3]), level)[1]
     )
     levels = []
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
         lambda run, rows, level, *_: (levels.append(level), run(rows))[1],
     )
     inputs = batch(1, 64)
-    with caplog.at_level("INFO", "lemo_hf.passes"):
+    with caplog.at_level("INFO", "lemo_hf.levels"):
         for _ in range(2):
             model(**inputs).loss.backward()
     assert levels == [level] * 8
@@ -172,8 +172,8 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     assert asked == [((32, None),) * 4]  # once for a shape and its rows
     inputs["labels"][:, :8] = inputs["labels"][:, 16:32] = -100  # the others are kept
     model(**inputs).loss.backward()
-    kept = lemo.passes.kept_blocks[0, "attention"].sum().item() * 8
+    kept = lemo.passes.tally.kept_blocks[0, "attention"].sum().item() * 8
     assert asked[1:] == [((kept, None),) * 4] and kept > 32
-    monkeypatch.setattr("lemo_hf.passes.MOST_SHAPES", 2)
+    monkeypatch.setattr("lemo_hf.levels.MOST_SHAPES", 2)
     model(**batch(1, 48)).loss.backward()
-    assert len(lemo.passes._levels) == 1
+    assert len(lemo.passes.levels._found) == 1

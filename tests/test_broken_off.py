@@ -186,4 +186,4 @@ def test_labels_that_were_promised_to_no_pass(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.compute_loss(trainer.model, batch(tokens=64))
     hook.remove()
-    assert not trainer.lemo.passes.promised
+    assert not trainer.lemo.passes.announced.any()

@@ -106,7 +106,7 @@ def trained(model, config, inputs, lr):
             for p in model.parameters():
                 if p.grad is not None:
                     p.sub_(lr * p.grad)
-        found.append((loss.item(), grads, lemo.passes.kept_blocks))
+        found.append((loss.item(), grads, lemo.passes.tally.kept_blocks))
     report, count = lemo.report(), graphs_of(model) if config.cuda_graphs else 0
     remove_lemo(model)
     return found, report, count
@@ -367,7 +367,7 @@ def test_a_copy_of_the_model_is_on_its_own(device, warned):
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     same = zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True)
     assert all(torch.equal(x, y) for x, y in same)
-    assert lemo.passes.counts["real"] == 4 * inputs[3]["input_ids"].numel()
+    assert lemo.passes.tally.counts["real"] == 4 * inputs[3]["input_ids"].numel()
     assert ["copy of the model" in message for message in warned()] == [True]
 
 

@@ -66,7 +66,7 @@ def test_a_set_holds_something_to_predict():
     lemo = apply_lemo(model, LeMoConfig(retention=0.15, block_size=16))
     loss, gradients = loss_and_gradients(model, input_ids=ids, labels=labels)
     assert loss > 1 and all(x.abs().max() > 0 for x in gradients.values())
-    assert lemo.passes.kept_blocks[0, "attention"].sum() == 3
+    assert lemo.passes.tally.kept_blocks[0, "attention"].sum() == 3
 
 
 def test_each_document_of_a_set_holds_something_to_predict():
@@ -151,7 +151,7 @@ def test_a_loss_outside_asks_no_padding(supervise, monkeypatch):
     labels = Labels.copy_of(inputs["labels"], 3 * 69)
     model = make_model("llama")
     lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, supervise=supervise))
-    lemo.passes._promised = labels
+    lemo.passes.announced.for_next = labels
     rest = {name: x for name, x in inputs.items() if name != "labels"}
     with recorded_sets(monkeypatch) as chosen:
         logits = model(**rest).logits

@@ -254,7 +254,7 @@ def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     with recorded_sets(monkeypatch) as own:
         model(**batch())
     assert torch.equal(own[0][1], agreed[0][1])
-    blocks = model._lemo.passes.kept_blocks
+    blocks = model._lemo.passes.tally.kept_blocks
     assert list(blocks) == [(i, name) for i in (1, 2, 3) for name in ("attention", "mlp")]
     for layer, (_, mask) in zip((1, 2, 3), own, strict=True):
         assert torch.equal(blocks[layer, "mlp"], mask[:, ::8])

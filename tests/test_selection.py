@@ -5,6 +5,7 @@ import torch
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.loss import supervised
 from lemo_hf.selection import block_any, blocks_above, keep_blocks, kept_set, num_kept_blocks
 from lemo_hf.sparse_pass import SparsePass
 
@@ -132,7 +133,7 @@ def test_kept_set_puts_idle_slots_last():
 def test_supervised_tokens_were_kept_as_often_as_the_mean():
     sparse_pass = make_pass((1, 16))
     sparse_pass.times_kept += torch.tensor([[3, 3, 3, 3, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
-    assert sparse_pass.supervised().tolist() == [[True] * 4 + [False] * 8 + [True] * 4]
+    assert supervised(sparse_pass).tolist() == [[True] * 4 + [False] * 8 + [True] * 4]
 
 
 def packed(*sizes):

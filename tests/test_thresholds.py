@@ -28,7 +28,7 @@ def run(model, inputs, settings):
     lemo = apply_lemo(model, settings)
     try:
         loss, gradients = loss_and_gradients(model, **inputs)
-        return loss, gradients, lemo.passes.kept_blocks, lemo.report()
+        return loss, gradients, lemo.passes.tally.kept_blocks, lemo.report()
     finally:
         remove_lemo(model)
 

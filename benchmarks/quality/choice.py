@@ -62,7 +62,7 @@ class Choice:
         assert self.batch is not None
         if self.job.task == "text":  # whose labels need far more than its facts
             return
-        kept = next(iter(lemo.passes.kept_blocks.values()))
+        kept = next(iter(lemo.passes.tally.kept_blocks.values()))
         self._needed = self._needed + self.batch.gold.sum() + self.batch.lost
         self._kept = self._kept + (self.batch.gold & kept).sum()
 
