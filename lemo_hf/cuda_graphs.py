@@ -318,7 +318,8 @@ def _first(error: BaseException) -> BaseException:
 def _no_documents() -> AbstractContextManager[None]:
     """Tell transformers that a row is one document and no graph is made, so that it asks neither.
 
-    While a stream is captured it would make masks that nobody needs, in place of asking the batch.
+    While a CUDA stream is captured it would make masks that nobody needs, in place of asking the
+    batch.
     """
     return altering(
         masking_utils,

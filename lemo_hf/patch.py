@@ -24,7 +24,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.cuda_graphs import CudaGraphs
 from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.layer import LayerPlan, make_sparse, make_stock
+from lemo_hf.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
@@ -193,7 +193,7 @@ class LeMo:
         self.passes = Passes(model, config, family, last, host)
         for i, level in enumerate(config.recompute_levels(len(layers))):
             rule, mlp_rule = rules[i] or (None, None)
-            plan = LayerPlan(
+            setup = LayerSetup(
                 family=family,
                 index=i,
                 rule=rule,
@@ -203,7 +203,7 @@ class LeMo:
                 predictor=None if predictors is None else predictors[i],
                 passes=self.passes,
             )
-            make_sparse(layers[i], plan)
+            make_sparse(layers[i], setup)
 
     @property
     def sparse_layers(self) -> list[int]:

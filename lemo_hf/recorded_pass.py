@@ -137,8 +137,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Put parameters of the same memory in place of those that are trained.
 
-    Autograd ties a parameter to the stream of the first pass that used it, for as long as anything
-    of that pass lives (a loss from before, DDP). No other stream may wait for a captured one.
+    Autograd ties a parameter to the CUDA stream of the first pass that used it, for as long as
+    anything of that pass lives (a loss from before, DDP). No other may wait for a captured one.
     `torch.func.functional_call` would put them back before the backward runs layers again.
     """
     alias = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
