@@ -25,9 +25,12 @@ MOVEMENT = [
     (KERNELS + "gather_norm.use_triton", lambda _: False),
     (KERNELS + "scatter_add.use_triton", lambda _: False),
 ]
-ROTARY = [("lemo_hf.fused._ROTARY", "none")]
+ROTARY = [("lemo_hf.attention_call._ROTARY", "none")]
 GATED = [("lemo_hf.sublayer.gated_activations", lambda *_: None)]
-ADAPTERS = [("lemo_hf.fused.linear_of", lambda module: module)]
+ADAPTERS = [
+    ("lemo_hf.attention_call.linear_of", lambda module, **_: module),
+    ("lemo_hf.fused.linear_of", lambda module: module),
+]
 ATTENTION = [("lemo_hf.layer.fastest_attention", lambda *_: None)]
 LOSS = [
     (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),

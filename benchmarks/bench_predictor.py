@@ -25,7 +25,7 @@ from lemo_hf import LeMoConfig
 from lemo_hf.families import family_of
 from lemo_hf.policies import POLICIES, ScoreInputs
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 LLAMA = {
     "hidden_size": 4096,
@@ -98,9 +98,9 @@ def cost(tokens: int, device: torch.device) -> list[dict]:
             if policy == "overlap" and labels is None:
                 continue  # nobody asks
             lemo = LeMoConfig(policy=policy)
-            step = Step(lemo, (1, tokens), device, input_ids=ids, targets=targets)
+            sparse_pass = SparsePass(lemo, (1, tokens), device, input_ids=ids, targets=targets)
             inputs = ScoreInputs(
-                layer, family_of("llama"), 0, "attention", x, positions, step, network
+                layer, family_of("llama"), 0, "attention", x, positions, sparse_pass, network
             )
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -24,7 +24,7 @@ RULES = (
     ("lemo_hf/recompute.py", "backward", MLP),
     ("integrations/sdpa_attention.py", None, ATTENTION),
     ("kernels/rotary.py", None, ATTENTION),
-    ("lemo_hf/fused.py", "call_attention", ATTENTION),
+    ("lemo_hf/attention_call.py", "call_attention", ATTENTION),
     ("lemo_hf/layer.py", "attend", ATTENTION),
     ("lemo_hf/offload.py", None, STORED),
     ("kernels/rows.py", "open_stream", STREAM),

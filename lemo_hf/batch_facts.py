@@ -1,6 +1,7 @@
 """What is known of a batch before any layer has chosen: padding, documents, labels, counts."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ def outside(targets: Tensor, vocabulary: int | None) -> Tensor:
     """Where ``targets [B, T]`` name no token and are not ignored: ``[B, T]`` bool."""
     wrong = (targets < 0) & (targets != IGNORE_INDEX)
     return wrong if vocabulary is None else wrong | (targets >= vocabulary)
+
+
+def position_ids_of(kwargs: dict[str, Any], tokens: int) -> Tensor | None:
+    """Position ids as the caller of a model gave them, or as its document boundaries imply."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    if kwargs.get("position_ids") is not None or bounds is None:
+        return kwargs.get("position_ids")
+    positions = torch.arange(tokens, device=bounds.device)
+    starts = bounds[torch.searchsorted(bounds, positions.to(bounds.dtype), right=True) - 1]
+    return (positions - starts)[None]
 
 
 class BatchFacts:
@@ -44,6 +55,7 @@ class BatchFacts:
         required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
             of each document, those with labels, and one that has something to predict in each
             document that has anything.
+        row_tokens: ``[B, 1]`` int64: tokens of each row that are no padding.
         label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part.
     """
 
@@ -78,7 +90,7 @@ class BatchFacts:
         self.real = block_any(valid, block_size)
         self.required, self.label_blocks, table = self._blocks(valid, targets, vocabulary)
         self._counts = Counts(table, rows)
-        self._tokens = self._counts.on_device[:, :1]
+        self.row_tokens = self._counts.on_device[:, :1]
 
     @cached_property
     def keys(self) -> Tensor:

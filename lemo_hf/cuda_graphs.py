@@ -11,26 +11,28 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
+from lemo_hf.altered import altering
+from lemo_hf.batch_facts import BatchFacts
 from lemo_hf.capture import capture
 from lemo_hf.compiled import stock_call
 from lemo_hf.config import LeMoConfig
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.lazy_logits import Logits, stock_class, with_logits
+from lemo_hf.loss import shifted
 from lemo_hf.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.passes import Passes
 from lemo_hf.recorded_pass import RecordedPass, Written, aliases, flatten
 from lemo_hf.row_counts import RowCounts
 from lemo_hf.selection import num_kept_blocks
-from lemo_hf.step import Seen
+from lemo_hf.tally import Seen
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,9 @@ class CudaGraphs:
             self._say(why)
             return stock_call(model, **kwargs)
         ids, mask = kwargs["input_ids"], kwargs.pop("attention_mask", None)
-        self.passes.rows = rows = self.passes.count_rows(ids, mask, kwargs["labels"])
+        self.passes.rows = rows = _count_rows(
+            model, self.passes.config, ids, mask, kwargs["labels"]
+        )
         try:
             if any(row.tokens < ids.shape[1] for row in rows):
                 self._say("its rows have padding")
@@ -101,7 +105,7 @@ class CudaGraphs:
             self._graphs[key] = self._record(model, kwargs)
         recorded, passes = self._graphs[key], self.passes
         loss = recorded.replay(kwargs, passes.global_step)
-        passes.add(recorded.written.seen.clone())
+        passes.tally.add(recorded.written.seen.clone())
         output = tree_map_only(Tensor, torch.clone, recorded.written.output)
         return with_logits(output, loss, Logits(None, OF_GRAPHS))
 
@@ -121,7 +125,7 @@ class CudaGraphs:
         ids = kwargs.get("input_ids")
         if ids is None or ids.device.type != DEVICE:
             return "it needs input_ids on a GPU"
-        if self.passes.promised or not makes_plain_loss(model, kwargs):
+        if self.passes.announced.any() or not makes_plain_loss(model, kwargs):
             return "the loss is not the model's own"
         if returns_tuple(model, kwargs):
             return "return_dict=False asks for logits as well"
@@ -192,7 +196,24 @@ class CudaGraphs:
         try:
             yield seen
         finally:
-            passes.global_step, passes.deliver = before, passes.add
+            passes.global_step, passes.deliver = before, passes.tally.add
+
+
+def _count_rows(
+    model: PreTrainedModel, config: LeMoConfig, ids: Tensor, mask: Tensor | None, labels: Tensor
+) -> list[RowCounts]:
+    """Counts of a batch before its pass; the host waits for them."""
+    targets = shifted(labels)
+    facts = BatchFacts(
+        config.block_size,
+        (ids.shape[0], ids.shape[1]),
+        ids.device,
+        attention_mask=mask,
+        targets=targets,
+        vocabulary=model.config.vocab_size,
+    )
+    facts.check_labels(targets)
+    return facts.rows
 
 
 def _forward_and_backward(
@@ -305,15 +326,15 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-@contextmanager
-def _no_documents() -> Iterator[None]:
+def _no_documents() -> AbstractContextManager[None]:
     """Tell transformers that a row is one document and no graph is made, so that it asks neither.
 
-    While a stream is captured it would make masks that nobody needs, in place of asking the batch.
+    While a CUDA stream is captured it would make masks that nobody needs, in place of asking the
+    batch.
     """
-    with (
-        patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None),
-        patch.object(masking_utils, "is_tracing", lambda *_: False),
-        patch.object(masking_utils, "fast_all", lambda _: True),  # OPT makes a mask of ones
-    ):
-        yield
+    return altering(
+        masking_utils,
+        find_packed_sequence_indices=lambda *_, **__: None,
+        is_tracing=lambda *_: False,
+        fast_all=lambda _: True,  # OPT makes a mask of ones
+    )

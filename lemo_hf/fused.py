@@ -6,8 +6,7 @@ on its call (`untouched`).
 """
 
 from collections.abc import Callable
-from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -16,10 +15,8 @@ from lemo_hf.families import Family
 from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.launch import sharded, untouched
 from lemo_hf.kernels.norm import Norm
-from lemo_hf.kernels.rotary import KeptRotary, rotary
-from lemo_hf.lora import has_adapter, linear_of
+from lemo_hf.lora import linear_of
 
-_ROTARY = "apply_rotary_pos_emb"
 _ACTIVATIONS = {
     type(ACT2FN[name]): kernel
     for name, kernel in (
@@ -73,68 +70,6 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
         return gated_activation(gate, up, activation)
 
     return run
-
-
-def call_attention(
-    attention: nn.Module,
-    positions: tuple[KeptRotary, KeptRotary] | None,
-    value_free: str | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Output of the attention module for kept rows, by our own rotary kernel and linears.
-
-    transformers' attention modules look up the rotary function among the globals of their forward
-    and the projections on themselves. For the time of the call the instance gets the same code with
-    one global replaced, and linears in place of its projections.
-
-    Args:
-        attention: The layer's attention.
-        positions: cos and sin at the kept positions, or None.
-        value_free: Name of a projection of whose result nobody reads the values.
-        **kwargs: Of its forward, ``position_embeddings`` excepted.
-    """
-    forward = type(attention).forward
-    code: Any = getattr(forward, "__code__", None)
-    known = "forward" not in vars(attention) and code is not None
-    names = forward.__globals__ if known else {}
-    if positions is not None:
-        if known and _ROTARY in code.co_names:
-            names = {**names, _ROTARY: rotary}
-            kwargs["position_embeddings"] = positions
-        else:
-            kwargs["position_embeddings"] = tuple(part.gathered for part in positions)
-    if not known:
-        return attention(**kwargs)[0]
-    own = FunctionType(
-        code,
-        names,
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-    attention.forward = MethodType(own, _WithLinears(attention, value_free))
-    try:
-        return attention(**kwargs)[0]
-    finally:
-        del attention.forward
-
-
-class _WithLinears:
-    """An attention module but for its projections."""
-
-    def __init__(self, attention: nn.Module, value_free: str | None):
-        self.__dict__["_attention"] = attention
-        for name, module in attention.named_children():
-            linear = linear_of(module, values=name != value_free or not has_adapter(module))
-            if linear is not module:
-                self.__dict__[name] = linear
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._attention, name, value)
 
 
 def _of_transformers(module: nn.Module) -> bool:

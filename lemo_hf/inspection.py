@@ -103,7 +103,7 @@ def inspect_text(
     ids = torch.as_tensor(input_ids, device=input_device(model)).long()[None]
     asked = ids if labels is None else torch.as_tensor(labels, device=ids.device).long()[None]
     with tqdm(total=len(lengths) + 1, desc="passes", disable=not progress) as bar:
-        lemo, kept = sparse_pass(model, ids, config, asked)
+        lemo, kept = run_sparse_pass(model, ids, config, asked)
         bar.update()
         shares = {name: [sum(row) / len(row) for row in rows] for name, rows in kept.items()}
         sparsity = {}
@@ -127,7 +127,7 @@ def inspect_text(
     )
 
 
-def sparse_pass(
+def run_sparse_pass(
     model: nn.Module, ids: Tensor, config: LeMoConfig, labels: Tensor
 ) -> tuple[LeMo, dict[str, list[list[bool]]]]:
     """What a training pass keeps; layers that are dense keep everything.
@@ -146,7 +146,7 @@ def sparse_pass(
     try:
         with sparse_evaluation(model):
             model(input_ids=ids, labels=labels, use_cache=False)
-        sets = lemo.passes.kept_blocks
+        sets = lemo.passes.tally.kept_blocks
     finally:
         remove_lemo(model)
     everything = torch.ones(-(-ids.shape[1] // config.block_size), dtype=torch.bool)

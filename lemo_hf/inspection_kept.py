@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from lemo_hf.checks import check_model
 from lemo_hf.config import LeMoConfig
-from lemo_hf.inspection import sparse_pass
+from lemo_hf.inspection import run_sparse_pass
 from lemo_hf.inspection_row import Passage, TextRow
 from lemo_hf.inspection_words import SharedBlock, shared_words
 from lemo_hf.loss import shifted
 from lemo_hf.patch import input_device, transformers_model
 from lemo_hf.policies import ScoreInputs, rank
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 # A row of fewer blocks shows nothing: its ends, which are always kept, are a good part of it.
 FEW = 8
@@ -175,8 +175,8 @@ def compare_policies(
     device = input_device(model)
     ids, labels = (torch.tensor([x], device=device) for x in (row.input_ids, row.labels))
 
-    def step_of(settings: LeMoConfig, number: int = 0, finish: bool = False) -> Step:
-        return Step(
+    def pass_of(settings: LeMoConfig, number: int = 0, finish: bool = False) -> SparsePass:
+        return SparsePass(
             settings,
             (1, tokens),
             device,
@@ -186,19 +186,19 @@ def compare_policies(
             retention=settings.finish_retention if finish else None,
         )
 
-    def scores_of(step: Step) -> Tensor:
+    def scores_of(sparse_pass: SparsePass) -> Tensor:
         """By policies that never look at the stream."""
         stream = ids[..., None].float()
         return rank(
-            ScoreInputs(layers[index], family, index, "attention", stream, None, step, None)
+            ScoreInputs(layers[index], family, index, "attention", stream, None, sparse_pass, None)
         )
 
     def chosen(settings: LeMoConfig, number: int = 0, finish: bool = False) -> list[bool]:
         """The set of a pass, by such a policy."""
-        step = step_of(settings, number, finish)
+        sparse_pass = pass_of(settings, number, finish)
         rules = settings.layer_rules(len(layers))[index]
         assert rules is not None  # it is the first sparse layer
-        kept = step.choose(index, "attention", rules[0], lambda: scores_of(step))
+        kept = sparse_pass.choose(index, "attention", rules[0], lambda: scores_of(sparse_pass))
         return kept.blocks[0].tolist()
 
     rows: list[KeptRow] = []
@@ -208,13 +208,13 @@ def compare_policies(
         number = sum(r.policy == policy for r in rows)
         name = f"{policy}, step {number + 1}" if policies.count(policy) > 1 else policy
         if policy in OF_MODEL:
-            _, sets = sparse_pass(model, ids, settings, labels)
+            _, sets = run_sparse_pass(model, ids, settings, labels)
             kept = sets["attention"][index]
         else:
             kept = chosen(settings, number)
         rows.append(_row(row, name, policy, kept, size))
     asked = row.question is not None
-    # Of its own accord a run spares rows that ask, see `Step`.
+    # Of its own accord a run spares rows that ask, see `SparsePass`.
     finishes = config.finish and not (asked and config.dense_finish is None)
     chosen_by_model = config.policy in OF_MODEL and config.finish_retention < 1
     if finishes and "chunks" in policies and not chosen_by_model:
@@ -224,7 +224,9 @@ def compare_policies(
         name = f"last {percent(config.finish)} of steps"
         place = 1 + max(i for i, r in enumerate(rows) if r.policy == "chunks")
         rows.insert(place, _row(row, name, config.policy, kept, size))
-    step = step_of(dataclasses.replace(_with_policy(config, "overlap", retention), random_share=0))
+    sparse_pass = pass_of(
+        dataclasses.replace(_with_policy(config, "overlap", retention), random_share=0)
+    )
     return KeptByPolicy(
         tokens=tokens,
         block_size=size,
@@ -232,9 +234,9 @@ def compare_policies(
         question=row.question,
         answer=row.answer,
         passages=list(row.passages),
-        label_blocks=step.label_blocks[0].tolist(),
+        label_blocks=sparse_pass.label_blocks[0].tolist(),
         rows=rows,
-        shared=shared_words(step, scores_of(step), tokenizer.decode) if asked else [],
+        shared=shared_words(sparse_pass, scores_of(sparse_pass), tokenizer.decode) if asked else [],
     )
 
 

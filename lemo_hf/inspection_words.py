@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 # Words that stand in more than an eighth of all blocks explain little: 2.1 nats.
 LEAST_NATS = math.log(8)
@@ -52,14 +52,14 @@ class SharedBlock:
 
 
 def shared_words(
-    step: Step, scores: Tensor, decode: Callable[[Sequence[int]], str], most: int = 5
+    sparse_pass: SparsePass, scores: Tensor, decode: Callable[[Sequence[int]], str], most: int = 5
 ) -> list[SharedBlock]:
     """The blocks of a row that overlap ranks highest, best first, and what they share.
 
     Blocks that ask are left out, and those that score nothing.
 
     Args:
-        step: A pass over one row that is one document, without padding.
+        sparse_pass: A pass over one row that is one document, without padding.
         scores: ``[1, N]``, of the policy.
         decode: Token ids to words.
         most: Blocks to return, at most.
@@ -67,13 +67,13 @@ def shared_words(
     Raises:
         ValueError: There is another number of rows, or no ids are known.
     """
-    if step.input_ids is None or step.batch != 1:
-        raise ValueError(f"give a pass over one row of token ids, got {step.batch} rows.")
-    ids: list[int] = step.input_ids[0].tolist()
-    size = step.config.block_size
-    words = _Words(ids, step.asking_tokens[0].tolist(), size)
+    if sparse_pass.input_ids is None or sparse_pass.batch != 1:
+        raise ValueError(f"give a pass over one row of token ids, got {sparse_pass.batch} rows.")
+    ids: list[int] = sparse_pass.input_ids[0].tolist()
+    size = sparse_pass.config.block_size
+    words = _Words(ids, sparse_pass.asking_tokens[0].tolist(), size)
     values: list[float] = scores[0].tolist()
-    order = [i for i in range(step.num_blocks) if values[i] > 0 and i not in words.asks]
+    order = [i for i in range(sparse_pass.num_blocks) if values[i] > 0 and i not in words.asks]
     found = []
     for block in sorted(order, key=lambda i: -values[i])[:most]:
         first, last = block * size, min((block + 1) * size, len(ids)) - 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lemo_hf.kernels.rotary import KeptRotary
 from lemo_hf.selection import KeptSet
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 def kept_positions(
@@ -84,7 +84,7 @@ def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
 
 def kept_attention_inputs(
     kept: KeptSet,
-    step: Step,
+    sparse_pass: SparsePass,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     flash: bool,
@@ -101,8 +101,8 @@ def kept_attention_inputs(
     if kept.cache is not None and key in kept.cache:
         return kept.cache[key][1]
     inputs: dict[str, Any] = {"attention_mask": kept_mask(attention_mask, kept)}
-    if flash and step.documents is not None:
-        inputs |= kept_documents(step.documents, kept)
+    if flash and sparse_pass.documents is not None:
+        inputs |= kept_documents(sparse_pass.documents, kept)
     if kept.cache is not None:
         # The mask is held, or another one might get its place in memory, and with it its id.
         kept.cache[key] = attention_mask, inputs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import share_left, shifted, supervised_targets
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Labels:
             return targets
         return shifted(nn.functional.pad(targets, (self.prompt, 0), value=IGNORE_INDEX))
 
-    def strike(self, step: Step) -> None:
+    def strike(self, sparse_pass: SparsePass) -> None:
         """Ignore what eliminated tokens would have to predict; take it out of the item count."""
         before = self.targets()
-        after, _ = supervised_targets(before, step)
+        after, _ = supervised_targets(before, sparse_pass)
         if self.num_items is not None:
             self.num_items.mul_(share_left(before, after))
         struck = (before != IGNORE_INDEX) & (after == IGNORE_INDEX)
@@ -103,3 +103,55 @@ class StepLabels(Labels):
             name: next((whole for struck, whole in changed if value is struck), value)
             for name, value in kwargs.items()
         }
+
+
+class AnnouncedLabels:
+    """Labels of losses outside the model, which a trainer shows before it calls the model.
+
+    Attributes:
+        for_next: Of the next pass, which is not given them; or None.
+        for_step: Of any pass of the step, given them or not; or None.
+    """
+
+    def __init__(self) -> None:
+        self.for_next: Labels | None = None
+        self.for_step: StepLabels | None = None
+
+    def promise(self, tensor: Tensor, num_items: Tensor | int | None) -> Labels:
+        """Announce labels that the next pass is not given."""
+        self.for_next = Labels.copy_of(tensor, num_items)
+        return self.for_next
+
+    def expect(self, tensor: Tensor, num_items: Any) -> Labels:
+        """Announce labels that any pass of the step may take, given them or not.
+
+        ``num_items``, a tensor or None, may be changed.
+        """
+        whole = Labels.copy_of(tensor, num_items)
+        self.for_step = StepLabels("labels", tensor.clone(), num_items, whole=whole)
+        return self.for_step
+
+    def any(self) -> bool:
+        """Whether the loss of the next pass may be made outside the model."""
+        return self.for_next is not None or self.for_step is not None
+
+    def restored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a pass, with labels of the step as they were."""
+        return kwargs if self.for_step is None else self.for_step.restored(kwargs)
+
+    def of_pass(self, promised: Labels | None, batch: Tensor) -> tuple[Labels | None, ...]:
+        """Labels of a pass over ``batch``, ``[B, T]`` ids or embeddings ``[B, T, H]``.
+
+        Args:
+            promised: Those that were `for_next`, or None.
+            batch: The model's input.
+
+        Returns:
+            Those that a loss outside takes, and the same as no pass has struck any; or None twice.
+        """
+        if promised is not None:
+            promised.fit(batch)
+            return promised, promised
+        if self.for_step is not None and self.for_step.fit(batch):
+            return self.for_step, self.for_step.whole
+        return None, None

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lemo_hf.attention import fastest_attention, using
+from lemo_hf.attention_call import call_attention
 from lemo_hf.config import UNITS, KeepRule
 from lemo_hf.families import Family
-from lemo_hf.fused import call_attention
 from lemo_hf.kept_inputs import kept_attention_inputs, kept_positions
 from lemo_hf.kernels.gather_norm import gather_norm
 from lemo_hf.kernels.rows import add_update, close_stream, open_stream
@@ -26,18 +26,17 @@ from lemo_hf.passes import Passes
 from lemo_hf.plain_pickle import deep_copy, pickled_as
 from lemo_hf.policies import ScoreInputs, rank
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.recompute import checkpointed, value_free
+from lemo_hf.recompute import checkpointed
 from lemo_hf.selection import KeptSet
-from lemo_hf.sequence_attention import heads_shared
 from lemo_hf.sequence_parallel import Share
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 from lemo_hf.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
 
-_PLAN = "_lemo_plan"
+_SETUP = "_lemo_setup"
 
 
 @dataclass
-class LayerPlan:
+class LayerSetup:
     """What one layer must know.
 
     Attributes:
@@ -72,26 +71,26 @@ class SparseLayer(_Mixed):
     """Mixed in before a decoder layer's class; see the module's docstring."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        plan: LayerPlan = self.__dict__[_PLAN]
-        step = plan.passes.step
-        if step is None:
+        setup: LayerSetup = self.__dict__[_SETUP]
+        sparse_pass = setup.passes.current
+        if sparse_pass is None:
             cached = kwargs.get("past_key_values") is not None
-            stray = not (cached or plan.passes.plain or plan.passes.resting)
+            stray = not (cached or setup.passes.plain or setup.passes.resting)
             if self.training and torch.is_grad_enabled() and stray:
                 raise RuntimeError(
-                    f"layer {plan.index} was called in training mode outside a pass of its causal "
+                    f"layer {setup.index} was called in training mode outside a pass of its causal "
                     "LM, where it would run dense. Call the causal LM itself; for a dense pass "
                     "call model.eval() or remove_lemo(model) first."
                 )
             return super().forward(hidden_states, **kwargs)
-        return _sparse_forward(self, plan, step, hidden_states, **kwargs)
+        return _sparse_forward(self, setup, sparse_pass, hidden_states, **kwargs)
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
         # transformers checkpoints a layer by this function. A sparse layer stores its kept rows
         # rather than its whole input, so during a sparse pass the wrapper must do nothing.
-        passes = self.__dict__[_PLAN].passes
-        if passes.step is not None:
+        passes = self.__dict__[_SETUP].passes
+        if passes.current is not None:
             return _call
         own = self.__dict__["_gradient_checkpointing_func"]
         return partial(_plainly, passes, own) if passes.plain else own
@@ -101,7 +100,7 @@ class SparseLayer(_Mixed):
         self.__dict__["_gradient_checkpointing_func"] = function
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return pickled_as(_stock_class(self), self, (_PLAN,))
+        return pickled_as(_stock_class(self), self, (_SETUP,))
 
     __deepcopy__ = deep_copy
 
@@ -129,9 +128,9 @@ def _sparse_class(base: type) -> type:
     return type(base.__name__, (SparseLayer, base), names)
 
 
-def make_sparse(layer: nn.Module, plan: LayerPlan) -> None:
+def make_sparse(layer: nn.Module, setup: LayerSetup) -> None:
     """Turn ``layer`` into its sparse subclass, in place."""
-    layer.__dict__[_PLAN] = plan
+    layer.__dict__[_SETUP] = setup
     # mypy takes the hash of a module for that of its class.
     layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]
 
@@ -139,7 +138,7 @@ def make_sparse(layer: nn.Module, plan: LayerPlan) -> None:
 def make_stock(layer: nn.Module) -> None:
     """Undo `make_sparse`."""
     layer.__class__ = _stock_class(layer)
-    del layer.__dict__[_PLAN]
+    del layer.__dict__[_SETUP]
 
 
 def _stock_class(layer: nn.Module) -> type:
@@ -149,8 +148,8 @@ def _stock_class(layer: nn.Module) -> type:
 @torch.compiler.disable
 def _sparse_forward(
     layer: nn.Module,
-    plan: LayerPlan,
-    step: Step,
+    setup: LayerSetup,
+    sparse_pass: SparsePass,
     x: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -161,69 +160,68 @@ def _sparse_forward(
     **kwargs: Any,
 ) -> Tensor:
     """The stream ``x [B, T, H]``, its kept rows updated in place."""
-    x = _stream(x, plan, step)
-    flash = plan.rule is not None and _uses_flash(layer, plan.family, step)
+    x = _stream(x, setup, sparse_pass)
+    flash = setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
             scores = rank(
                 ScoreInputs(
                     layer=layer,
-                    family=plan.family,
-                    layer_index=plan.index,
+                    family=setup.family,
+                    layer_index=setup.index,
                     sublayer=sublayer,
                     x=x.detach(),
                     position_embeddings=position_embeddings,
-                    step=step,
+                    sparse_pass=sparse_pass,
                     # Where the stream is: layers may lie on several devices.
-                    predictor=None if plan.predictor is None else plan.predictor.to(x.device),
+                    predictor=None if setup.predictor is None else setup.predictor.to(x.device),
                 )
             )
-            return scores if step.shards is None else step.shards.agreed(scores)
+            return scores if sparse_pass.shards is None else sparse_pass.shards.agreed(scores)
 
-    shares = plan.mlp_rule is None
-    if plan.rule is None:
-        kept = step.everything
+    shares = setup.mlp_rule is None
+    if setup.rule is None:
+        kept = sparse_pass.everything
     else:
-        kept = step.choose(
-            plan.index, "attention", plan.rule, partial(score, "attention"), shared=shares
+        kept = sparse_pass.choose(
+            setup.index, "attention", setup.rule, partial(score, "attention"), shared=shares
         )
 
-    share = step.share(kept)
+    share = sparse_pass.share(kept)
 
     # Found here, since what is tried inside a unit would be stored for its backward.
-    plan.passes.dtype = dtype = _dtype_of(x)
-    kernels = fastest_attention(getattr(layer, plan.family.attention), x.device, dtype)
+    setup.passes.dtype = dtype = _dtype_of(x)
+    kernels = fastest_attention(getattr(layer, setup.family.attention), x.device, dtype)
 
-    def attend(hidden: Tensor) -> Tensor:
-        inputs = kept_attention_inputs(kept, step, attention_mask, position_ids, flash)
+    def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
+        inputs = kept_attention_inputs(kept, sparse_pass, attention_mask, position_ids, flash)
         positions = kept_positions(position_embeddings, kept if share is None else share.work)
-        module = getattr(layer, plan.family.attention)
-        unread = plan.family.attention_output if attention.plain and value_free() else None
+        module = getattr(layer, setup.family.attention)
         inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
-        with using(kernels), heads_shared(module, share):
-            return call_attention(module, positions, unread, **inputs)
+        with using(kernels):
+            return call_attention(module, positions, share, unread, **inputs)
 
-    level = plan.recompute or _level(layer, plan, x)
-    attention = attention_sublayer(layer, plan.family, attend)
-    mlp = mlp_sublayer(layer, plan.family, again=level != "none")
+    level = setup.recompute or _level(layer, setup, sparse_pass, x)
+    attention = attention_sublayer(layer, setup.family, attend)
+    mlp = mlp_sublayer(layer, setup.family, again=level != "none")
     if level == "mlp" and not mlp.again:
         level = "selective"  # an MLP that cannot run again alone does so with the layer
-    update = partial(_update, layer, plan, level)
+    update = partial(_update, layer, setup, level)
     x = update(x, kept, share, [attention, mlp] if shares else [attention])
-    if plan.mlp_rule is not None:
-        mlp_kept = step.choose(plan.index, "mlp", plan.mlp_rule, partial(score, "mlp"))
-        x = update(x, mlp_kept, step.share(mlp_kept), [mlp])
-    return close_stream(x) if plan.closes and not step.owns_gradient else x
+    if setup.mlp_rule is not None:
+        mlp_kept = sparse_pass.choose(setup.index, "mlp", setup.mlp_rule, partial(score, "mlp"))
+        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [mlp])
+    return close_stream(x) if setup.closes and not sparse_pass.owns_gradient else x
 
 
-def _stream(x: Tensor, plan: LayerPlan, step: Step) -> Tensor:
+def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
     """The stream as something that may be updated in place."""
     if x._is_view():  # FSDP2 hands each layer a view that must not be written to
         return open_stream(x)
-    if plan.index > 0:
+    if setup.index > 0:
         return x
-    if not step.owns_embeddings:
+    if not sparse_pass.owns_embeddings:
         return open_stream(x)
     # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.
     return (x.detach() if x.is_leaf else x).contiguous()
@@ -231,7 +229,7 @@ def _stream(x: Tensor, plan: LayerPlan, step: Step) -> Tensor:
 
 def _update(
     layer: nn.Module,
-    plan: LayerPlan,
+    setup: LayerSetup,
     level: str,
     x: Tensor,
     kept: KeptSet,
@@ -250,20 +248,20 @@ def _update(
         # The model's own checkpoint function, so that its offload holds.
         own = layer.__dict__.get("_gradient_checkpointing_func")
         run = partial(run_sublayers, sublayers)
-        rows, update = checkpointed(run, rows, level, own, plan.passes.host, plan.index)
+        rows, update = checkpointed(run, rows, level, own, setup.passes.host, setup.index)
     else:
-        rows, update = run_sublayers(sublayers, rows, hidden)
+        rows, update = run_sublayers(sublayers, rows, hidden=hidden)
     scale = sublayers[-1].scale
     if share is not None:
         rows, update = share.collect(add_update(rows, update, scale).to(x.dtype)), None
     return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
 
 
-def _level(layer: nn.Module, plan: LayerPlan, x: Tensor) -> str:
+def _level(layer: nn.Module, setup: LayerSetup, sparse_pass: SparsePass, x: Tensor) -> str:
     """What the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
-    return plan.passes.fitting_level(layer, x)
+    return setup.passes.levels.of(sparse_pass, layer, x)
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:
@@ -272,16 +270,16 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _uses_flash(layer: nn.Module, family: Family, step: Step) -> bool:
+def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bool:
     attention = getattr(layer, family.attention)
     implementation = attention.config._attn_implementation
     if "flash" not in implementation:
         return False
     window = getattr(attention.config, "sliding_window", None)
     window = getattr(attention, "sliding_window", window)  # None where only other layers slide
-    if window is not None and window < step.tokens:
+    if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {step.tokens}. Use attn_implementation='sdpa'."
+            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa'."
         )
     return True

@@ -59,10 +59,10 @@ class LookedAt:
         def see(inputs: ScoreInputs) -> None:
             layer = inputs.layer_index
             if layer == 0:
-                step = inputs.step
-                self.index, self.asks = _draw(step.asking_blocks, asking, seeds)
-                asked = torch.zeros_like(step.asking_blocks)
-                step.asking_blocks = asked.scatter_(1, self.index, self.asks)
+                sparse_pass = inputs.sparse_pass
+                self.index, self.asks = _draw(sparse_pass.asking_blocks, asking, seeds)
+                asked = torch.zeros_like(sparse_pass.asking_blocks)
+                sparse_pass.asking_blocks = asked.scatter_(1, self.index, self.asks)
             if layer in layers:
                 self.streams[layer] = inputs
             if layer < lowest:

@@ -1,4 +1,4 @@
-"""The language-model loss of a sparse step: on tokens that may be asked, by segments."""
+"""The language-model loss of a sparse pass: on tokens that may be asked, by segments."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lemo_hf.families import Family
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_entropy
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -16,28 +16,56 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def of_tokens(targets: Tensor, step: Step) -> Tensor:
+def of_tokens(targets: Tensor, sparse_pass: SparsePass) -> Tensor:
     """``targets [B, T]`` without those of padding, which no layer reads and nobody may ask."""
-    return targets if step.valid is None else targets.masked_fill(~step.valid, IGNORE_INDEX)
+    return (
+        targets
+        if sparse_pass.valid is None
+        else targets.masked_fill(~sparse_pass.valid, IGNORE_INDEX)
+    )
 
 
-def supervised_targets(targets: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """Targets the step may ask for, and each row's weight.
+def supervised(sparse_pass: SparsePass) -> Tensor:
+    """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
+    times = sparse_pass.times_kept
+    mean = times.sum(1, keepdim=True) / sparse_pass.row_tokens.clamp_min(1)
+    found = times >= mean
+    return found if sparse_pass.valid is None else found & sparse_pass.valid
+
+
+def most_labels(sparse_pass: SparsePass) -> int | None:
+    """No more tokens than this have a label that is asked for; None if only the device knows.
+
+    The device alone knows where layers choose sets of their own, and tokens kept most often are
+    asked. Where processes share the sequence, of the tokens that this one holds.
+    """
+    labels = sum(row.most_labels for row in sparse_pass.rows)
+    if sparse_pass.config.supervise == "all":
+        return labels
+    if set(sparse_pass.agreed) != {"attention"}:
+        return None
+    kept = sparse_pass.agreed["attention"]
+    slots = (sparse_pass.share(kept) or kept).index.shape[1]
+    return sum(min(row.most_labels, slots) for row in sparse_pass.rows)
+
+
+def supervised_targets(targets: Tensor, sparse_pass: SparsePass) -> tuple[Tensor, Tensor]:
+    """Targets the pass may ask for, and each row's weight.
 
     With ``supervise="kept"`` the mean loss over a row's remaining targets stands for the row, so a
     row weighs as much as in dense training: its weight is (its targets) / (remaining targets).
 
     Args:
         targets: ``[B, T]`` int64, `IGNORE_INDEX` for none.
-        step: The forward pass, after its last sparse layer.
+        sparse_pass: The forward pass, after its last sparse layer.
 
     Returns:
         Targets ``[B, T]`` and weights ``[B, 1]`` fp32.
     """
-    targets = of_tokens(targets, step)
+    targets = of_tokens(targets, sparse_pass)
     before = (targets != IGNORE_INDEX).sum(1, keepdim=True)
-    if step.config.supervise == "kept":
-        targets = targets.masked_fill(~step.supervised(), IGNORE_INDEX)
+    if sparse_pass.config.supervise == "kept":
+        targets = targets.masked_fill(~supervised(sparse_pass), IGNORE_INDEX)
     after = (targets != IGNORE_INDEX).sum(1, keepdim=True)
     return targets, before / after.clamp_min(1)
 
@@ -55,7 +83,7 @@ def share_left(before: Tensor, after: Tensor) -> Tensor:
 def segment_loss(
     hidden: Tensor,
     targets: Tensor,
-    step: Step,
+    sparse_pass: SparsePass,
     head: nn.Module,
     family: Family,
     model_config: Any,
@@ -68,7 +96,7 @@ def segment_loss(
         hidden: What the head reads, ``[B, T, H]``; before ``norm`` if there is one. Of the shard
             where processes share the sequence.
         targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
-        step: The forward pass.
+        sparse_pass: The forward pass.
         head: The output embeddings, called as a module.
         family: Where the config keeps a logit divisor or soft cap.
         model_config: Config of the model.
@@ -81,30 +109,32 @@ def segment_loss(
         share the sequence, the mean over them is the loss: engines take the mean of their
         gradients, and Trainer of what it logs.
     """
-    step.check_labels(targets)
+    sparse_pass.check_labels(targets)
     count: Tensor | float
     if num_items_in_batch is None:
-        count = (of_tokens(targets, step) != IGNORE_INDEX).sum().clamp_min(1)
+        count = (of_tokens(targets, sparse_pass) != IGNORE_INDEX).sum().clamp_min(1)
     elif isinstance(num_items_in_batch, Tensor):
         count = num_items_in_batch.to(hidden.device).clamp_min(1)
     else:
         count = max(1, num_items_in_batch)
-    if num_items_in_batch is not None and step.valid is not None:
-        count = count * share_left(targets, of_tokens(targets, step))  # they count padding's too
-    targets, weights = supervised_targets(targets, step)
-    if step.shards is not None:
-        targets = step.shards.part(targets)
-        count = count / step.shards.group.size
+    if num_items_in_batch is not None and sparse_pass.valid is not None:
+        count = count * share_left(
+            targets, of_tokens(targets, sparse_pass)
+        )  # they count padding's too
+    targets, weights = supervised_targets(targets, sparse_pass)
+    if sparse_pass.shards is not None:
+        targets = sparse_pass.shards.part(targets)
+        count = count / sparse_pass.shards.group.size
     total = segment_cross_entropy(
         hidden.flatten(0, 1),
         targets.flatten(),
         weights.expand_as(targets).flatten(),
         head,
-        segment_size=step.config.segment_size,
+        segment_size=sparse_pass.config.segment_size,
         divisor=getattr(model_config, family.logits_divisor) if family.logits_divisor else 1.0,
         softcap=getattr(model_config, family.logits_softcap) if family.logits_softcap else None,
         parameters=[p for p in head.parameters() if p.requires_grad],
         norm=norm,
-        most_labels=step.most_labels,
+        most_labels=most_labels(sparse_pass),
     )
     return total / count

@@ -13,7 +13,7 @@ from lemo_hf.checks import check_model
 from lemo_hf.config import LeMoConfig
 from lemo_hf.families import family_of
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.loss import shifted
+from lemo_hf.loss import shifted, supervised
 from lemo_hf.modes import evaluating
 from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
 
@@ -91,7 +91,7 @@ class LossRise:
                 excess = ((loss - dense) * asked).sum() / asked.sum().clamp_min(1)
                 rise = rise + excess * labels / sum(self._labels)
                 blocks += _num_blocks(row, config)
-                sets = lemo.passes.kept_blocks
+                sets = lemo.passes.tally.kept_blocks
                 kept = kept + torch.stack([sets[i, "attention"].sum() for i in lemo.sparse_layers])
             retentions = [1.0] * len(lemo.rules)
             shares = torch.as_tensor(kept / blocks).tolist()
@@ -102,20 +102,20 @@ class LossRise:
     def _sparse_losses(self, lemo: LeMo, row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each token's loss ``[1, T]``, and which tokens the config asks for."""
         asked = _targets(row) != IGNORE_INDEX
-        supervised: list[Tensor] = []
+        kept: list[Tensor] = []
 
         def after_last(*_: Any) -> None:
-            step = lemo.passes.step
-            assert step is not None  # a sparse pass is under way
-            supervised.append(step.supervised())
+            sparse_pass = lemo.passes.current
+            assert sparse_pass is not None  # a sparse pass is under way
+            kept.append(supervised(sparse_pass))
 
         handle = lemo.passes.last.register_forward_hook(after_last)
         try:
-            lemo.passes.promise(row["labels"], None)
+            lemo.passes.announced.promise(row["labels"], None)
             loss = self._token_losses(row)
         finally:
             handle.remove()
-        return loss, asked & supervised[0] if lemo.config.supervise == "kept" else asked
+        return loss, asked & kept[0] if lemo.config.supervise == "kept" else asked
 
     def _token_losses(self, row: dict[str, Tensor]) -> Tensor:
         """Nats of each token's target, ``[1, T]`` fp32; the head runs on a segment at a time."""

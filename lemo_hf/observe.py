@@ -12,7 +12,7 @@ from lemo_hf.checks import check_model
 from lemo_hf.config import LeMoConfig
 from lemo_hf.families import Family
 from lemo_hf.policies import ScoreInputs
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def observe(
     """
     family = check_model(model)
     layers = cast(nn.ModuleList, model.get_submodule(family.layers))
-    step = Step(
+    sparse_pass = SparsePass(
         config,
         (input_ids.shape[0], input_ids.shape[1]),
         input_ids.device,
@@ -72,7 +72,11 @@ def observe(
                         return
                     x = x.view(*input_ids.shape, x.shape[-1])  # OPT's MLP sees rows alone
                     looking.append(at)  # scoring calls the very norm that is hooked
-                    see(ScoreInputs(layer, family, index, at, x, pos["embeddings"], step, None))
+                    see(
+                        ScoreInputs(
+                            layer, family, index, at, x, pos["embeddings"], sparse_pass, None
+                        )
+                    )
                     looking.pop()
 
                 module = layer if sublayer == "attention" else _mlp_start(layer, family)

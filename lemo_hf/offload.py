@@ -1,9 +1,9 @@
 """Pinned host memory for what layers store, copied behind the computation.
 
 `HostMemory.put` stores on the way forward, `HostMemory.get` reads on the way back; copies run on
-two streams of their own. On the way back the unit before the one that is asked for is fetched at
-the same time, so that it is there when its turn comes. Layers that keep more rows send more, and
-have more computation to hide it behind. What does not fit the budget stays on the device, and so
+two CUDA streams of their own. On the way back the unit before the one that is asked for is fetched
+at the same time, so that it is there when its turn comes. Layers that keep more rows send more, and
+have more computation to hide it behind. What does not fit `HostMemory` stays on the device, and so
 does the last layer's, which is the first to be needed.
 
 Memory on the device in flight: two units on either way. Pinned memory is taken in slabs, which
@@ -67,15 +67,15 @@ class HostMemory:
     """See the module's docstring.
 
     Args:
-        budget_gib: Pinned memory to take at most, GiB.
+        gib: Pinned memory to take at most, GiB.
         last: The unit that stays on the device.
 
     Attributes:
         most: Slabs that may be taken.
     """
 
-    def __init__(self, budget_gib: float, last: int):
-        self.most = int(budget_gib * GIB) // SLAB
+    def __init__(self, gib: float, last: int):
+        self.most = int(gib * GIB) // SLAB
         self.last = last
         self._made = 0
         self._free: list[_Slab] = []

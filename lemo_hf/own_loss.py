@@ -22,7 +22,7 @@ from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.lazy_logits import Logits, with_logits
 from lemo_hf.loss import segment_loss
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 _NO_LOGITS = (
     "a sparse pass makes its loss without logits, and here they cannot be made any more: {}. Or "
@@ -70,7 +70,7 @@ class OwnLoss:
     Args:
         model: The causal LM, about to run.
         family: Where its parts are.
-        step: The pass.
+        sparse_pass: The pass.
         targets: ``[B, T]`` token each position must predict.
         num_items: As `segment_loss` is given them.
     """
@@ -79,11 +79,11 @@ class OwnLoss:
         self,
         model: PreTrainedModel,
         family: Family,
-        step: Step,
+        sparse_pass: SparsePass,
         targets: Tensor,
         num_items: Tensor | int | None,
     ):
-        self._model, self._family, self._step = model, family, step
+        self._model, self._family, self._sparse_pass = model, family, sparse_pass
         self._targets, self._num_items = targets, num_items
         self._head = model.get_output_embeddings()
         self._hooks: list = []
@@ -104,7 +104,7 @@ class OwnLoss:
             return hidden.detach()
 
         # From here on the gradient of the stream is the loss's own, and norms exist by segments.
-        step.owns_gradient = True
+        sparse_pass.owns_gradient = True
         self._hooks.append(_StandIn(module, at_norm))
 
     def remove(self) -> None:
@@ -132,12 +132,19 @@ class OwnLoss:
     def _loss_of(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
         config, family = self._model.config, self._family
         return segment_loss(
-            hidden, self._targets, self._step, self._head, family, config, self._num_items, norm
+            hidden,
+            self._targets,
+            self._sparse_pass,
+            self._head,
+            family,
+            config,
+            self._num_items,
+            norm,
         )
 
     def _make_of(self, hidden: Tensor, norm: Norm | None = None, module: Any = None) -> None:
         self._loss = self._loss_of(hidden, norm)
-        if self._step.shards is not None:
+        if self._sparse_pass.shards is not None:
             self._logits = Logits(None, OF_SEQUENCES)
             return
         config, family, kind = self._model.config, self._family, hidden.device.type

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.cuda_graphs import CudaGraphs
 from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.layer import LayerPlan, make_sparse, make_stock
+from lemo_hf.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.offload import HostMemory
 from lemo_hf.passes import Passes
@@ -36,11 +36,6 @@ from lemo_hf.predictors.predictor_set import LeMoPredictor
 logger = logging.getLogger(__name__)
 
 _LEMO = "_lemo"
-
-# A data loader's workers collect garbage that their parent left. Pinned memory and CUDA graphs in
-# it are freed by asking CUDA, which aborts a forked process: it must never collect them.
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def apply_lemo(
@@ -68,12 +63,24 @@ def apply_lemo(
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
+    _spare_forks()
     lemo = LeMo(model, config, predictors)
     setattr(model, _LEMO, lemo)
     train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
     train_eagerly(model, partial(_run, train))
     pickle_plain(model, own=(_LEMO, CALL))
     return lemo
+
+
+@cache
+def _spare_forks() -> None:
+    """From now on no process that is forked from this one collects what its parent left.
+
+    A data loader's workers would free pinned memory and CUDA graphs by asking CUDA, which aborts a
+    forked process.
+    """
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(after_in_child=gc.freeze)
 
 
 def _run(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +194,7 @@ class LeMo:
         self.passes = Passes(model, config, family, last, host)
         for i, level in enumerate(config.recompute_levels(len(layers))):
             rule, mlp_rule = rules[i] or (None, None)
-            plan = LayerPlan(
+            setup = LayerSetup(
                 family=family,
                 index=i,
                 rule=rule,
@@ -197,7 +204,7 @@ class LeMo:
                 predictor=None if predictors is None else predictors[i],
                 passes=self.passes,
             )
-            make_sparse(layers[i], plan)
+            make_sparse(layers[i], setup)
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -217,7 +224,7 @@ class LeMo:
 
     def take_first_batch(self) -> str | None:
         """One line on what the first sparse pass kept; None before it, and from then on."""
-        first, self.passes.first = self.passes.first, None
+        first, self.passes.tally.first = self.passes.tally.first, None
         return None if first is None else describe_batch(self.config, *first)
 
     def _attention(self) -> str:
@@ -254,7 +261,7 @@ class LeMo:
 
     def end_step(self) -> None:
         """The step is over: passes without labels are those of the plain model again."""
-        self.passes.asked, self.passes.expected = False, None
+        self.passes.asked, self.passes.announced.for_step = False, None
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.
@@ -263,13 +270,14 @@ class LeMo:
             ``attention_retention`` and ``mlp_retention``: kept token-layers / token-layers, over
             **all** layers; ``kept_tokens``: tokens the mean sublayer kept.
         """
-        real = int(self.passes.counts["real"])
+        real = int(self.passes.tally.counts["real"])
         if not real:
             return {}
         total = len(self.rules)
         dense = total - len(self.sparse_layers)
         attention, mlp = (
-            (int(self.passes.counts[name]) / real + dense) / total for name in ("attention", "mlp")
+            (int(self.passes.tally.counts[name]) / real + dense) / total
+            for name in ("attention", "mlp")
         )
         return {
             "attention_retention": attention,
@@ -288,7 +296,7 @@ class LeMo:
             start with ``lemo/``; empty if there was no sparse pass.
         """
         report = self.report()
-        self.passes.reset_counts()
+        self.passes.tally.reset()
         if not report:
             return {}
         figures = {

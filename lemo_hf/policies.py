@@ -27,7 +27,7 @@ from lemo_hf.predictors.training_free import (
     window_scores,
 )
 from lemo_hf.replayed import Replayed
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class ScoreInputs:
         sublayer: ``"attention"`` or ``"mlp"``.
         x: Residual stream, ``[B, T, H]``; the shard of it where processes share the sequence.
         position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
-        step: The batch's padding, documents and seeds.
+        sparse_pass: The batch's padding, documents and seeds.
         predictor: Of this layer and sublayer, or None.
     """
 
@@ -60,7 +60,7 @@ class ScoreInputs:
     sublayer: str
     x: Tensor
     position_embeddings: tuple[Tensor, Tensor] | None
-    step: Step
+    sparse_pass: SparsePass
     predictor: BlockPredictor | None
 
 
@@ -84,28 +84,28 @@ def oracle(inputs: ScoreInputs) -> Tensor:
 
     An MLP that chooses for itself keeps the blocks with its largest activations.
     """
-    step, size = inputs.step, inputs.step.config.block_size
+    sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
     if inputs.sublayer == "attention":
         return _summed(oracle_shares(inputs, *_asking(inputs)))
     tokens = torch.cat([_mlp_activity(inputs, chunk) for chunk in inputs.x.split(CHUNK, dim=1)], 1)
-    tokens = tokens if step.valid is None else tokens * step.valid
-    padding = -step.tokens % size
+    tokens = tokens if sparse_pass.valid is None else tokens * sparse_pass.valid
+    padding = -sparse_pass.tokens % size
     return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
 
 
 def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
     """What each asking block gives each block by the layer's attention; see `asked_shares`."""
-    step = inputs.step
+    sparse_pass = inputs.sparse_pass
     captured = _query_key(inputs, sublayer_input(inputs, inputs.x), inputs.position_embeddings)
     return asked_shares(
         captured.query,
         captured.key,
         index,
         asks,
-        step.config.block_size,
+        sparse_pass.config.block_size,
         captured.scaling,
-        valid=step.valid,
-        documents=step.documents,
+        valid=sparse_pass.valid,
+        documents=sparse_pass.documents,
         window=captured.window,
         softcap=captured.softcap,
     )
@@ -113,7 +113,7 @@ def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[
 
 def pooled(inputs: ScoreInputs) -> Tensor:
     """The same score from one query and one key a block: of the block's mean row, at its middle."""
-    step, size = inputs.step, inputs.step.config.block_size
+    sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
     parts = [
         pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
         for part, valid in _chunks(inputs)
@@ -123,7 +123,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
         return _mlp_activity(inputs, means, normed=True)
     positions = inputs.position_embeddings
     if positions is not None:
-        cos, sin = (torch.take_along_dim(x, step.middles[..., None], 1) for x in positions)
+        cos, sin = (torch.take_along_dim(x, sparse_pass.middles[..., None], 1) for x in positions)
         positions = (cos, sin)
     captured = _query_key(inputs, means, positions)
     return _summed(
@@ -133,8 +133,8 @@ def pooled(inputs: ScoreInputs) -> Tensor:
             *_asking(inputs),
             1,
             captured.scaling,
-            valid=step.real,
-            documents=step.block_documents,
+            valid=sparse_pass.real,
+            documents=sparse_pass.block_documents,
             window=captured.window and max(1, captured.window // size),
             softcap=captured.softcap,
         )
@@ -143,9 +143,9 @@ def pooled(inputs: ScoreInputs) -> Tensor:
 
 def _asking(inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     """The blocks that ask, as `asking_index` gives them."""
-    step = inputs.step
-    most = max(1, *(row.most_label_blocks or row.blocks for row in step.rows))
-    return asking_index(step.asking_blocks, most)
+    sparse_pass = inputs.sparse_pass
+    most = max(1, *(row.most_label_blocks or row.blocks for row in sparse_pass.rows))
+    return asking_index(sparse_pass.asking_blocks, most)
 
 
 def _summed(shares: Iterator[Tensor]) -> Tensor:
@@ -155,19 +155,19 @@ def _summed(shares: Iterator[Tensor]) -> Tensor:
 
 def random(inputs: ScoreInputs) -> Tensor:
     """Uniform, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
-    return random_scores(inputs.step.keys, inputs.step.num_blocks, *_salts(inputs))
+    return random_scores(inputs.sparse_pass.keys, inputs.sparse_pass.num_blocks, *_salts(inputs))
 
 
 def window(inputs: ScoreInputs) -> Tensor:
     """Neighbours from a random place on, which is fixed as the random policy's scores are."""
-    return window_scores(inputs.step.keys, inputs.step.places, *_salts(inputs))
+    return window_scores(inputs.sparse_pass.keys, inputs.sparse_pass.places, *_salts(inputs))
 
 
 def chunks(inputs: ScoreInputs) -> Tensor:
     """Runs of neighbouring blocks by chance, fixed as the random policy's scores are."""
-    step = inputs.step
-    chunk = max(1, step.config.chunk_size // step.config.block_size)
-    return chunk_scores(step.keys, step.places, chunk, *_salts(inputs))
+    sparse_pass = inputs.sparse_pass
+    chunk = max(1, sparse_pass.config.chunk_size // sparse_pass.config.block_size)
+    return chunk_scores(sparse_pass.keys, sparse_pass.places, chunk, *_salts(inputs))
 
 
 def overlap(inputs: ScoreInputs) -> Tensor:
@@ -180,14 +180,18 @@ def overlap(inputs: ScoreInputs) -> Tensor:
 
 
 def _shared_words(inputs: ScoreInputs) -> Tensor:
-    step = inputs.step
-    if step.input_ids is None:
+    sparse_pass = inputs.sparse_pass
+    if sparse_pass.input_ids is None:
         raise ValueError(
             "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
             "policy='chunks'."
         )
     shared = _overlap_scores(
-        step.input_ids, step.asking_tokens, step.config.block_size, step.valid, step.documents
+        sparse_pass.input_ids,
+        sparse_pass.asking_tokens,
+        sparse_pass.config.block_size,
+        sparse_pass.valid,
+        sparse_pass.documents,
     )
     return torch.where(shared > 0, 1 + shared, chunks(inputs))
 
@@ -197,10 +201,10 @@ def auto(inputs: ScoreInputs) -> Tensor:
 
     Of a model that is given ``inputs_embeds`` (prompt tuning) nobody knows the words: chunks.
     """
-    step = inputs.step
-    if not any(row.label_blocks for row in step.rows):
+    sparse_pass = inputs.sparse_pass
+    if not any(row.label_blocks for row in sparse_pass.rows):
         return chunks(inputs)
-    if step.input_ids is None:
+    if sparse_pass.input_ids is None:
         logger.warning_once(
             "LeMo: the model is given inputs_embeds, so that no words can be compared: blocks are "
             "kept by chance (policy 'chunks')."
@@ -210,18 +214,23 @@ def auto(inputs: ScoreInputs) -> Tensor:
 
 
 def _with_chance(inputs: ScoreInputs, scores: Tensor) -> Tensor:
-    share = inputs.step.config.chance
+    share = inputs.sparse_pass.config.chance
     return mix_ranks(scores, chunks(inputs), share) if share else scores
 
 
 def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
-    step = inputs.step
-    return (step.config.seed, step.global_step, inputs.layer_index, inputs.sublayer == "mlp")
+    sparse_pass = inputs.sparse_pass
+    return (
+        sparse_pass.config.seed,
+        sparse_pass.global_step,
+        inputs.layer_index,
+        inputs.sublayer == "mlp",
+    )
 
 
 def recent(inputs: ScoreInputs) -> Tensor:
     """The later the better."""
-    return recent_scores(inputs.step.batch, inputs.step.num_blocks, inputs.x.device)
+    return recent_scores(inputs.sparse_pass.batch, inputs.sparse_pass.num_blocks, inputs.x.device)
 
 
 def predictor(inputs: ScoreInputs) -> Tensor:
@@ -231,35 +240,36 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     two misses the other often finds (docs/predictors.md). Thresholds compare what the predictor
     says alone.
     """
-    step, network = inputs.step, inputs.predictor
+    sparse_pass, network = inputs.sparse_pass, inputs.predictor
     assert network is not None  # see `check_predictors`
     parts = [
         network.project(sublayer_input(inputs, inputs.x[:, part]), valid)
         for part, valid in _chunks(inputs)
     ]
     projected = Projected(*(_whole(inputs, x) for x in Projected.join(parts)))
-    rare = None if step.input_ids is None else rarity(step.input_ids, step.valid, step.documents)
-    scores = network.score(projected, *_asking(inputs), step.block_documents, rare)
-    asks = any(row.label_blocks for row in step.rows) and step.input_ids is not None
-    if asks and step.config.threshold is None and step.config.mlp_threshold is None:
+    ids, documents = sparse_pass.input_ids, sparse_pass.block_documents
+    rare = None if ids is None else rarity(ids, sparse_pass.valid, sparse_pass.documents)
+    scores = network.score(projected, *_asking(inputs), documents, rare)
+    asks = any(row.label_blocks for row in sparse_pass.rows) and ids is not None
+    if asks and sparse_pass.config.threshold is None and sparse_pass.config.mlp_threshold is None:
         both = mix_ranks(_shared_words(inputs), scores, MEANING)
-        scores = torch.where(step.asks, both, scores)
+        scores = torch.where(sparse_pass.asks, both, scores)
     return _with_chance(inputs, scores)
 
 
 def _chunks(inputs: ScoreInputs) -> Iterator[tuple[slice, Tensor | None]]:
     """Slices of whole blocks, about `CHUNK` tokens each, and their validity."""
-    step = inputs.step
-    size = step.config.block_size
+    sparse_pass = inputs.sparse_pass
+    size = sparse_pass.config.block_size
     chunk = max(1, CHUNK // size) * size
     for start in range(0, inputs.x.shape[1], chunk):
         part = slice(start, start + chunk)
-        yield part, None if step.valid is None else step.valid[:, part]
+        yield part, None if sparse_pass.valid is None else sparse_pass.valid[:, part]
 
 
 def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
     """``[B, N, ...]`` of the whole sequence, of which this process may have made a part."""
-    shards = inputs.step.shards
+    shards = inputs.sparse_pass.shards
     return blocks if shards is None else shards.gather_blocks(blocks)
 
 
@@ -278,7 +288,7 @@ POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
 
 def rank(inputs: ScoreInputs) -> Tensor:
     """Block scores ``[B, N]`` by the policy of the config."""
-    policy = inputs.step.config.policy
+    policy = inputs.sparse_pass.config.policy
     assert policy is not None  # settled when the config was made
     return POLICIES[policy](inputs)
 

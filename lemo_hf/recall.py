@@ -90,13 +90,15 @@ def recall_table(
                         )
                     }
                     for policy in baselines:
-                        if policy != "overlap" or bool(inputs.step.asks.any()):
+                        if policy != "overlap" or bool(inputs.sparse_pass.asks.any()):
                             scores[policy] = POLICIES[policy](inputs)
                     target = seen.target.sum(1)
                     for policy, ranking in scores.items():
                         for share in retentions:
                             key = (name, share, layer, policy)
-                            value = recall(ranking, target, share, inputs.step.required).item()
+                            value = recall(
+                                ranking, target, share, inputs.sparse_pass.required
+                            ).item()
                             found.setdefault(key, []).append(value)
                 bar.update()
     names = ("documents", "retention", "layer", "policy")

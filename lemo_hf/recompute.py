@@ -14,7 +14,6 @@ is not run when the unit is run again: it needs nothing but its input there (`re
 takes its own backward a tile at a time, so that no more than a tile of its activations exists.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -42,7 +41,6 @@ _ATTENTION = (
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
 )
-_thread = threading.local()
 
 
 def checkpointed(
@@ -51,42 +49,45 @@ def checkpointed(
     level: str,
     model_checkpoint: Callable | None,
     host: HostMemory | None,
-    unit: int,
+    number: int,
 ) -> Any:
-    """``function(rows)``, of which ``rows`` are stored, and but for ``"full"`` attention's output.
+    """``function(rows, unit=...)``, of which ``rows`` are stored, and what the `Unit` keeps.
 
     Args:
-        function: Of the rows alone.
+        function: Of the rows alone; it is told the unit that runs, or runs again.
         rows: ``[B, K, H]``.
         level: One of `UNITS`.
         model_checkpoint: The model's own checkpoint function, or None for PyTorch's.
         host: Where to store, or None for the device. Replaces the model's own function, which may
             offload as well.
-        unit: Place in the order of units, for ``host``.
+        number: Place in the order of units, for ``host``.
     """
+    unit = Unit(level, host, number)
     stored: AbstractContextManager[Any] = nullcontext()
     if host is not None:
         model_checkpoint = checkpoint
-        stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=unit), host.get)
-    contexts = partial(_contexts, level, host, unit)
+        stored = torch.autograd.graph.saved_tensors_hooks(partial(host.put, unit=number), host.get)
+
+    def contexts() -> tuple[_Running, _Running]:
+        return _Running(unit, again=False), _Running(unit, again=True)
+
     options: dict[str, Any] = {"preserve_rng_state": False} if _captured(rows.device) else {}
     # Reentrant checkpointing would run a backward inside the backward, which DDP cannot see.
     with stored:
         return (model_checkpoint or checkpoint)(
-            function, rows, use_reentrant=False, context_fn=contexts, **options
+            partial(function, unit=unit),
+            rows,
+            use_reentrant=False,
+            context_fn=contexts,
+            **options,
         )
 
 
-def value_free() -> bool:
-    """Whether a unit runs again that has kept the sum of its rows and attention's update."""
-    unit = getattr(_thread, "unit", None)
-    return unit is not None and unit.again and bool(unit.sums)
-
-
-class _Unit:
+class Unit:
     """What one unit keeps besides its rows: attention's output, and the sum of rows and update.
 
-    It is the state of the unit's two contexts: one while it runs, one whenever it runs again.
+    Attributes:
+        again: It runs again, for its backward.
     """
 
     def __init__(self, level: str, host: HostMemory | None, number: int):
@@ -95,6 +96,11 @@ class _Unit:
         self.attentions: list[list] = []
         self.sums: list = []
         self.again = False
+
+    @property
+    def update_unread(self) -> bool:
+        """It runs again and has kept the sum, so that nobody reads attention's update."""
+        return self.again and bool(self.sums)
 
     def put(self, tensor: Tensor) -> Tensor | Stored:
         # With its place in the graph it would hold the graph that holds this unit.
@@ -106,14 +112,12 @@ class _Unit:
 
 
 class _Running:
-    """Makes a unit the one that runs, or runs again, in this thread; may be entered many times."""
+    """Tells a unit that it runs, or runs again; may be entered many times."""
 
-    def __init__(self, unit: _Unit, again: bool):
+    def __init__(self, unit: Unit, again: bool):
         self.unit, self.again = unit, again
 
     def __enter__(self) -> None:
-        self.before = getattr(_thread, "unit", None)
-        _thread.unit = self.unit
         self.unit.again = self.again
         self.mode = None
         if self.unit.keeps_attention:
@@ -121,20 +125,14 @@ class _Running:
             self.mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _thread.unit = self.before
         if self.mode is not None:
             self.mode.__exit__(*error)
-
-
-def _contexts(level: str, host: HostMemory | None, number: int) -> tuple[_Running, _Running]:
-    unit = _Unit(level, host, number)
-    return _Running(unit, again=False), _Running(unit, again=True)
 
 
 class _KeepAttention(TorchDispatchMode):
     """Keeps what attention operators return."""
 
-    def __init__(self, unit: _Unit):
+    def __init__(self, unit: Unit):
         super().__init__()
         self.unit = unit
 
@@ -155,7 +153,7 @@ class _KeepAttention(TorchDispatchMode):
 class _ReuseAttention(TorchDispatchMode):
     """Hands that out, in the same order, in place of running them again."""
 
-    def __init__(self, unit: _Unit):
+    def __init__(self, unit: Unit):
         super().__init__()
         self.unit, self.kept = unit, iter(unit.attentions)
 
@@ -183,11 +181,10 @@ class _Rerun(Function):
         rows: Tensor,
         update: Tensor | None,
         scale: float,
+        unit: Unit | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        unit = getattr(_thread, "unit", None)
-        again = unit is not None and unit.again
-        if unit is not None and unit.again and unit.sums:
+        if unit is not None and unit.update_unread:
             total = unit.get(unit.sums[0])
         else:
             total = add_update(rows, update, scale)
@@ -200,7 +197,7 @@ class _Rerun(Function):
         kind = total.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.rng = _rng_state(total.device)
-        if again:
+        if unit is not None and unit.again:
             # Nobody reads what a unit that runs again returns.
             out = total.new_empty(()).expand_as(total)
         else:
@@ -250,7 +247,7 @@ class _Rerun(Function):
         sums = [
             x if x is None else x.to(p.dtype) for x, p in zip(sums, ctx.parameters, strict=True)
         ]
-        return None, None, None, grad_rows, grad_update, None, *sums
+        return None, None, None, grad_rows, grad_update, None, None, *sums
 
 
 def rerun_rows(
@@ -261,6 +258,7 @@ def rerun_rows(
     scale: float,
     width: int | None,
     behind: bool,
+    unit: Unit | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``run`` on ``total = rows + scale * update``, which is stored alone.
 
@@ -273,13 +271,14 @@ def rerun_rows(
         scale: Of the update.
         width: Of the widest activation inside, in elements, for the size of a tile; None: one tile.
         behind: ``run`` gives new rows and None (a norm stands behind the addition).
+        unit: Of which this is a part, or None.
 
     Returns:
         ``total`` and the update of each of its rows, both ``[B, K, H]``; or new rows and None.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     tile = tile_rows(rows, width)
-    return _Rerun.apply(run, tile, behind, rows, update, scale, *parameters)
+    return _Rerun.apply(run, tile, behind, rows, update, scale, unit, *parameters)
 
 
 def tile_rows(rows: Tensor, width: int | None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lemo_hf.step import Seen
+from lemo_hf.tally import Seen
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def split(flats: list[Tensor], layout: list[tuple[int, torch.Size]]) -> list[Ten
 def aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Put parameters of the same memory in place of those that are trained.
 
-    Autograd ties a parameter to the stream of the first pass that used it, for as long as anything
-    of that pass lives (a loss from before, DDP). No other stream may wait for a captured one.
+    Autograd ties a parameter to the CUDA stream of the first pass that used it, for as long as
+    anything of that pass lives (a loss from before, DDP). No other may wait for a captured one.
     `torch.func.functional_call` would put them back before the backward runs layers again.
     """
     alias = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}

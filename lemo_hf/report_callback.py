@@ -18,7 +18,7 @@ from lemo_hf.patch import LeMo, lemo_of, transformers_model
 from lemo_hf.report import RECORD_NAME, write_report
 from lemo_hf.report_data import read_record
 from lemo_hf.report_environment import environment
-from lemo_hf.step import Seen
+from lemo_hf.tally import Seen
 
 
 class ReportCallback(TrainerCallback):
@@ -51,7 +51,7 @@ class ReportCallback(TrainerCallback):
         self._lemo = lemo_of(model)
         self._layers = 0 if self._lemo is None else len(self._lemo.rules)
         if self._lemo is not None:
-            self._lemo.passes.listeners.append(self._count)
+            self._lemo.passes.tally.listeners.append(self._count)
         self._reset()
         if state.is_world_process_zero:
             rows = _rows_until(Path(_directory(args), RECORD_NAME), state.global_step)
@@ -98,8 +98,8 @@ class ReportCallback(TrainerCallback):
             write_report(directory)
 
     def _stop_listening(self) -> None:
-        if self._lemo is not None and self._count in self._lemo.passes.listeners:
-            self._lemo.passes.listeners.remove(self._count)
+        if self._lemo is not None and self._count in self._lemo.passes.tally.listeners:
+            self._lemo.passes.tally.listeners.remove(self._count)
 
     def _reset(self) -> None:
         self._kept: dict[str, Tensor] = {}

@@ -6,47 +6,23 @@ one all-to-all, to become some heads of all kept rows; the model's own implement
 output travels back.
 """
 
-import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lemo_hf.altered import Altered
 from lemo_hf.sequence_parallel import Share, exchange
 
 _NAME = "lemo_sequence_parallel"
 
 
-@contextmanager
-def heads_shared(attention: Any, share: Share | None) -> Iterator[None]:
-    """Within it, ``attention`` works on the rows of ``share``; None: it is left alone."""
-    if share is None:
-        yield
-        return
-    config = attention.config
-    attention.config = copy.copy(config)
-    attention.config._attn_implementation = _NAME
-    attention.config.lemo_share = share, config
-    try:
-        yield
-    finally:
-        attention.config = config
-
-
-class _SomeHeads:
-    """An attention module as it would be with some of its heads."""
-
-    def __init__(self, attention: nn.Module, config: Any, groups: int):
-        self._attention = attention
-        self.config, self.num_key_value_groups = config, groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
+def shared_config(config: Any, share: Share) -> Any:
+    """``config`` of an attention module that works on the rows of ``share``."""
+    return Altered(config, {"_attn_implementation": _NAME, "lemo_share": (share, config)})
 
 
 def _attend(
@@ -70,7 +46,7 @@ def _attend(
     sent = torch.cat(parts, 2).flatten(0, 1)
     received = exchange(sent, [rows] * group.size, share.counts, group)
     query, key, value = received.transpose(0, 1)[None].split(heads, 1)
-    some = _SomeHeads(module, config, heads[0] // heads[1])
+    some = Altered(module, {"config": config, "num_key_value_groups": heads[0] // heads[1]})
     attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     out, _ = attend(some, query, key, value, attention_mask, **kwargs)
     back = exchange(out[0], share.counts, [rows] * group.size, group)

@@ -94,6 +94,15 @@ class Shards:
         start, end = self.bounds[self.group.rank : self.group.rank + 2]
         return x[:, start:end]
 
+    def take(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model for this process's shard alone; positions stay the sequence's."""
+        names = ("input_ids", "inputs_embeds")
+        parts = {name: self.part(kwargs[name]) for name in names if kwargs.get(name) is not None}
+        if kwargs.get("position_ids") is None:
+            (x, *_) = parts.values()
+            parts["position_ids"] = torch.arange(self.bounds[-1], device=x.device)[None]
+        return {**kwargs, **parts}
+
     def gather_blocks(self, x: Tensor) -> Tensor:
         """What each process has of its blocks, ``[1, N_r, ...]``, as ``[1, N, ...]``."""
         counts = [end - start for start, end in pairwise(self._blocks)]

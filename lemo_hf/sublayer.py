@@ -18,7 +18,7 @@ from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.rows import add_update
 from lemo_hf.lora import linear_of
-from lemo_hf.recompute import rerun_rows
+from lemo_hf.recompute import Unit, rerun_rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Sublayer:
         modules: What ``run`` calls.
         width: Of the widest activation inside ``run``, elements; None if that is not known.
         again: Store nothing of it but its rows, and run it again in the backward.
-        again_run: Then in place of ``run``: the same gradients, no result. None: ``run`` itself.
+        again_run: In place of ``run`` where nobody reads the result: the same gradients. None:
+            ``run`` itself.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -80,30 +81,38 @@ class Sublayer:
             return self.post_norm(add_update(rows, update, self.scale)), None
         return rows, update
 
-    def rerun(self, rows: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def unread(self) -> "Sublayer":
+        """The same where nobody reads the values of its update."""
+        return self if self.again_run is None else replace(self, run=self.again_run)
+
+    def rerun(
+        self, rows: Tensor, update: Tensor | None, unit: Unit | None
+    ) -> tuple[Tensor, Tensor | None]:
         """`enter` and `apply`, of which nothing but the sum of rows and update is stored."""
 
         def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
             # Gradients are on where it runs again.
-            this = self
-            if self.again_run is not None and torch.is_grad_enabled():
-                this = replace(self, run=self.again_run)
+            this = self.unread() if torch.is_grad_enabled() else self
             return this.apply(*this.enter(tile, None))
 
         norms = [x for x in (self.norm, self.output_norm, self.post_norm) if x is not None]
         behind = self.post_norm is not None
         modules = [*self.modules, *norms]
-        return rerun_rows(run, modules, rows, update, self.scale, self.width, behind)
+        return rerun_rows(run, modules, rows, update, self.scale, self.width, behind, unit)
 
 
 def run_sublayers(
-    sublayers: list[Sublayer], rows: Tensor, hidden: Tensor | None = None
+    sublayers: list[Sublayer],
+    rows: Tensor,
+    unit: Unit | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All ``sublayers`` on one set of rows, one after the other.
 
     Args:
         sublayers: At least one.
         rows: ``[B, K, H]``.
+        unit: That they are, if they run again for their backward; None if they do not.
         hidden: What the first one is to run on, if its norm was taken already.
 
     Returns:
@@ -112,21 +121,24 @@ def run_sublayers(
     update = None
     for sublayer in sublayers:
         if sublayer.again and hidden is None:
-            rows, update = sublayer.rerun(rows, update)
+            rows, update = sublayer.rerun(rows, update, unit)
             continue
         if hidden is None:
             rows, hidden = sublayer.enter(rows, update)
+        if unit is not None and unit.update_unread:
+            sublayer = sublayer.unread()
         rows, update = sublayer.apply(rows, hidden)
         hidden = None
     return rows, update
 
 
-def attention_sublayer(
-    layer: nn.Module, family: Family, attend: Callable[[Tensor], Tensor]
-) -> Sublayer:
-    """The attention of ``layer``, called by ``attend``."""
+def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., Tensor]) -> Sublayer:
+    """The attention of ``layer``, called by ``attend(rows, unread=projection)``, see there."""
     names = (family.attention_norm, family.attention_output_norm, family.attention_dropout)
-    return _sublayer(layer, family, attend, (getattr(layer, family.attention),), *names)
+    made = _sublayer(layer, family, attend, (getattr(layer, family.attention),), *names)
+    if not made.plain:
+        return made
+    return replace(made, again_run=partial(attend, unread=family.attention_output))
 
 
 def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:

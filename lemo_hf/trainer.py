@@ -122,7 +122,7 @@ class LeMoMixin(_Mixed):
                 self._resume_predictor(config, checkpoint)
             lemo = self._lemo_on_model(config)
             announce(self.args, lemo.describe())
-            lemo.passes.reset_counts()
+            lemo.passes.tally.reset()
             lemo.passes.resting = False
             self._report_started = time.perf_counter()
         try:
@@ -174,7 +174,7 @@ class LeMoMixin(_Mixed):
         inputs = super()._prepare_inputs(inputs)
         if self._in_step and self._loss_is_overridden() and "labels" in inputs:
             assert self.lemo is not None  # or no step would be marked
-            labels = self.lemo.passes.expect(inputs["labels"], self._items)
+            labels = self.lemo.passes.announced.expect(inputs["labels"], self._items)
             inputs["labels"] = labels.tensor
         return inputs
 
@@ -219,7 +219,7 @@ class LeMoMixin(_Mixed):
         lemo = self.lemo if model.training else None
         with nullcontext() if lemo is None else lemo.training():
             if lemo is not None and self._loss_is_outside() and "labels" in inputs:
-                labels = lemo.passes.promise(inputs["labels"], num_items_in_batch)
+                labels = lemo.passes.announced.promise(inputs["labels"], num_items_in_batch)
                 inputs = {**inputs, "labels": labels.tensor}
                 num_items_in_batch = labels.num_items
             return super().compute_loss(

@@ -8,26 +8,26 @@ from contextlib import contextmanager
 
 import torch
 
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 @contextmanager
 def recorded_sets(monkeypatch):
     """Collects ``(sublayer, keep_mask [B, T])`` in the order in which layers choose."""
     chosen = []
-    choose = Step.choose
+    choose = SparsePass.choose
 
-    def record(step, layer_index, sublayer, *args, **kwargs):
-        kept = choose(step, layer_index, sublayer, *args, **kwargs)
+    def record(sparse_pass, layer_index, sublayer, *args, **kwargs):
+        kept = choose(sparse_pass, layer_index, sublayer, *args, **kwargs)
         slots = torch.ones_like(kept.index, dtype=torch.bool)
         slots = slots if kept.slot_mask is None else kept.slot_mask
-        keep_mask = slots.new_zeros(step.batch, step.tokens)
+        keep_mask = slots.new_zeros(sparse_pass.batch, sparse_pass.tokens)
         keep_mask.scatter_(1, kept.index, slots)
         chosen.append((sublayer, keep_mask))
         return kept
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "choose", record)
+        patch.setattr(SparsePass, "choose", record)
         yield chosen
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 from lemo_hf import LeMoConfig, apply_lemo, attention, memory
 from lemo_hf.attention import fastest_attention, using
 from lemo_hf.config import UNITS
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
@@ -130,8 +130,8 @@ def test_what_a_model_asks_for(offload_gib, monkeypatch):
     slabs = 0 if offload_gib is None else 16
     found = []
     for room in range(WORKING, WORKING + 2**28 + 2**26, 2**23):
-        monkeypatch.setattr("lemo_hf.passes.free_bytes", lambda _, room=room: room + 3 * trained)
-        found.append(lemo.passes._fitting_level(model.get_base_model().model.layers[1], x, rows))
+        monkeypatch.setattr("lemo_hf.levels.free_bytes", lambda _, room=room: room + 3 * trained)
+        found.append(lemo.passes.levels._fitting(model.get_base_model().model.layers[1], x, rows))
         assert found[-1] == level_of(rows, room, slabs=slabs)
     assert found[0] == "full" and found[-1] == "selective"
 
@@ -142,11 +142,11 @@ def test_layers_say_what_they_store_before_they_choose():
     )
     mask = torch.ones(2, 64, dtype=torch.long)
     mask[1, 20:] = 0  # 3 blocks, of which at least first and last are kept
-    step = Step(config, (2, 64), torch.device("cpu"), attention_mask=mask)
-    assert list(step.stored_rows(3)) == [(128, None), (64, None), (32, None)]
+    sparse_pass = SparsePass(config, (2, 64), torch.device("cpu"), attention_mask=mask)
+    assert list(sparse_pass.stored_rows(3)) == [(128, None), (64, None), (32, None)]
     config = LeMoConfig(threshold=1.0, mlp_retention=0.25, block_size=8, agree_across_layers=False)
-    step = Step(config, (2, 64), torch.device("cpu"))
-    assert list(step.stored_rows(1)) == [(128, 32)]
+    sparse_pass = SparsePass(config, (2, 64), torch.device("cpu"))
+    assert list(sparse_pass.stored_rows(1)) == [(128, 32)]
 
 
 @pytest.mark.parametrize("level", UNITS)
@@ -156,7 +156,7 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
     asked = []
     monkeypatch.setattr(
-        "lemo_hf.passes.Passes._fitting_level", lambda *ask: (asked.append(ask[3]), level)[1]
+        "lemo_hf.levels.Levels._fitting", lambda *ask: (asked.append(ask[3]), level)[1]
     )
     levels = []
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
         lambda run, rows, level, *_: (levels.append(level), run(rows))[1],
     )
     inputs = batch(1, 64)
-    with caplog.at_level("INFO", "lemo_hf.passes"):
+    with caplog.at_level("INFO", "lemo_hf.levels"):
         for _ in range(2):
             model(**inputs).loss.backward()
     assert levels == [level] * 8
@@ -172,8 +172,8 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     assert asked == [((32, None),) * 4]  # once for a shape and its rows
     inputs["labels"][:, :8] = inputs["labels"][:, 16:32] = -100  # the others are kept
     model(**inputs).loss.backward()
-    kept = lemo.passes.kept_blocks[0, "attention"].sum().item() * 8
+    kept = lemo.passes.tally.kept_blocks[0, "attention"].sum().item() * 8
     assert asked[1:] == [((kept, None),) * 4] and kept > 32
-    monkeypatch.setattr("lemo_hf.passes.MOST_SHAPES", 2)
+    monkeypatch.setattr("lemo_hf.levels.MOST_SHAPES", 2)
     model(**batch(1, 48)).loss.backward()
-    assert len(lemo.passes._levels) == 1
+    assert len(lemo.passes.levels._found) == 1

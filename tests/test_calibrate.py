@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.calibrate import calibrate_thresholds
+from lemo_hf.loss import supervised
 from lemo_hf.measure import LossRise, sparse_evaluation
 from lemo_hf.text_rows import token_rows
 
@@ -80,7 +81,7 @@ def test_loss_rise_is_the_training_loss_less_the_dense_models(supervise, unchang
         model.get_base_model().training = True
         lemo = apply_lemo(model, config)
         handle = lemo.passes.last.register_forward_hook(
-            lambda *_: asked.append(lemo.passes.step.supervised())
+            lambda *_: asked.append(supervised(lemo.passes.current))
         )
         asked = []
         loss = model(input_ids=ids, labels=ids).loss

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def trained(model, config, inputs, lr):
             for p in model.parameters():
                 if p.grad is not None:
                     p.sub_(lr * p.grad)
-        found.append((loss.item(), grads, lemo.passes.kept_blocks))
+        found.append((loss.item(), grads, lemo.passes.tally.kept_blocks))
     report, count = lemo.report(), graphs_of(model) if config.cuda_graphs else 0
     remove_lemo(model)
     return found, report, count
@@ -385,7 +386,7 @@ def test_a_copy_of_the_model_is_on_its_own(device, warned):
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     same = zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True)
     assert all(torch.equal(x, y) for x, y in same)
-    assert lemo.passes.counts["real"] == 4 * inputs[3]["input_ids"].numel()
+    assert lemo.passes.tally.counts["real"] == 4 * inputs[3]["input_ids"].numel()
     assert ["copy of the model" in message for message in warned()] == [True]
 
 
@@ -498,7 +499,9 @@ def test_a_loss_outside_the_model_runs_as_ever(device, tmp_path, warned):
 def test_a_forked_process_collects_nothing_of_its_parent():
     code = """
 import gc, os
-import lemo_hf.patch
+from models import make_model
+from lemo_hf import LeMoConfig, apply_lemo
+apply_lemo(make_model("llama"), LeMoConfig(block_size=8))
 left = []
 left.append(left)
 gc.disable()
@@ -508,7 +511,7 @@ if child == 0:
     os._exit(bool(gc.collect()))
 assert gc.collect() and os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
 
 
 @gpu

@@ -96,7 +96,7 @@ def test_the_two_processes_keep_different_counts(tmp_path):
             with trainer.lemo.training():
                 trainer.model.train()(**trainer.data_collator(part))
             shares.append(
-                sum(map(int, [s.sum() for s in trainer.lemo.passes.kept_blocks.values()]))
+                sum(map(int, [s.sum() for s in trainer.lemo.passes.tally.kept_blocks.values()]))
             )
         assert shares[0] != shares[1], name
 

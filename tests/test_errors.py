@@ -96,7 +96,7 @@ def test_flex_attention_is_refused():
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="flex_attention' is not supported.*Use 'sdpa'"):
         model(**batch())
-    assert lemo.passes.step is None
+    assert lemo.passes.current is None
 
 
 def test_trainer_arguments_that_do_not_fit(tmp_path):

@@ -32,7 +32,7 @@ def training_pass(model, config, ids, labels=None, step=(0, None)):
     batch = torch.tensor([ids])
     model.train()
     model(input_ids=batch, labels=batch if labels is None else torch.tensor([labels]))
-    sets = {key: blocks[0].tolist() for key, blocks in lemo.passes.kept_blocks.items()}
+    sets = {key: blocks[0].tolist() for key, blocks in lemo.passes.tally.kept_blocks.items()}
     remove_lemo(model)
     return sets
 

@@ -18,7 +18,7 @@ from lemo_hf.inspection_kept_plots import policies_figure
 from lemo_hf.inspection_row import TextRow, text_row
 from lemo_hf.inspection_words import shared_words
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 QUESTION = "Where do people in Hillerton go boating in summer and skating in winter?"
 ANSWER = "On the tiny pond of the common."
@@ -109,11 +109,13 @@ def test_words_that_are_shared():
     ids[11] = ids[315] = 3
     targets = torch.tensor([answered(ids, 313, 320)]).roll(-1, 1)
     batch = torch.tensor([ids])
-    step = Step(LeMoConfig(block_size=8), (1, 320), batch.device, input_ids=batch, targets=targets)
+    sparse_pass = SparsePass(
+        LeMoConfig(block_size=8), (1, 320), batch.device, input_ids=batch, targets=targets
+    )
     scores = torch.tensor(
         [[0.0, 4.0, 0.0, 1.0, 0.0, 9.0, *[0.0] * 5, 6.0, *[0.0] * 26, 20.0, 30.0]]
     )
-    found = shared_words(step, scores, Numbers.decode, most=3)
+    found = shared_words(sparse_pass, scores, Numbers.decode, most=3)
     assert [(x.block, x.first, x.last, x.score) for x in found] == [
         (5, 40, 47, 9.0),
         (11, 88, 95, 6.0),
@@ -123,9 +125,9 @@ def test_words_that_are_shared():
     assert told == [[("1 2", 1)], [("1", 2)], [("3", 1)]]
     assert found[0].words[0].nats == pytest.approx(math.log(40 / 2))  # the question's block too
     assert found[1].words[0].nats == pytest.approx(math.log(40 / 3))
-    assert not shared_words(step, scores, Numbers.decode)[3].words
+    assert not shared_words(sparse_pass, scores, Numbers.decode)[3].words
     with pytest.raises(ValueError, match="one row of token ids, got 2 rows"):
-        pair = Step(LeMoConfig(), (2, 160), batch.device, input_ids=batch.view(2, 160))
+        pair = SparsePass(LeMoConfig(), (2, 160), batch.device, input_ids=batch.view(2, 160))
         shared_words(pair, scores, Numbers.decode)
 
 

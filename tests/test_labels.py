@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import KeepRule
 from lemo_hf.labels import Labels
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 @pytest.mark.parametrize("label", [-1, -99, 97, 10**6])
@@ -50,11 +50,11 @@ def test_added_tokens_may_be_labels():
 
 def kept_targets(config, targets, **facts):
     """How many targets the set of the first layer holds, for each row."""
-    step = Step(config, targets.shape, targets.device, targets=targets, **facts)
-    scores = torch.rand(targets.shape[0], step.num_blocks)
-    kept = step.choose(0, "attention", KeepRule(config.retention), lambda: scores)
-    tokens = step.tokens_of(kept.blocks)
-    return (tokens & (targets >= 0)).sum(1), step, kept
+    sparse_pass = SparsePass(config, targets.shape, targets.device, targets=targets, **facts)
+    scores = torch.rand(targets.shape[0], sparse_pass.num_blocks)
+    kept = sparse_pass.choose(0, "attention", KeepRule(config.retention), lambda: scores)
+    tokens = sparse_pass.tokens_of(kept.blocks)
+    return (tokens & (targets >= 0)).sum(1), sparse_pass, kept
 
 
 def test_a_set_holds_something_to_predict():
@@ -66,7 +66,7 @@ def test_a_set_holds_something_to_predict():
     lemo = apply_lemo(model, LeMoConfig(retention=0.15, block_size=16))
     loss, gradients = loss_and_gradients(model, input_ids=ids, labels=labels)
     assert loss > 1 and all(x.abs().max() > 0 for x in gradients.values())
-    assert lemo.passes.kept_blocks[0, "attention"].sum() == 3
+    assert lemo.passes.tally.kept_blocks[0, "attention"].sum() == 3
 
 
 def test_each_document_of_a_set_holds_something_to_predict():
@@ -78,20 +78,22 @@ def test_each_document_of_a_set_holds_something_to_predict():
         targets[0, first : first + 8] = -100  # the blocks that are always kept
         targets[0, end - 8 : end] = -100
     config = LeMoConfig(retention=0.1, block_size=8, policy="recent")
-    step = Step(config, (1, 1200), positions.device, targets=targets, position_ids=positions)
-    assert not step.label_blocks.any()  # so many labels bind no block by themselves
-    blocks = step.block_documents[0]
+    sparse_pass = SparsePass(
+        config, (1, 1200), positions.device, targets=targets, position_ids=positions
+    )
+    assert not sparse_pass.label_blocks.any()  # so many labels bind no block by themselves
+    blocks = sparse_pass.block_documents[0]
     predicting = (targets >= 0).view(-1, 8).any(1)
     assert len(blocks.unique()) == 3
     for document in blocks.unique():
         inside = (blocks == document) & predicting
-        assert (step.required[0] & inside).sum() == 1
+        assert (sparse_pass.required[0] & inside).sum() == 1
 
 
 def test_rows_without_labels_ask_for_no_block():
     targets = torch.full((1, 64), -100)
-    count, step, kept = kept_targets(LeMoConfig(retention=0.25, block_size=8), targets)
-    assert count.item() == 0 and kept.blocks.sum() == 2 and step.required.sum() == 2
+    count, sparse_pass, kept = kept_targets(LeMoConfig(retention=0.25, block_size=8), targets)
+    assert count.item() == 0 and kept.blocks.sum() == 2 and sparse_pass.required.sum() == 2
 
 
 def left_padded():
@@ -149,7 +151,7 @@ def test_a_loss_outside_asks_no_padding(supervise, monkeypatch):
     labels = Labels.copy_of(inputs["labels"], 3 * 69)
     model = make_model("llama")
     lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, supervise=supervise))
-    lemo.passes._promised = labels
+    lemo.passes.announced.for_next = labels
     rest = {name: x for name, x in inputs.items() if name != "labels"}
     with recorded_sets(monkeypatch) as chosen:
         logits = model(**rest).logits
@@ -171,10 +173,12 @@ def test_other_labels_are_struck_as_their_loss_ignores():
     tensor = torch.arange(3, 35)[None].clone()
     tensor[0, 20] = 7
     labels = Labels.copy_of(tensor, None, ignored=7)
-    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"), targets=labels.targets())
-    assert step.rows[0].labels == 31 - 2  # one 7 more stands at its own place
-    step.times_kept[0, :16] = 1
-    labels.strike(step)
+    sparse_pass = SparsePass(
+        LeMoConfig(block_size=8), (1, 32), torch.device("cpu"), targets=labels.targets()
+    )
+    assert sparse_pass.rows[0].labels == 31 - 2  # one 7 more stands at its own place
+    sparse_pass.times_kept[0, :16] = 1
+    labels.strike(sparse_pass)
     assert (labels.tensor[0, 17:] == 7).all() and labels.tensor[0, 1:17].tolist() == [*range(4, 20)]
 
 

@@ -11,7 +11,7 @@ from lemo_hf.config import KeepRule
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.predictors.overlap import LENGTHS, NEAR, POWER, overlap_scores
 from lemo_hf.predictors.training_free import mix_ranks
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 SIZE = 8
 
@@ -118,23 +118,23 @@ def labelled(tokens, *spans):
     return targets
 
 
-def step_of(ids, targets, **config):
+def pass_of(ids, targets, **config):
     settings = LeMoConfig(block_size=SIZE, **{"policy": "overlap", **config})
-    return Step(settings, tuple(ids.shape), ids.device, input_ids=ids, targets=targets)
+    return SparsePass(settings, tuple(ids.shape), ids.device, input_ids=ids, targets=targets)
 
 
 def test_blocks_with_labels_and_the_one_before_ask():
-    step = step_of(text(160), labelled(160, (83, 90)))  # predicts tokens 84 to 90
-    assert step.asking_blocks.nonzero()[:, 1].tolist() == [10, 11]
-    assert step.asking_tokens.nonzero()[:, 1].tolist() == list(range(72, 96))
-    whole = step_of(text(160), labelled(160, (0, 159)))
+    sparse_pass = pass_of(text(160), labelled(160, (83, 90)))  # predicts tokens 84 to 90
+    assert sparse_pass.asking_blocks.nonzero()[:, 1].tolist() == [10, 11]
+    assert sparse_pass.asking_tokens.nonzero()[:, 1].tolist() == list(range(72, 96))
+    whole = pass_of(text(160), labelled(160, (0, 159)))
     assert whole.asking_blocks.all() and not whole.asking_tokens.any()
 
 
 def test_no_block_before_a_document_asks():
     ids = text(160)
     positions = torch.cat([torch.arange(80), torch.arange(80)])[None]
-    step = Step(
+    sparse_pass = SparsePass(
         LeMoConfig(block_size=SIZE),
         (1, 160),
         ids.device,
@@ -142,7 +142,7 @@ def test_no_block_before_a_document_asks():
         position_ids=positions,
         targets=labelled(160, (80, 84)),
     )
-    assert step.asking_tokens.nonzero()[:, 1].tolist() == list(range(80, 88))
+    assert sparse_pass.asking_tokens.nonzero()[:, 1].tolist() == list(range(80, 88))
 
 
 def test_the_mix_of_two_scores_holds_the_best_of_both():
@@ -162,11 +162,13 @@ def test_overlap_with_a_random_share_draws_others_at_each_step():
     def kept(step_number, share):
         from lemo_hf.policies import POLICIES, ScoreInputs
 
-        step = step_of(ids, targets, random_share=share)
-        step.global_step = step_number
-        inputs = ScoreInputs(None, None, 0, "attention", ids[..., None].float(), None, step, None)
+        sparse_pass = pass_of(ids, targets, random_share=share)
+        sparse_pass.global_step = step_number
+        inputs = ScoreInputs(
+            None, None, 0, "attention", ids[..., None].float(), None, sparse_pass, None
+        )
         rule = KeepRule(0.3)
-        return step.choose(0, "attention", rule, lambda: POLICIES["overlap"](inputs)).blocks
+        return sparse_pass.choose(0, "attention", rule, lambda: POLICIES["overlap"](inputs)).blocks
 
     assert torch.equal(kept(0, 0.0), kept(1, 0.0))
     assert not torch.equal(kept(0, 0.3), kept(1, 0.3))

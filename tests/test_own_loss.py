@@ -247,7 +247,7 @@ def test_answers_are_kept_for_a_loss_of_the_users(tmp_path, overrides):
     data = dataset(answers=20)
     trainer = trainer_of(tmp_path, overrides, SPARSE, data=data)
     trainer.train()
-    kept = trainer.lemo.passes.kept_blocks[0, "attention"]
+    kept = trainer.lemo.passes.tally.kept_blocks[0, "attention"]
     assert kept[:, 5:].all()  # the answer begins at token 44, and is predicted from 43 on
     labels, items = trainer.seen
     assert (labels[:, 44:] != -100).all() and items == 2 * 20

@@ -23,7 +23,7 @@ from lemo_hf.predictors.training_free import (
     row_keys,
     window_scores,
 )
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 def score(
@@ -47,7 +47,7 @@ def score(
     layer = model.get_submodule(FAMILIES[model.config.model_type].layers)[1]
     with layer.register_forward_pre_hook(capture, with_kwargs=True), torch.no_grad():
         model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        step = Step(
+        sparse_pass = SparsePass(
             config,
             ids.shape,
             ids.device,
@@ -62,7 +62,7 @@ def score(
             sublayer=sublayer,
             x=seen["x"],
             position_embeddings=seen["positions"],
-            step=step,
+            sparse_pass=sparse_pass,
             predictor=None,
         )
         return POLICIES[policy](inputs), inputs
@@ -89,12 +89,14 @@ def test_oracle_is_what_asking_blocks_look_at_by_the_real_queries_and_keys(label
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :11] = 0
     got, inputs = score(model, "oracle", attention_mask=mask, labels_from=labels_from)
-    assert inputs.step.asking_blocks.sum(1).tolist() == ([9, 8] if labels_from is None else [3, 3])
+    assert inputs.sparse_pass.asking_blocks.sum(1).tolist() == (
+        [9, 8] if labels_from is None else [3, 3]
+    )
     with torch.no_grad():
         rows = inputs.layer.input_layernorm(inputs.x)
         query, key = llama_query_key(inputs, rows, inputs.position_embeddings)
     scaling = inputs.layer.self_attn.scaling
-    asking = inputs.step.asking_blocks
+    asking = inputs.sparse_pass.asking_blocks
     truth = materialised_shares(query, key, asking, 8, scaling, mask.bool()).sum(1)
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
@@ -109,7 +111,7 @@ def test_pooled_is_the_score_of_mean_queries_and_keys():
         positions = [part[:, middles] for part in inputs.position_embeddings]
         query, key = llama_query_key(inputs, means, positions)
     scaling = inputs.layer.self_attn.scaling
-    truth = materialised_shares(query, key, inputs.step.asking_blocks, 1, scaling).sum(1)
+    truth = materialised_shares(query, key, inputs.sparse_pass.asking_blocks, 1, scaling).sum(1)
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
@@ -222,7 +224,7 @@ def test_padding_beside_a_row_moves_no_score(policy, tokens):
     alone, _ = score(model, policy, tokens=tokens)
     mask = (torch.arange(70) < tokens).long().expand(2, -1)
     padded, inputs = score(model, policy, attention_mask=mask)
-    assert inputs.step.real.sum(1).eq(5).all()
+    assert inputs.sparse_pass.real.sum(1).eq(5).all()
     torch.testing.assert_close(padded[:, :5], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -253,7 +255,7 @@ def test_agreeing_layers_keep_what_the_first_of_them_chose(monkeypatch):
     with recorded_sets(monkeypatch) as own:
         model(**batch())
     assert torch.equal(own[0][1], agreed[0][1])
-    blocks = model._lemo.passes.kept_blocks
+    blocks = model._lemo.passes.tally.kept_blocks
     assert list(blocks) == [(i, name) for i in (1, 2, 3) for name in ("attention", "mlp")]
     for layer, (_, mask) in zip((1, 2, 3), own, strict=True):
         assert torch.equal(blocks[layer, "mlp"], mask[:, ::8])

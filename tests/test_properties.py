@@ -21,7 +21,7 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import KeepRule
 from lemo_hf.families import Family
 from lemo_hf.loss import segment_loss, shifted
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 CASES = int(os.environ.get("LEMO_CASES", "500"))
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_sets(batch, size, retention, seed, ties):
     )
     scores = scores.round() if ties else scores
     targets = shifted(batch.labels)
-    step = Step(
+    sparse_pass = SparsePass(
         LeMoConfig(retention=retention, block_size=size, policy="recent"),
         tuple(batch.ids.shape),
         CPU,
@@ -157,7 +157,7 @@ def test_sets(batch, size, retention, seed, ties):
         position_ids=batch.positions,
         targets=targets,
     )
-    kept = step.choose(0, "attention", KeepRule(retention), lambda: scores)
+    kept = sparse_pass.choose(0, "attention", KeepRule(retention), lambda: scores)
     for row, tokens in enumerate(batch.real.tolist()):
         predicting = (targets[row] != -100).tolist()
         must, count, real, document = kept_by_definition(
@@ -191,8 +191,10 @@ def test_loss(batch, seed, supervise, divisor, softcap, items, segment):
     chance = torch.Generator().manual_seed(seed)
     shape, targets = batch.ids.shape, shifted(batch.labels)
     config = LeMoConfig(block_size=8, supervise=supervise, segment_size=segment)
-    step = Step(config, tuple(shape), CPU, attention_mask=batch.mask, targets=targets)
-    step.times_kept = torch.randint(0, 3, shape, generator=chance, dtype=torch.int32) * batch.real
+    sparse_pass = SparsePass(config, tuple(shape), CPU, attention_mask=batch.mask, targets=targets)
+    sparse_pass.times_kept = (
+        torch.randint(0, 3, shape, generator=chance, dtype=torch.int32) * batch.real
+    )
     hidden = torch.randn(*shape, 6, generator=chance, dtype=torch.float64).requires_grad_()
     head = torch.nn.Linear(6, VOCABULARY, bias=False, dtype=torch.float64)
     torch.nn.init.normal_(head.weight, generator=chance)
@@ -200,7 +202,7 @@ def test_loss(batch, seed, supervise, divisor, softcap, items, segment):
         Family(), logits_divisor=divisor and "divisor", logits_softcap=softcap and "softcap"
     )
     numbers = type("Numbers", (), {"divisor": divisor, "softcap": softcap})
-    loss = segment_loss(hidden, targets, step, head, family, numbers, items)
+    loss = segment_loss(hidden, targets, sparse_pass, head, family, numbers, items)
     loss.backward()
     found, hidden.grad = (hidden.grad, head.weight.grad), None
     head.weight.grad = None
@@ -211,7 +213,7 @@ def test_loss(batch, seed, supervise, divisor, softcap, items, segment):
     total, labels = 0.0 * nll.sum(), 0
     for row, real in enumerate(batch.real):
         places = [t for t in range(shape[1]) if real[t] and targets[row, t] != -100]
-        times = step.times_kept[row].tolist()
+        times = sparse_pass.times_kept[row].tolist()
         mean = sum(times) / max(1, int(real.sum()))
         asked = [t for t in places if supervise == "all" or times[t] >= mean]
         labels += len(places)

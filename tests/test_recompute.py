@@ -145,6 +145,24 @@ def test_what_runs_again(model, level, projections, attentions, outputs):
     assert calls["attention"] == 4 * attentions
 
 
+@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("lora", [False, True])
+def test_nobody_reads_what_is_not_computed(level, lora):
+    """Memory that nobody writes holds NaN here, and losses and gradients hold none of it."""
+    model = make_model("llama", "sdpa")
+    model = with_lora(model) if lora else model
+    expected = run(model, recompute=level)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        found = run(model, recompute=level)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
 def test_gradient_checkpointing_picks_a_level(model, monkeypatch):
     """Where memory allows, and on a CPU it does, attention is not run again."""
     base = model.get_base_model()

@@ -73,7 +73,10 @@ def test_retention_by_layer_and_step(tmp_path):
     def step(self, *args, **kwargs):
         loss = original(self, *args, **kwargs)
         seen.append(
-            {key: blocks.float().mean() for key, blocks in self.lemo.passes.kept_blocks.items()}
+            {
+                key: blocks.float().mean()
+                for key, blocks in self.lemo.passes.tally.kept_blocks.items()
+            }
         )
         return loss
 
@@ -193,7 +196,7 @@ def test_a_run_after_one_that_failed_counts_once(tmp_path):
                 trainer.train()
         trainer.train()
         assert [row["step"] for row in record(tmp_path)["rows"]] == [2, 4]
-        assert len(trainer.lemo.passes.listeners) == 0
+        assert len(trainer.lemo.passes.tally.listeners) == 0
 
 
 @pytest.mark.parametrize("lemo_config", [None, LeMoConfig(block_size=8)])

@@ -76,7 +76,7 @@ def test_it_counts_optimizer_steps(tmp_path, make):
     class Listen(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             passes = lemo_of(model).passes
-            passes.listeners.append(lambda seen: kept.append(seen.kept_blocks[0, "mlp"]))
+            passes.tally.listeners.append(lambda seen: kept.append(seen.kept_blocks[0, "mlp"]))
 
     trainer.add_callback(Listen())
     assert trained(trainer) == [SPARSE] * 2 + [DENSE] * 2
@@ -105,7 +105,7 @@ def test_logs_follow_it(tmp_path, options, expected):
 def test_sets_of_their_own_are_whole_too(tmp_path, sets):
     trainer = make_trainer(tmp_path, replace(AUTO, dense_finish=0.5, **sets))
     trainer.train()
-    assert all(blocks.all() for blocks in trainer.lemo.passes.kept_blocks.values())
+    assert all(blocks.all() for blocks in trainer.lemo.passes.tally.kept_blocks.values())
     first, *_, last = (log for log in trainer.state.log_history if "loss" in log)
     assert first["lemo/mlp_retention"] == sets.get("mlp_retention", SPARSE)
     assert last["lemo/mlp_retention"] == last["lemo/attention_retention"] == DENSE
@@ -190,7 +190,7 @@ def test_rows_of_both_kinds_in_one_batch(explicit, share, blocks):
     for step in (8, 9):
         lemo.begin_step(step, 10)
         loss = model(**inputs).loss
-        kept.append(lemo.passes.kept_blocks[3, "attention"])
+        kept.append(lemo.passes.tally.kept_blocks[3, "attention"])
     assert kept[0].sum(1).tolist() == [3, 3]
     assert kept[1].sum(1).tolist() == [blocks if explicit else 3, blocks]
     if explicit:
@@ -279,7 +279,7 @@ def test_graphs_are_recorded_anew(monkeypatch):
             loss = one(input_ids=ids, labels=ids).loss
             loss.backward()
             gradients = [p.grad for p in one.parameters()]
-            found.append((loss.item(), lemo.passes.kept_blocks[0, "mlp"], gradients))
+            found.append((loss.item(), lemo.passes.tally.kept_blocks[0, "mlp"], gradients))
         ours, expected = found
         assert ours[0] == pytest.approx(expected[0], rel=1e-5)
         assert torch.equal(ours[1], expected[1])
@@ -317,16 +317,16 @@ def test_chance_and_rows_without_labels_are_said():
 def test_a_loss_outside_of_which_nothing_is_asked_is_0():
     """Kept blocks may hold no label: the count that the sum of 0 is divided by stays above 0."""
     from lemo_hf.labels import Labels
-    from lemo_hf.step import Step
+    from lemo_hf.sparse_pass import SparsePass
 
     tensor = torch.full((1, 32), -100)
     tensor[0, 9] = 5
     labels = Labels.copy_of(tensor, 4)
-    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
-    step.times_kept[0, 16:] = 1  # not what predicts the label
-    labels.strike(step)
+    sparse_pass = SparsePass(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
+    sparse_pass.times_kept[0, 16:] = 1  # not what predicts the label
+    labels.strike(sparse_pass)
     assert (labels.tensor == -100).all() and labels.num_items.item() == 4
     kept = Labels.copy_of(tensor, 4)
-    step.times_kept[0, :16] = 1
-    kept.strike(step)
+    sparse_pass.times_kept[0, :16] = 1
+    kept.strike(sparse_pass)
     assert kept.num_items.item() == 4 and kept.tensor[0, 9] == 5

@@ -5,24 +5,25 @@ import torch
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.loss import supervised
 from lemo_hf.selection import block_any, blocks_above, keep_blocks, kept_set, num_kept_blocks
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
-def make_step(shape, retention=0.5, block_size=4, **inputs):
+def make_pass(shape, retention=0.5, block_size=4, **inputs):
     config = LeMoConfig(retention=retention, block_size=block_size, policy="recent")
-    return Step(config, shape, torch.device("cpu"), **inputs)
+    return SparsePass(config, shape, torch.device("cpu"), **inputs)
 
 
-def kept_tokens(step, scores, retention=0.5):
+def kept_tokens(sparse_pass, scores, retention=0.5):
     """Positions kept in each row, idle slots left out."""
-    kept = step.choose(0, "attention", KeepRule(retention), lambda: scores)
+    kept = sparse_pass.choose(0, "attention", KeepRule(retention), lambda: scores)
     slots = [True] * kept.index.shape[1]
     return [
         [i for i, live in zip(row, slots if mask is None else mask, strict=True) if live]
         for row, mask in zip(
             kept.index.tolist(),
-            [None] * step.batch if kept.slot_mask is None else kept.slot_mask.tolist(),
+            [None] * sparse_pass.batch if kept.slot_mask is None else kept.slot_mask.tolist(),
             strict=True,
         )
     ]
@@ -51,22 +52,22 @@ def test_keep_blocks_takes_required_then_best_then_earlier():
 
 def test_first_and_last_blocks_are_always_kept():
     scores = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 0]])
-    step = make_step((1, 30))
-    assert kept_tokens(step, scores) == [[0, 1, 2, 3, *range(20, 30)]]
+    sparse_pass = make_pass((1, 30))
+    assert kept_tokens(sparse_pass, scores) == [[0, 1, 2, 3, *range(20, 30)]]
 
 
 def test_a_budget_below_the_required_blocks_gives_way():
-    step = make_step((1, 32), retention=0.01)
-    assert kept_tokens(step, torch.zeros(1, 8), 0.01) == [[0, 1, 2, 3, 28, 29, 30, 31]]
+    sparse_pass = make_pass((1, 32), retention=0.01)
+    assert kept_tokens(sparse_pass, torch.zeros(1, 8), 0.01) == [[0, 1, 2, 3, 28, 29, 30, 31]]
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_is_never_kept_and_never_counted(left):
     mask = torch.ones(2, 32, dtype=torch.long)
     mask[1, slice(0, 13) if left else slice(19, 32)] = 0
-    step = make_step((2, 32), attention_mask=mask)
-    rows = kept_tokens(step, torch.rand(2, 8))
-    assert step.real_tokens == 32 + 19
+    sparse_pass = make_pass((2, 32), attention_mask=mask)
+    rows = kept_tokens(sparse_pass, torch.rand(2, 8))
+    assert sparse_pass.real_tokens == 32 + 19
     real = mask[1].nonzero().flatten().tolist()
     assert set(rows[1]) <= set(real)
     assert {real[0], real[-1]} <= set(rows[1])
@@ -79,43 +80,45 @@ def test_a_row_keeps_the_same_whatever_stands_beside_it():
     scores = torch.rand(1, 8)
     mask = torch.ones(1, 32, dtype=torch.long)
     mask[:, 22:] = 0
-    alone = kept_tokens(make_step((1, 32), attention_mask=mask), scores)
+    alone = kept_tokens(make_pass((1, 32), attention_mask=mask), scores)
     pair = torch.cat([torch.ones_like(mask), mask])
-    beside = kept_tokens(make_step((2, 32), attention_mask=pair), scores.expand(2, -1))
+    beside = kept_tokens(make_pass((2, 32), attention_mask=pair), scores.expand(2, -1))
     assert beside[1] == alone[0]
 
 
 def test_a_row_of_padding_alone_keeps_nothing():
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[1] = 0
-    rows = kept_tokens(make_step((2, 16), attention_mask=mask), torch.rand(2, 4))
+    rows = kept_tokens(make_pass((2, 16), attention_mask=mask), torch.rand(2, 4))
     assert rows[1] == [] and len(rows[0]) == 8
 
 
 def test_blocks_with_answers_are_kept_and_the_context_pays():
     targets = torch.full((1, 40), IGNORE_INDEX)
     targets[0, 27] = targets[0, 28] = 7  # predicted at 27 and 28: tokens 28 and 29 are the answer
-    step = make_step((1, 40), targets=targets)
-    (row,) = kept_tokens(step, torch.tensor([[0.0, 9, 8, 7, 6, 5, 0, 0, 4, 0]]))
+    sparse_pass = make_pass((1, 40), targets=targets)
+    (row,) = kept_tokens(sparse_pass, torch.tensor([[0.0, 9, 8, 7, 6, 5, 0, 0, 4, 0]]))
     assert row == [0, 1, 2, 3, 4, 5, 6, 7, *range(24, 32), *range(36, 40)]
 
 
 def test_answers_beyond_the_budget_win_and_are_noted():
     targets = torch.full((1, 40), IGNORE_INDEX)
     targets[0, 8:32] = 7
-    step = make_step((1, 40), targets=targets)
-    (row,) = kept_tokens(step, torch.zeros(1, 10))
+    sparse_pass = make_pass((1, 40), targets=targets)
+    (row,) = kept_tokens(sparse_pass, torch.zeros(1, 10))
     assert set(range(8, 33)) <= set(row)
-    assert "labels in 7 of its 10 blocks, more than retention 0.5 allows (5)" in step.exceeded
+    assert (
+        "labels in 7 of its 10 blocks, more than retention 0.5 allows (5)" in sparse_pass.exceeded
+    )
 
 
 def test_labels_on_the_whole_sequence_bind_nothing():
     """Packed rows ignore the first label of each document; that is no completion-only batch."""
     targets = torch.arange(40)[None].clone()
     targets[0, [12, 39]] = IGNORE_INDEX
-    step = make_step((1, 40), targets=targets)
-    (row,) = kept_tokens(step, torch.rand(1, 10))
-    assert len(row) == 20 and step.exceeded is None
+    sparse_pass = make_pass((1, 40), targets=targets)
+    (row,) = kept_tokens(sparse_pass, torch.rand(1, 10))
+    assert len(row) == 20 and sparse_pass.exceeded is None
 
 
 def test_kept_set_puts_idle_slots_last():
@@ -128,9 +131,9 @@ def test_kept_set_puts_idle_slots_last():
 
 
 def test_supervised_tokens_were_kept_as_often_as_the_mean():
-    step = make_step((1, 16))
-    step.times_kept += torch.tensor([[3, 3, 3, 3, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
-    assert step.supervised().tolist() == [[True] * 4 + [False] * 8 + [True] * 4]
+    sparse_pass = make_pass((1, 16))
+    sparse_pass.times_kept += torch.tensor([[3, 3, 3, 3, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    assert supervised(sparse_pass).tolist() == [[True] * 4 + [False] * 8 + [True] * 4]
 
 
 def packed(*sizes):
@@ -162,7 +165,7 @@ def test_no_policy_leaves_out_a_document_its_beginning_or_its_end(policy):
     ids = torch.arange(480)[None]
     config = LeMoConfig(retention=0.5, block_size=4, chunk_size=8, policy=policy)
     for number in range(5):
-        step = Step(
+        sparse_pass = SparsePass(
             config,
             (1, 480),
             ids.device,
@@ -171,9 +174,11 @@ def test_no_policy_leaves_out_a_document_its_beginning_or_its_end(policy):
             targets=ids,
             global_step=number,
         )
-        inputs = ScoreInputs(None, None, 0, "attention", ids[..., None].float(), None, step, None)
+        inputs = ScoreInputs(
+            None, None, 0, "attention", ids[..., None].float(), None, sparse_pass, None
+        )
         score = POLICIES[policy]
-        blocks = step.choose(
+        blocks = sparse_pass.choose(
             0, "attention", KeepRule(0.5), lambda score=score, inputs=inputs: score(inputs)
         ).blocks
         assert blocks.sum() == 60
@@ -184,8 +189,8 @@ def test_no_policy_leaves_out_a_document_its_beginning_or_its_end(policy):
 
 def test_a_recent_document_keeps_its_own_last_blocks():
     positions, _ = packed(32, 32)
-    step = make_step((1, 64), position_ids=positions)
-    (row,) = kept_tokens(step, torch.arange(16).float()[None])
+    sparse_pass = make_pass((1, 64), position_ids=positions)
+    (row,) = kept_tokens(sparse_pass, torch.arange(16).float()[None])
     assert row == [*range(4), *range(20, 36), *range(52, 64)]
 
 

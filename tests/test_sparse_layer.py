@@ -10,7 +10,7 @@ from lemo_hf.config import LEVELS
 from lemo_hf.families import FAMILIES
 from lemo_hf.patch import transformers_model
 from lemo_hf.selection import kept_set
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 def plain():
@@ -193,7 +193,7 @@ def test_post_norm_opt_leaves_eliminated_tokens_alone():
     layer.register_forward_pre_hook(lambda _, args: seen.update(before=args[0].clone()))
 
     def after(_, args, output):
-        seen.update(after=output.clone(), kept=lemo.passes.step.agreed["attention"].index)
+        seen.update(after=output.clone(), kept=lemo.passes.current.agreed["attention"].index)
 
     layer.register_forward_hook(after)
     model(**inputs)
@@ -253,11 +253,11 @@ def test_no_mask_answers_for_another(monkeypatch):
     seen = []
     real = kept_inputs.kept_mask
     monkeypatch.setattr(kept_inputs, "kept_mask", lambda *a: (seen.append(a[0]), real(*a))[1])
-    step = Step(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
+    sparse_pass = SparsePass(LeMoConfig(block_size=8), (1, 32), torch.device("cpu"))
     kept = kept_set(torch.arange(32)[None] < 16, torch.arange(4)[None] < 2, 16, True, shared=True)
     for number in range(20):  # freed masks would get each other's memory
         mask = torch.full((1, 1, 32, 32), float(number))
-        found = kept_inputs.kept_attention_inputs(kept, step, mask, None, False)
+        found = kept_inputs.kept_attention_inputs(kept, sparse_pass, mask, None, False)
         assert found["attention_mask"].eq(number).all()
         del mask
     assert len(seen) == 20

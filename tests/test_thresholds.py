@@ -15,7 +15,7 @@ from test_sparse_layer import (
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS, KeepRule
 from lemo_hf.selection import blocks_above
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 
 def config(threshold, **options):
@@ -28,7 +28,7 @@ def run(model, inputs, settings):
     lemo = apply_lemo(model, settings)
     try:
         loss, gradients = loss_and_gradients(model, **inputs)
-        return loss, gradients, lemo.passes.kept_blocks, lemo.report()
+        return loss, gradients, lemo.passes.tally.kept_blocks, lemo.report()
     finally:
         remove_lemo(model)
 
@@ -51,12 +51,12 @@ def test_blocks_above_by_hand():
 
 
 def test_a_batch_has_the_slots_that_its_longest_row_needs():
-    step = Step(config(1.0, block_size=4), (3, 22), torch.device("cpu"))
+    sparse_pass = SparsePass(config(1.0, block_size=4), (3, 22), torch.device("cpu"))
     scores = torch.tensor([[0.0, 9, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 9]])
-    kept = step.choose(0, "attention", KeepRule(threshold=1.0), lambda: scores)
+    kept = sparse_pass.choose(0, "attention", KeepRule(threshold=1.0), lambda: scores)
     assert kept.index.shape == (3, 22) and kept.slot_mask.sum(1).tolist() == [4 + 4 + 2, 22, 6]
     assert kept.index[0, :10].tolist() == [*range(8), 20, 21] and kept.kept_tokens == 38
-    alone = Step(config(1.0, block_size=4), (1, 22), torch.device("cpu"))
+    alone = SparsePass(config(1.0, block_size=4), (1, 22), torch.device("cpu"))
     kept = alone.choose(0, "attention", KeepRule(threshold=1.0), lambda: scores[:1])
     assert kept.index.shape == (1, 10) and kept.slot_mask is None
 

@@ -186,10 +186,10 @@ def test_evaluation_is_dense(tmp_path):
     ours = make_trainer(tmp_path, SPARSE, eval_dataset=data)
     assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     ours.train()
-    report = ours.lemo.passes.counts
+    report = ours.lemo.passes.tally.counts
     before = dict(report)
     ours.evaluate()
-    assert ours.lemo.passes.counts == before
+    assert ours.lemo.passes.tally.counts == before
 
 
 def test_logs_say_what_was_kept(tmp_path, capsys):

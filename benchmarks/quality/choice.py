@@ -55,14 +55,14 @@ class Choice:
         assert self.batch is not None
         batch = self.batch
         asking = batch.asking if self.job.asks == "question" else batch.labels != IGNORE_INDEX
-        return overlap_scores(batch.ids, asking, inputs.step.config.block_size)
+        return overlap_scores(batch.ids, asking, inputs.sparse_pass.config.block_size)
 
     def count(self, lemo: LeMo) -> None:
         """Note what the last pass kept of what its batch needed; the host does not wait."""
         assert self.batch is not None
         if self.job.task == "text":  # whose labels need far more than its facts
             return
-        kept = next(iter(lemo.passes.kept_blocks.values()))
+        kept = next(iter(lemo.passes.tally.kept_blocks.values()))
         self._needed = self._needed + self.batch.gold.sum() + self.batch.lost
         self._kept = self._kept + (self.batch.gold & kept).sum()
 

@@ -24,40 +24,42 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.loss import shifted
 from lemo_hf.predictors.overlap import overlap_scores
 from lemo_hf.selection import keep_blocks, num_kept_blocks
-from lemo_hf.step import Step
+from lemo_hf.sparse_pass import SparsePass
 
 RETENTIONS = (0.1, 0.3)
 # Who asks, and hops.
 VARIANTS = (("both", 1), ("both", 2), ("both", 3), ("both", 4), ("question", 4), ("answer", 4))
 
 
-def step_of(row: Row) -> Step:
+def pass_of(row: Row) -> SparsePass:
     """The pass that a row would have."""
     ids = torch.from_numpy(row.ids.astype(np.int64))[None]
     targets = shifted(torch.from_numpy(row.labels)[None])
     config = LeMoConfig(policy="overlap")
-    return Step(config, tuple(ids.shape), ids.device, input_ids=ids, targets=targets)
+    return SparsePass(config, tuple(ids.shape), ids.device, input_ids=ids, targets=targets)
 
 
-def asking(step: Step, row: Row, who: str) -> Tensor:
+def asking(sparse_pass: SparsePass, row: Row, who: str) -> Tensor:
     """``[1, T]`` bool: the tokens whose words are looked for."""
     if who == "both":
-        return step.asking_tokens
+        return sparse_pass.asking_tokens
     labels = torch.from_numpy(row.labels)[None] != IGNORE_INDEX
     return labels if who == "answer" else torch.from_numpy(row.asking)[None]
 
 
 def recalls(row: Row) -> dict[tuple[str, int, float], float]:
     """Of each variant at each retention."""
-    step = step_of(row)
-    size = step.block_size
+    sparse_pass = pass_of(row)
+    size = sparse_pass.block_size
     gold = torch.from_numpy(row.gold_blocks(size))[None]
     found = {}
     for who, hops in VARIANTS:
-        scores = overlap_scores(step.input_ids, asking(step, row, who), size, hops=hops)
+        scores = overlap_scores(
+            sparse_pass.input_ids, asking(sparse_pass, row, who), size, hops=hops
+        )
         for retention in RETENTIONS:
-            budget = num_kept_blocks(retention, step.num_blocks)
-            kept = keep_blocks(scores, step.real, step.required, budget)
+            budget = num_kept_blocks(retention, sparse_pass.num_blocks)
+            kept = keep_blocks(scores, sparse_pass.real, sparse_pass.required, budget)
             found[who, hops, retention] = float((kept & gold).sum() / gold.sum())
     return found
 

@@ -79,14 +79,14 @@ def rankings(
     oracles: dict[int, Tensor] = {}
 
     def see(inputs: ScoreInputs) -> None:
-        layer, step = inputs.layer_index, inputs.step
+        layer, sparse_pass = inputs.layer_index, inputs.sparse_pass
         if layer == 0:
-            ids, asking = step.input_ids, step.asking_tokens
+            ids, asking = sparse_pass.input_ids, sparse_pass.asking_tokens
             for hops in (1, 2, 4):
                 scores = overlap_scores(ids, asking, config.block_size, hops=hops)
                 found.append((f"overlap, {hops} hops", None, scores, inputs))
             found.append(("recent", None, POLICIES["recent"](inputs), inputs))
-            chance = random_scores(step.keys, step.num_blocks, 0)
+            chance = random_scores(sparse_pass.keys, sparse_pass.num_blocks, 0)
             found.append(("random", None, chance, inputs))
         oracles[layer] = POLICIES["oracle"](inputs)
         if layer in layers:
@@ -97,7 +97,7 @@ def rankings(
             return
         read = sublayer_input(inputs, inputs.x)
         for name, net in (("predictor", network), ("untrained", network.untrained(read))):
-            scores = net(read, *asked(step), rare=rarity(step.input_ids))
+            scores = net(read, *asked(sparse_pass), rare=rarity(sparse_pass.input_ids))
             found.append((name, layer, scores, inputs))
             for hops, overlap in ((2, found[1][2]), (4, found[2][2])):
                 mixture = mix_ranks(overlap, scores, MIXED)
@@ -111,9 +111,9 @@ def rankings(
     yield from found
 
 
-def asked(step) -> tuple[Tensor, Tensor]:
+def asked(sparse_pass) -> tuple[Tensor, Tensor]:
     """The blocks that ask, as the policies take them."""
-    index = step.asking_blocks[0].nonzero()[:, 0][None]
+    index = sparse_pass.asking_blocks[0].nonzero()[:, 0][None]
     return index, torch.ones_like(index, dtype=torch.bool)
 
 
@@ -127,12 +127,13 @@ def measure(
             row = test_row(source, args.tokens, kind, index)
             gold = torch.from_numpy(row.gold_blocks(predictor.info.block_size))[None]
             for name, layer, scores, inputs in rankings(model, row, predictor, args.oracles):
-                step = inputs.step
+                sparse_pass = inputs.sparse_pass
                 for retention in RETENTIONS:
                     budget = max(
-                        num_kept_blocks(retention, step.num_blocks), int(step.required.sum())
+                        num_kept_blocks(retention, sparse_pass.num_blocks),
+                        int(sparse_pass.required.sum()),
                     )
-                    kept = keep_blocks(scores, step.real, step.required, budget).cpu()
+                    kept = keep_blocks(scores, sparse_pass.real, sparse_pass.required, budget).cpu()
                     share = (kept & gold).sum().item() / gold.sum().item()
                     found.setdefault((kind, name, layer, retention), []).append(share)
     names = ("kind", "ranking", "layer", "retention")

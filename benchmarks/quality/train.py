@@ -45,7 +45,7 @@ class _Run:
         self.parts: list[Row] = []
         self.rows_seen, self.labels = 0, 0
         self.choice.reset()
-        self.lemo.passes.reset_counts()
+        self.lemo.passes.tally.reset()
 
     def _batch(self, share: float) -> Batch:
         """The next rows, as this part of the run has them."""

@@ -167,7 +167,7 @@ def training_bytes(trainer) -> int:
 
 def kept_blocks(lemo) -> torch.Tensor:
     """``[samples, layers, blocks]``: 1 where a layer kept a block of a sample of the last pass."""
-    passed = lemo.passes.kept_blocks
+    passed = lemo.passes.tally.kept_blocks
     dense = torch.ones_like(next(iter(passed.values())))
     layers = range(len(lemo.rules))
     return torch.stack([passed.get((layer, "attention"), dense) for layer in layers], 1).int()

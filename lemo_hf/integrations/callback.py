@@ -61,7 +61,7 @@ class LeMoCallback(TrainerCallback):
         if lemo is None or lemo_of(model) is not lemo:
             lemo = self._apply(args, model)
         announce(args, lemo.describe())
-        lemo.passes.reset_counts()
+        lemo.passes.tally.reset()
         lemo.passes.resting = False
         self._started = time.perf_counter()
 

@@ -1,7 +1,6 @@
 """One forward pass: what its layers keep of the batch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lemo_hf.batch_facts import BatchFacts
+from lemo_hf.budget import Budget
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.selection import (
     KeptSet,
@@ -16,39 +16,12 @@ from lemo_hf.selection import (
     blocks_above,
     keep_blocks,
     kept_set,
-    num_kept_blocks,
 )
 from lemo_hf.sequence_parallel import Shards, Share
+from lemo_hf.tally import Seen
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a pass that ended has kept.
-
-    Attributes:
-        real_tokens: Of the batch that are no padding.
-        real_blocks: ``[B, N]`` bool: blocks with such tokens.
-        kept_tokens: Token-layers of "attention" and "mlp", int64 scalars.
-        kept_blocks: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
-    """
-
-    real_tokens: int
-    real_blocks: Tensor
-    kept_tokens: dict[str, Tensor | int]
-    kept_blocks: dict[tuple[int, str], Tensor]
-
-    def clone(self) -> "Seen":
-        """The same in other memory; sets that layers share are one there too."""
-        sets = {id(blocks): blocks.clone() for blocks in self.kept_blocks.values()}
-        return Seen(
-            self.real_tokens,
-            self.real_blocks.clone(),
-            {n: x.clone() if isinstance(x, Tensor) else x for n, x in self.kept_tokens.items()},
-            {key: sets[id(blocks)] for key, blocks in self.kept_blocks.items()},
-        )
-
-
-class Step(BatchFacts):
+class SparsePass(BatchFacts):
     """One forward pass: the facts of its batch, and the kept sets chosen so far.
 
     Args:
@@ -59,8 +32,7 @@ class Step(BatchFacts):
         score_always: Score blocks even where there is nothing to choose, as other processes may
             have to, and scoring gathers parameters that all of them hold parts of.
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
-        retention: What rows keep in this pass, whatever the config says: the finish of a run. With
-            policy ``"auto"`` and no ``dense_finish`` of the user's, rows that ask are spared.
+        retention: Of the `Budget`.
         **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
             ``vocabulary`` and ``rows``, see `BatchFacts`.
     """
@@ -85,7 +57,7 @@ class Step(BatchFacts):
         self.global_step = global_step
         self.score_always = score_always
         self.shards = shards
-        self.retention = retention
+        self.budget = Budget(config, retention)
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
@@ -98,7 +70,7 @@ class Step(BatchFacts):
     def everything(self) -> KeptSet:
         """All positions, for a layer that is dense."""
         index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1).contiguous()
-        return KeptSet(index, None, self._tokens.sum(), self.real, whole=True, cache={})
+        return KeptSet(index, None, self.row_tokens.sum(), self.real, whole=True, cache={})
 
     def seen(self) -> Seen:
         """What layers have kept, once all have chosen."""
@@ -137,38 +109,12 @@ class Step(BatchFacts):
         return kept
 
     def stored_rows(self, num_layers: int) -> Iterator[LayerRows]:
-        """Of each layer of the model, in the whole batch; this process's, where several share it.
-
-        Known before a layer has chosen. Layers that thresholds choose for may keep every row.
-        """
-        for rule in self.config.layer_rules(num_layers):
-            attention, mlp = (None, None) if rule is None else rule
-            yield self._rows_of(attention), None if mlp is None else self._rows_of(mlp)
-
-    def _rows_of(self, rule: KeepRule | None) -> int:
-        shares = None if rule is None else self._shares(rule)
-        if shares is None:
-            rows = self.batch * self.tokens
-        else:
-            rows = self.batch * max(1, *self._slots(shares))
-        return rows if self.shards is None else -(-rows // self.shards.group.size)
-
-    def _shares(self, rule: KeepRule) -> list[float] | None:
-        """What each row keeps by ``rule`` in this pass; None where a threshold decides."""
-        if self.retention is None:
-            return None if rule.retention is None else [rule.retention] * self.batch
-        if not self._spares_rows:
-            return [self.retention] * self.batch
-        assert rule.retention is not None  # the policy of thresholds is never "auto"
-        return [rule.retention if row.label_blocks else self.retention for row in self.rows]
-
-    @property
-    def _spares_rows(self) -> bool:
-        """A finish that the user did not ask for holds for rows that are labelled throughout."""
-        return self.config.policy == "auto" and self.config.dense_finish is None
+        """Of each layer of the model, see `Budget.stored_rows`."""
+        processes = 1 if self.shards is None else self.shards.group.size
+        return self.budget.stored_rows(num_layers, self, processes)
 
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
-        shares = self._shares(rule)
+        shares = self.budget.shares(rule, self)
         if shares is not None:
             blocks, slots, exact = self._best(shares, score)
             tokens = self.tokens_of(blocks)
@@ -192,28 +138,17 @@ class Step(BatchFacts):
         self, shares: list[float], score: Callable[[], Tensor]
     ) -> tuple[Tensor, list[int], bool]:
         """The best share of blocks ``[B, N]``, each row's slots, and whether it fills them all."""
-        pairs = list(zip(self.rows, shares, strict=True))
-        budgets = [row.num_blocks(share) for row, share in pairs]
-        self._note_excess(shares)
+        budgets, slots = self.budget.blocks(shares, self), self.budget.slots(shares, self)
+        self.exceeded = self.budget.excess(shares, self) or self.exceeded
         everything = all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True))
-        # What is set, not what a batch holds, is the same on all processes.
-        settled = min(shares) == 1 and (self.retention is None or not self._spares_rows)
-        if settled or (everything and not self.score_always):
+        if self.budget.is_everything(shares) or (everything and not self.score_always):
             blocks = self.real
         else:
             blocks = keep_blocks(
                 score(), self.real, self.required, self._column(budgets), self.block_documents
             )
         exact = all(row.tokens == row.most_tokens(row.blocks, self.block_size) for row in self.rows)
-        return blocks, self._slots(shares), exact
-
-    def _slots(self, shares: list[float]) -> list[int]:
-        """That each row needs."""
-        size = self.block_size
-        return [
-            min(row.tokens, row.most_tokens(row.num_blocks(share), size))
-            for row, share in zip(self.rows, shares, strict=True)
-        ]
+        return blocks, slots, exact
 
     def _column(self, numbers: list[int]) -> Tensor | int:
         """``[B, 1]`` on the device, or the number that all of them are."""
@@ -221,36 +156,3 @@ class Step(BatchFacts):
             return numbers[0]
         # Filled where they are needed: nothing is copied, which the host or a graph would wait for.
         return torch.stack([torch.full((1,), n, device=self.device) for n in numbers])
-
-    def _note_excess(self, shares: list[float]) -> None:
-        for index, (row, share) in enumerate(zip(self.rows, shares, strict=True)):
-            budget = num_kept_blocks(share, row.blocks)
-            if row.label_blocks > budget:
-                self.exceeded = (
-                    f"row {index} has labels in {row.label_blocks} of its {row.blocks} blocks, "
-                    f"more than retention {share:g} allows ({budget}): "
-                    "all blocks with labels are kept"
-                )
-
-    def supervised(self) -> Tensor:
-        """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
-        mean = self.times_kept.sum(1, keepdim=True) / self._tokens.clamp_min(1)
-        supervised = self.times_kept >= mean
-        return supervised if self.valid is None else supervised & self.valid
-
-    @property
-    def most_labels(self) -> int | None:
-        """No more tokens than this have a label that is asked for; None if only the device knows.
-
-        Where processes share the sequence, of the tokens that this one holds.
-
-        That is so where layers choose sets of their own, and tokens kept most often are asked.
-        """
-        labels = sum(row.most_labels for row in self.rows)
-        if self.config.supervise == "all":
-            return labels
-        if set(self.agreed) != {"attention"}:
-            return None
-        kept = self.agreed["attention"]
-        slots = (self.share(kept) or kept).index.shape[1]
-        return sum(min(row.most_labels, slots) for row in self.rows)

@@ -1,0 +1,40 @@
+"""An object with other attributes: for whoever is handed a stand-in, or for all, for a while.
+
+What of transformers is patched goes through here, see docs/patched-internals.md.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+class Altered:
+    """``original`` but for ``attributes``; the original does not change.
+
+    Args:
+        original: Any object. Attributes that are set later are set on it.
+        attributes: Values by name.
+    """
+
+    def __init__(self, original: Any, attributes: Mapping[str, Any]):
+        self.__dict__.update(attributes, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._original, name, value)
+
+
+@contextmanager
+def altering(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Within it, ``owner`` itself has these attributes."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del own[name]
+        own.update(before)
