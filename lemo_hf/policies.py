@@ -3,14 +3,11 @@
 Each maps a `ScoreInputs` to block scores ``[B, N]`` without gradient; higher is better.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.utils import logging
 
 from lemo_hf.families import Family
@@ -26,6 +23,7 @@ from lemo_hf.predictors.training_free import (
     recent_scores,
     window_scores,
 )
+from lemo_hf.query_key import query_key
 from lemo_hf.replayed import Replayed
 from lemo_hf.sparse_pass import SparsePass
 
@@ -70,6 +68,10 @@ def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
     return rows if norm is None else norm(rows)
 
 
+def _attention(inputs: ScoreInputs) -> nn.Module:
+    return getattr(inputs.layer, inputs.family.attention)
+
+
 def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
     """The norm before the attention or MLP, if there is one."""
     family, layer = inputs.family, inputs.layer
@@ -96,7 +98,9 @@ def oracle(inputs: ScoreInputs) -> Tensor:
 def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
     """What each asking block gives each block by the layer's attention; see `asked_shares`."""
     sparse_pass = inputs.sparse_pass
-    captured = _query_key(inputs, sublayer_input(inputs, inputs.x), inputs.position_embeddings)
+    captured = query_key(
+        _attention(inputs), sublayer_input(inputs, inputs.x), inputs.position_embeddings
+    )
     return asked_shares(
         captured.query,
         captured.key,
@@ -125,7 +129,7 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     if positions is not None:
         cos, sin = (torch.take_along_dim(x, sparse_pass.middles[..., None], 1) for x in positions)
         positions = (cos, sin)
-    captured = _query_key(inputs, means, positions)
+    captured = query_key(_attention(inputs), means, positions)
     return _summed(
         asked_shares(
             captured.query,
@@ -291,54 +295,6 @@ def rank(inputs: ScoreInputs) -> Tensor:
     policy = inputs.sparse_pass.config.policy
     assert policy is not None  # settled when the config was made
     return POLICIES[policy](inputs)
-
-
-@dataclass(frozen=True)
-class _Captured:
-    query: Tensor
-    key: Tensor
-    scaling: float
-    window: int | None
-    softcap: float | None
-
-
-_CAPTURE = "lemo_capture"
-_captured: list[_Captured] = []
-
-
-def _capture(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention implementation that keeps what it was given and attends to nothing."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    _captured.append(_Captured(query, key, scaling, window, kwargs.get("softcap")))
-    return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-
-
-AttentionInterface.register(_CAPTURE, _capture)
-
-
-def _query_key(
-    inputs: ScoreInputs, hidden: Tensor, positions: tuple[Tensor, Tensor] | None
-) -> _Captured:
-    """Queries and keys of ``hidden`` exactly as the layer's own attention module makes them."""
-    attention = getattr(inputs.layer, inputs.family.attention)
-    config = attention.config
-    attention.config = copy.copy(config)
-    attention.config._attn_implementation = _CAPTURE
-    extra = {} if positions is None else {"position_embeddings": positions}
-    try:
-        attention(hidden_states=hidden, attention_mask=None, **extra)
-    finally:
-        attention.config = config
-    return _captured.pop()
 
 
 def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:

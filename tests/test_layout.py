@@ -64,6 +64,7 @@ FLOORS = {
     "loss": 5,
     "kept_inputs": 5,
     "policies": 5,
+    "query_key": 0,
     "load_predictor": 4,
     "observe": 6,
     "looked_at": 7,

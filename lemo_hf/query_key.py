@@ -1,0 +1,66 @@
+"""A layer's real queries and keys, as its own attention module makes them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """What an attention module gives its attention function.
+
+    Attributes:
+        query: ``[B, H, T, D]``, rotated.
+        key: ``[B, H_kv, T, D]``, rotated.
+        scaling: Factor of ``q . k``.
+        window: Sliding window in tokens, or None.
+        softcap: As in Gemma 2, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+_CAPTURE = "lemo_capture"
+_captured: list[QueryKey] = []
+
+
+def _capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention implementation that keeps what it was given and attends to nothing."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    _captured.append(QueryKey(query, key, scaling, window, kwargs.get("softcap")))
+    return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(_CAPTURE, _capture)
+
+
+def query_key(
+    attention: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor] | None
+) -> QueryKey:
+    """Queries and keys of ``hidden [B, T, H]`` exactly as the attention module makes them."""
+    config: Any = attention.config
+    own = copy.copy(config)
+    own._attn_implementation = _CAPTURE
+    attention.config = own
+    extra = {} if positions is None else {"position_embeddings": positions}
+    try:
+        attention(hidden_states=hidden, attention_mask=None, **extra)
+    finally:
+        attention.config = config
+    return _captured.pop()
