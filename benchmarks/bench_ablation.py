@@ -20,18 +20,18 @@ from steps import Bench
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"
 KERNELS = "lemo_hf.kernels."
-NORMS = [("lemo_hf.sublayer.norm_of", lambda *_: None)]
+NORMS = [("lemo_hf.core.sublayer.norm_of", lambda *_: None)]
 MOVEMENT = [
     (KERNELS + "gather_norm.use_triton", lambda _: False),
     (KERNELS + "scatter_add.use_triton", lambda _: False),
 ]
-ROTARY = [("lemo_hf.attention_call._ROTARY", "none")]
-GATED = [("lemo_hf.sublayer.gated_activations", lambda *_: None)]
+ROTARY = [("lemo_hf.core.attention_call._ROTARY", "none")]
+GATED = [("lemo_hf.core.sublayer.gated_activations", lambda *_: None)]
 ADAPTERS = [
-    ("lemo_hf.attention_call.linear_of", lambda module, **_: module),
-    ("lemo_hf.fused.linear_of", lambda module: module),
+    ("lemo_hf.core.attention_call.linear_of", lambda module, **_: module),
+    ("lemo_hf.core.fused.linear_of", lambda module: module),
 ]
-ATTENTION = [("lemo_hf.layer.fastest_attention", lambda *_: None)]
+ATTENTION = [("lemo_hf.core.layer.fastest_attention", lambda *_: None)]
 LOSS = [
     (KERNELS + "segment_cross_entropy.use_triton", lambda _: False),
     (KERNELS + "segment_cross_entropy.plain_weight", lambda *_: None),

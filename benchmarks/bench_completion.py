@@ -22,8 +22,8 @@ from steps import Bench, empty_memory, train_step, why
 
 from lemo_hf import LeMoConfig
 from lemo_hf.config import POLICIES
-from lemo_hf.policies import POLICIES as SCORES
-from lemo_hf.policies import ScoreInputs
+from lemo_hf.core.policies import POLICIES as SCORES
+from lemo_hf.core.policies import ScoreInputs
 
 RESULTS = Path(__file__).parent / "results"
 ANSWERS = 512  # labelled tokens a row

@@ -22,7 +22,7 @@ from quantized_base import BITS, Base
 from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
 from steps import Bench, Dry, LeftBehind
 
-from lemo_hf.plan import longest, plan
+from lemo_hf.planning.plan import longest, plan
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"

@@ -22,10 +22,10 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lemo_hf import LeMoConfig
-from lemo_hf.families import family_of
-from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.core.families import family_of
+from lemo_hf.core.policies import POLICIES, ScoreInputs
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.sparse_pass import SparsePass
 
 LLAMA = {
     "hidden_size": 4096,

@@ -7,8 +7,8 @@ from pathlib import Path
 from model_shapes import SHAPES, model_config
 
 from lemo_hf import LeMoConfig
-from lemo_hf.plan import GIB, plan
-from lemo_hf.plan_model import PLANNED
+from lemo_hf.planning.model import PLANNED
+from lemo_hf.planning.plan import GIB, plan
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_GIB = {"NVIDIA H200": 139.7, "NVIDIA H100 80GB HBM3": 79.1}  # of the device

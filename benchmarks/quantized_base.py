@@ -34,7 +34,7 @@ class Base:
 
     @property
     def plan_settings(self) -> dict:
-        """What `lemo_hf.plan.plan` needs to know of it."""
+        """What `lemo_hf.planning.plan.plan` needs to know of it."""
         return {
             # PEFT leaves those of 8-bit linears fp32 whatever it is told.
             "adapter_dtype": "float32" if self.kbit_training or self.kind == "int8" else "bfloat16",

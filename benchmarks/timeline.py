@@ -18,20 +18,20 @@ BASE, STREAM, STORED, ATTENTION, MLP, LOSS, ROWS, OTHER = ORIGINS
 # rule decides.
 RULES = (
     ("kernels/segment_cross_entropy.py", None, LOSS),
-    ("lemo_hf/loss.py", None, LOSS),
+    ("lemo_hf/core/loss.py", None, LOSS),
     ("kernels/gated_activation.py", None, MLP),
-    ("lemo_hf/fused.py", "run", MLP),
-    ("lemo_hf/recompute.py", "backward", MLP),
+    ("lemo_hf/core/fused.py", "run", MLP),
+    ("lemo_hf/memory/recompute.py", "backward", MLP),
     ("integrations/sdpa_attention.py", None, ATTENTION),
     ("kernels/rotary.py", None, ATTENTION),
-    ("lemo_hf/attention_call.py", "call_attention", ATTENTION),
-    ("lemo_hf/layer.py", "attend", ATTENTION),
-    ("lemo_hf/offload.py", None, STORED),
+    ("lemo_hf/core/attention_call.py", "call_attention", ATTENTION),
+    ("lemo_hf/core/layer.py", "attend", ATTENTION),
+    ("lemo_hf/memory/offload.py", None, STORED),
     ("kernels/rows.py", "open_stream", STREAM),
     ("nn/modules/sparse.py", None, STREAM),
     ("kernels/gather_norm.py", None, ROWS),
     ("kernels/scatter_add.py", None, ROWS),
-    ("lemo_hf/recompute.py", "forward", MLP),
+    ("lemo_hf/memory/recompute.py", "forward", MLP),
     ("torch/optim/", None, BASE),
 )
 # Autograd's own thread has no Python frames. What runs there without any is the backward of

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from lemo_hf.offload import SLAB, HostMemory
+from lemo_hf.memory.offload import SLAB, HostMemory
 
 
 @contextmanager

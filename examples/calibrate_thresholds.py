@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer
-from lemo_hf.calibrate import calibrate_thresholds
-from lemo_hf.text_rows import load_documents, token_rows
+from lemo_hf.storage.text_rows import load_documents, token_rows
+from lemo_hf.tune.calibrate import calibrate_thresholds
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -19,7 +19,7 @@ from lemo_hf.eval.longbench import run_longbench
 from lemo_hf.eval.needles import needle_rows
 from lemo_hf.eval.perplexity import perplexity
 from lemo_hf.eval.retrieval import retrieval
-from lemo_hf.text_rows import load_documents
+from lemo_hf.storage.text_rows import load_documents
 
 DEMO = Path(__file__).parent / "demo"
 LONGBENCH = DEMO.parent.parent / "tests/data/longbench/rows"

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer
-from lemo_hf.text_rows import load_documents, token_rows
+from lemo_hf.storage.text_rows import load_documents, token_rows
 
 DEMO = Path(__file__).parent / "demo"
 

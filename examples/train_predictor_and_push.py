@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig
-from lemo_hf.recall import recall_table
-from lemo_hf.text_rows import load_documents, token_rows
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
+from lemo_hf.storage.text_rows import load_documents, token_rows
+from lemo_hf.tune.recall import recall_table
+from lemo_hf.tune.train_predictor import PredictorTraining, train_predictor
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemo_hf.config_checks import KEEPS_ALL, LEVELS, POLICIES, UNITS, check_values
-from lemo_hf.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
-from lemo_hf.outputs import locked
 from lemo_hf.shown import shortened, shown
+from lemo_hf.storage.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
+from lemo_hf.storage.outputs import locked
 from lemo_hf.version import __version__
 
 __all__ = ["LEVELS", "POLICIES", "UNITS", "KeepRule", "LeMoConfig"]

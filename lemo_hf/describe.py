@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from lemo_hf.batch.row_counts import RowCounts
 from lemo_hf.config import KeepRule, LeMoConfig
-from lemo_hf.row_counts import RowCounts
 
 _BEST = {
     "overlap": "the blocks with labels and those that share rare words with them",

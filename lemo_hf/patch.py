@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo_hf.attention import fastest_attention
-from lemo_hf.checks import check_adapters, check_intermediate, check_model, check_predictors
-from lemo_hf.compiled import CALL, compile_all, stock_call, train_eagerly
 from lemo_hf.config import LeMoConfig
-from lemo_hf.cuda_graphs import CudaGraphs
+from lemo_hf.core.attention import fastest_attention
+from lemo_hf.core.checks import check_adapters, check_intermediate, check_model, check_predictors
+from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
+from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
+from lemo_hf.core.passes import Passes
+from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.describe import describe_batch, describe_run
+from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.load_predictor import load_predictor
-from lemo_hf.offload import HostMemory
-from lemo_hf.passes import Passes
-from lemo_hf.plain_pickle import pickle_plain, pickle_whole
+from lemo_hf.memory.offload import HostMemory
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor

@@ -15,14 +15,14 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_datasets_available
 
 from lemo_hf.announce import announce, follow_log_level
-from lemo_hf.checkpoints import newest_whole_checkpoint
-from lemo_hf.checks import check_block_size, check_trainer
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.core.checks import check_block_size, check_trainer
 from lemo_hf.integrations.callback import LeMoCallback
+from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
-from lemo_hf.sequence_parallel import sequence_group
+from lemo_hf.storage.checkpoints import newest_whole_checkpoint
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ fingerprint of the weights that it belongs to.
 
 import logging
 
-from lemo_hf.files import CONFIG_NAME, find_files
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.model_card import TAG
 from lemo_hf.predictors.predictor_files import read_section
+from lemo_hf.storage.files import CONFIG_NAME, find_files
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import (
+from lemo_hf.shown import shown
+from lemo_hf.storage.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     read_json,
@@ -25,8 +26,7 @@ from lemo_hf.files import (
     whole_file,
     write_json,
 )
-from lemo_hf.outputs import locked
-from lemo_hf.shown import shown
+from lemo_hf.storage.outputs import locked
 
 # Raised when another version of lemo-hf would misread the section.
 FORMAT = 2

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, find_files, whole_file
-from lemo_hf.outputs import locked
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.model_card import model_card
@@ -23,6 +21,8 @@ from lemo_hf.predictors.predictor_files import (
     write_predictor_files,
 )
 from lemo_hf.shown import shortened, shown
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, find_files, whole_file
+from lemo_hf.storage.outputs import locked
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PredictorInfo:
     Attributes:
         block_size: Tokens a block.
         base: The model they were trained for.
-        recall: Rows of what was measured, as `lemo_hf.recall.recall_table` returns it.
+        recall: Rows of what was measured, as `lemo_hf.tune.recall.recall_table` returns it.
         training: Facts of how they were made. ``"datasets"`` (Hub ids) and ``"command"`` have
             places of their own in the model card; all else (tokens, epochs, ...) is listed there.
 
@@ -139,7 +139,7 @@ class LeMoPredictor(nn.Module):
             )
 
     def with_recall(self, table: list[dict[str, Any]]) -> "LeMoPredictor":
-        """The same networks, knowing their recall: rows of `lemo_hf.recall.recall_table`."""
+        """The same networks, knowing their recall: rows of `lemo_hf.tune.recall.recall_table`."""
         return LeMoPredictor(dataclasses.replace(self.info, recall=table), self.layers)
 
     def same_as(self, other: "LeMoPredictor") -> bool:
@@ -306,7 +306,7 @@ def _block_predictor(layer: int, sizes: dict[str, Any] | None) -> BlockPredictor
 
 
 def _is_recall(row: Any) -> bool:
-    """Whether it is a row of `lemo_hf.recall.recall_table`."""
+    """Whether it is a row of `lemo_hf.tune.recall.recall_table`."""
     if not isinstance(row, dict):
         return False
     texts = all(isinstance(row.get(name), str) for name in ("documents", "policy"))

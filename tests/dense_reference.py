@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lemo_hf.sparse_pass import SparsePass
+from lemo_hf.core.sparse_pass import SparsePass
 
 
 @contextmanager

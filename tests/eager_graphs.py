@@ -2,7 +2,7 @@
 
 import torch
 
-from lemo_hf import cuda_graphs
+from lemo_hf.graphs import cuda_graphs
 
 
 class EagerGraph:

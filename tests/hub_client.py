@@ -9,11 +9,11 @@ import huggingface_hub
 import torch
 
 from lemo_hf import LeMoConfig, LeMoPredictor
-from lemo_hf.files import WEIGHTS_NAME
 from lemo_hf.predictors import on_hub
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import PredictorInfo
+from lemo_hf.storage.files import WEIGHTS_NAME
 
 # The facts of `make_model("llama")`.
 BASE = BaseModel("llama", 32, 4, 4, 2, 97)

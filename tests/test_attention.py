@@ -7,10 +7,12 @@ import torch
 from models import batch, make_model, with_lora
 from torch.nn.attention import SDPBackend
 
-from lemo_hf import LeMoConfig, apply_lemo, attention, memory
-from lemo_hf.attention import fastest_attention, using
+from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import UNITS
-from lemo_hf.sparse_pass import SparsePass
+from lemo_hf.core import attention
+from lemo_hf.core.attention import fastest_attention, using
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.memory.fitting import fitting as memory
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
@@ -130,7 +132,8 @@ def test_what_a_model_asks_for(offload_gib, monkeypatch):
     slabs = 0 if offload_gib is None else 16
     found = []
     for room in range(WORKING, WORKING + 2**28 + 2**26, 2**23):
-        monkeypatch.setattr("lemo_hf.levels.free_bytes", lambda _, room=room: room + 3 * trained)
+        free = room + 3 * trained
+        monkeypatch.setattr("lemo_hf.core.levels.free_bytes", lambda _, free=free: free)
         found.append(lemo.passes.levels._fitting(model.get_base_model().model.layers[1], x, rows))
         assert found[-1] == level_of(rows, room, slabs=slabs)
     assert found[0] == "full" and found[-1] == "selective"
@@ -156,15 +159,15 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
     asked = []
     monkeypatch.setattr(
-        "lemo_hf.levels.Levels._fitting", lambda *ask: (asked.append(ask[3]), level)[1]
+        "lemo_hf.core.levels.Levels._fitting", lambda *ask: (asked.append(ask[3]), level)[1]
     )
     levels = []
     monkeypatch.setattr(
-        "lemo_hf.layer.checkpointed",
+        "lemo_hf.core.layer.checkpointed",
         lambda run, rows, level, *_: (levels.append(level), run(rows))[1],
     )
     inputs = batch(1, 64)
-    with caplog.at_level("INFO", "lemo_hf.levels"):
+    with caplog.at_level("INFO", "lemo_hf.core.levels"):
         for _ in range(2):
             model(**inputs).loss.backward()
     assert levels == [level] * 8
@@ -174,6 +177,6 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
     model(**inputs).loss.backward()
     kept = lemo.passes.tally.kept_blocks[0, "attention"].sum().item() * 8
     assert asked[1:] == [((kept, None),) * 4] and kept > 32
-    monkeypatch.setattr("lemo_hf.levels.MOST_SHAPES", 2)
+    monkeypatch.setattr("lemo_hf.core.levels.MOST_SHAPES", 2)
     model(**batch(1, 48)).loss.backward()
     assert len(lemo.passes.levels._found) == 1

@@ -21,7 +21,7 @@ from quantized_base import Base
 from s2_attention import s2_attention_forward
 from steps import Bench
 
-from lemo_hf.plan import plan
+from lemo_hf.planning.plan import plan
 
 CPU = torch.device("cpu")
 
@@ -170,7 +170,7 @@ def frame(file: str, name: str) -> dict:
 
 
 def test_a_trace_is_split_by_origin():
-    attend = [frame("torch/functional.py", "sdpa"), frame("lemo_hf/layer.py", "attend")]
+    attend = [frame("torch/functional.py", "sdpa"), frame("lemo_hf/core/layer.py", "attend")]
     loss = [frame("lemo_hf/kernels/segment_cross_entropy.py", "forward")]
     stream = 8 * 2**30
 

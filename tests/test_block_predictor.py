@@ -6,16 +6,22 @@ import pytest
 import torch
 from models import make_model
 
-from lemo_hf import LeMoConfig, looked_at
-from lemo_hf.looked_at import LookedAt, collate
-from lemo_hf.observe import observe
-from lemo_hf.policies import oracle_shares
+from lemo_hf import LeMoConfig
+from lemo_hf.core.observe import observe
+from lemo_hf.core.policies import oracle_shares
 from lemo_hf.predictors import block_predictor
 from lemo_hf.predictors.asked_shares import asking_index
 from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
 from lemo_hf.predictors.rarity import rarity
-from lemo_hf.recall import recall, recall_table
-from lemo_hf.train_predictor import PredictorTraining, remove_state, share_loss, train_predictor
+from lemo_hf.tune import looked_at
+from lemo_hf.tune.looked_at import LookedAt, collate
+from lemo_hf.tune.recall import recall, recall_table
+from lemo_hf.tune.train_predictor import (
+    PredictorTraining,
+    remove_state,
+    share_loss,
+    train_predictor,
+)
 
 STRETCHED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 

@@ -10,7 +10,7 @@ from models import batch, loss_and_gradients, make_model
 from test_trainer import SPARSE, assert_same_weights, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.out_of_memory import what_helps
+from lemo_hf.memory.out_of_memory import what_helps
 
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
 # Where a pass breaks off, by the module that is about to be called.

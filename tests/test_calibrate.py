@@ -9,10 +9,10 @@ from models import batch, make_model, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.calibrate import calibrate_thresholds
-from lemo_hf.loss import supervised
-from lemo_hf.measure import LossRise, sparse_evaluation
-from lemo_hf.text_rows import token_rows
+from lemo_hf.core.loss import supervised
+from lemo_hf.storage.text_rows import token_rows
+from lemo_hf.tune.calibrate import calibrate_thresholds
+from lemo_hf.tune.measure import LossRise, sparse_evaluation
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="pooled")

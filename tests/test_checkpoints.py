@@ -8,7 +8,7 @@ import pytest
 from test_trainer import losses, make_trainer
 
 from lemo_hf import LeMoConfig
-from lemo_hf.checkpoints import checkpoints, damage, newest_whole_checkpoint
+from lemo_hf.storage.checkpoints import checkpoints, damage, newest_whole_checkpoint
 
 LEMO = LeMoConfig(retention=0.5, block_size=8, policy="random")
 

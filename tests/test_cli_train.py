@@ -25,8 +25,8 @@ from transformers import (
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
 from lemo_hf.cli.train_rows import collator, packed_rows
 from lemo_hf.cli.train_settings import PRESETS, find_config, read_settings
-from lemo_hf.plan import GIB, plans
-from lemo_hf.text_rows import token_rows
+from lemo_hf.planning.plan import GIB, plans
+from lemo_hf.storage.text_rows import token_rows
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"

@@ -23,8 +23,8 @@ from peft import LoHaConfig, get_peft_model
 from test_trainer import SPARSE, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.cuda_graphs import MOST_GRAPHS
-from lemo_hf.report_callback import ReportCallback
+from lemo_hf.graphs.cuda_graphs import MOST_GRAPHS
+from lemo_hf.report.callback import ReportCallback
 
 STEPS = 5  # as ever, recorded, replayed thrice
 GRAPHS = replace(SPARSE, cuda_graphs=True)
@@ -42,8 +42,8 @@ def device(request, monkeypatch):
 @pytest.fixture
 def warned(caplog):
     """What is warned of."""
-    caplog.set_level(logging.WARNING, "lemo_hf.cuda_graphs")
-    name = "lemo_hf.cuda_graphs"
+    caplog.set_level(logging.WARNING, "lemo_hf.graphs.cuda_graphs")
+    name = "lemo_hf.graphs.cuda_graphs"
     return lambda: [r.getMessage() for r in caplog.records if r.name == name]
 
 

@@ -12,7 +12,7 @@ from training_cases import CHECKPOINTED, assert_same, read, train
 from transformers import AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig
-from lemo_hf.checks import check_sharded_head
+from lemo_hf.core.checks import check_sharded_head
 
 EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
 CASES = {

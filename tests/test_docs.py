@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.app import app
 from lemo_hf.config import LEVELS
-from lemo_hf.plan import plan
+from lemo_hf.planning.plan import plan
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -9,8 +9,8 @@ from test_trainer import dataset, make_trainer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.checks import check_trainer
-from lemo_hf.families import PARALLEL_RESIDUAL
+from lemo_hf.core.checks import check_trainer
+from lemo_hf.core.families import PARALLEL_RESIDUAL
 
 CONFIG = LeMoConfig(block_size=8)
 

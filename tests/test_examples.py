@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, LeMoPredictor
-from lemo_hf.text_rows import load_documents, token_rows
+from lemo_hf.storage.text_rows import load_documents, token_rows
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

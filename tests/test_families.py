@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS
-from lemo_hf.families import FAMILIES, PARALLEL_RESIDUAL, family_of
+from lemo_hf.core.families import FAMILIES, PARALLEL_RESIDUAL, family_of
 
 
 @pytest.fixture(params=FAMILIES)

@@ -88,7 +88,7 @@ SAVED = {
 START = """
 import os
 from pathlib import Path
-from lemo_hf.memory import local_bytes
+from lemo_hf.memory.fitting import local_bytes
 from test_fsdp_trainer import ALL, SAVED, one_pass
 from training_cases import make_trainer, outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])

@@ -6,8 +6,8 @@ from models import batch, loss_and_gradients, make_model, relative_error, with_l
 from transformers.models.llama import modeling_llama
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.families import FAMILIES
-from lemo_hf.fused import gated_activations, norm_of
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.kernels.norm import Norm
 
 TINY = {"num_hidden_layers": 2}

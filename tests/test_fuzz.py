@@ -27,10 +27,10 @@ from lemo_hf.eval.longbench_prompt import prompt_tokens
 from lemo_hf.eval.longbench_score import check_rows, score_folder
 from lemo_hf.eval.longbench_tasks import TASKS
 from lemo_hf.eval.token_files import read_token_file
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
 from lemo_hf.predictors.predictor_files import _sha256
-from lemo_hf.report import write_report
-from lemo_hf.text_rows import labelled_rows, load_documents, load_examples
+from lemo_hf.report.page import write_report
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.storage.text_rows import labelled_rows, load_documents, load_examples
 
 ROOT = Path(__file__).parent.parent
 PACKED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}

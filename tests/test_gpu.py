@@ -11,11 +11,11 @@ from test_sparse_layer import CASES
 from test_trainer import SPARSE, Trainer, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.attention import _tried as fastest_attention
 from lemo_hf.config import LEVELS, UNITS
-from lemo_hf.families import FAMILIES
+from lemo_hf.core.attention import _tried as fastest_attention
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.kernels.replayed import MOST_GRAPHS, Replayed
 from lemo_hf.predictors.overlap import overlap_scores
-from lemo_hf.replayed import MOST_GRAPHS, Replayed
 
 pytestmark = pytest.mark.gpu
 

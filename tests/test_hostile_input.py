@@ -18,9 +18,9 @@ from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.cli.yaml_text import parse_yaml
 from lemo_hf.eval.longbench_load import load_task
 from lemo_hf.eval.longbench_score import check_rows, score_folder, score_row
-from lemo_hf.files import read_json
 from lemo_hf.shown import MOST_LETTERS, shown
-from lemo_hf.text_rows import labelled_rows, load_documents
+from lemo_hf.storage.files import read_json
+from lemo_hf.storage.text_rows import labelled_rows, load_documents
 
 LETTERS = "abcdefgh"
 
@@ -175,7 +175,7 @@ def test_a_line_of_gigabytes_takes_no_gigabytes(tmp_path):
     (tmp_path / "lcc.jsonl.gz").write_bytes(gzip.compress(line, 1))
     limited(
         "from lemo_hf.eval.longbench_load import load_task\n"
-        "from lemo_hf.text_rows import load_documents\n"
+        "from lemo_hf.storage.text_rows import load_documents\n"
         "for read in (lambda: load_task('lcc', 'data.zip'), lambda: load_task('lcc', '.'),\n"
         "             lambda: list(load_documents('lcc.jsonl.gz'))):\n"
         "    try:\n"

@@ -11,15 +11,15 @@ from models import make_model, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.inspection import SMALL, inspect_text
-from lemo_hf.inspection_plots import (
+from lemo_hf.core.observe import observe
+from lemo_hf.core.policies import POLICIES
+from lemo_hf.inspection.layer_plots import (
     informativeness_figure,
     kept_figure,
     retention_figure,
     sparsity_figure,
 )
-from lemo_hf.observe import observe
-from lemo_hf.policies import POLICIES
+from lemo_hf.inspection.layers import SMALL, inspect_text
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 IDS = torch.randint(3, 97, (150,), generator=torch.Generator().manual_seed(5)).tolist()

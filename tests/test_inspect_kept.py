@@ -13,12 +13,12 @@ from test_inspect import DEMO, IDS, training_pass
 from transformers import AutoTokenizer
 
 from lemo_hf import LeMoConfig
-from lemo_hf.inspection_kept import compare_policies, kept_in_words
-from lemo_hf.inspection_kept_plots import policies_figure
-from lemo_hf.inspection_row import TextRow, text_row
-from lemo_hf.inspection_words import shared_words
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.inspection.kept import compare_policies, kept_in_words
+from lemo_hf.inspection.kept_plots import policies_figure
+from lemo_hf.inspection.row import TextRow, text_row
+from lemo_hf.inspection.words import shared_words
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.sparse_pass import SparsePass
 
 QUESTION = "Where do people in Hillerton go boating in summer and skating in winter?"
 ANSWER = "On the tiny pond of the common."

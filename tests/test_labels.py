@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import KeepRule
-from lemo_hf.labels import Labels
-from lemo_hf.sparse_pass import SparsePass
+from lemo_hf.core.labels import Labels
+from lemo_hf.core.sparse_pass import SparsePass
 
 
 @pytest.mark.parametrize("label", [-1, -99, 97, 10**6])

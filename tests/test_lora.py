@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lemo_hf.lora import linear_of
+from lemo_hf.core.lora import linear_of
 
 
 def lora(dtype=torch.float64, width=12, out=20, bias=False, **options):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf.cli.merge import _trained, whole_folder
+from lemo_hf.core.families import FAMILIES
 from lemo_hf.eval.perplexity import perplexity
-from lemo_hf.families import FAMILIES
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 MODEL = str(DEMO / "model")  # one table for embeddings and head

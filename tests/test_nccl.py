@@ -65,7 +65,7 @@ number, engine = int(os.environ["WORLD_SIZE"]), folder.name
 if engine != "fsdp":
     os.environ.pop("ACCELERATE_USE_FSDP", None)
 if engine == "graphs":
-    logging.getLogger("lemo_hf.cuda_graphs").addHandler(Refuse())
+    logging.getLogger("lemo_hf.graphs.cuda_graphs").addHandler(Refuse())
 for name, case in ENGINES.get(engine, {{}}).items():
     path, case = folder / f"{{number}}-{{name}}", {{"use_cpu": False, **case}}
     if engine == "sequence":

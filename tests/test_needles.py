@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo_hf.eval.needle_text import SENTENCE_END, _ends
 from lemo_hf.eval.needles import NeedleTemplate, mix_retrieval, needle_rows
 from lemo_hf.eval.retrieval import retrieval
-from lemo_hf.text_rows import token_rows
+from lemo_hf.storage.text_rows import token_rows
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"

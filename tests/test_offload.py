@@ -7,9 +7,10 @@ import torch
 from models import make_model, with_lora
 from test_recompute import assert_same, run
 
-from lemo_hf import LeMoConfig, apply_lemo, offload, remove_lemo
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import UNITS
-from lemo_hf.offload import GIB, HostMemory, Stored
+from lemo_hf.memory.fitting import offload
+from lemo_hf.memory.offload import GIB, HostMemory, Stored
 
 
 @pytest.fixture(autouse=True)

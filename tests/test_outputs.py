@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from crash.children import Child, mount_disk, mount_read_only, own_mounts
 
-from lemo_hf.files import ABANDONED, whole_file
-from lemo_hf.outputs import check_output, locked, only_run
+from lemo_hf.storage.files import ABANDONED, whole_file
+from lemo_hf.storage.outputs import check_output, locked, only_run
 
 
 def write(path, text):

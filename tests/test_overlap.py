@@ -8,10 +8,10 @@ import torch
 
 from lemo_hf import LeMoConfig
 from lemo_hf.config import KeepRule
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.predictors.overlap import LENGTHS, NEAR, POWER, overlap_scores
 from lemo_hf.predictors.training_free import mix_ranks
-from lemo_hf.sparse_pass import SparsePass
 
 SIZE = 8
 
@@ -160,7 +160,7 @@ def test_overlap_with_a_random_share_draws_others_at_each_step():
     ids, targets = text(800), labelled(800, (780, 799))
 
     def kept(step_number, share):
-        from lemo_hf.policies import POLICIES, ScoreInputs
+        from lemo_hf.core.policies import POLICIES, ScoreInputs
 
         sparse_pass = pass_of(ids, targets, random_share=share)
         sparse_pass.global_step = step_number

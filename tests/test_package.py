@@ -80,7 +80,7 @@ def test_the_wheel_holds_the_package(built):
         "kernels/scatter_add.py",
         "predictors/predictor_set.py",
         "presets/llama3-8b-64k.yaml",
-        "templates/report.html.j2",
+        "report/templates/report.html.j2",
         "eval/longbench_data/dataset2prompt.json",
         "integrations/trl.py",
     ):

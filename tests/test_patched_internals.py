@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import Linear
 from transformers import AutoConfig, masking_utils
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.cuda_graphs import _no_documents
-from lemo_hf.families import FAMILIES
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.graphs.cuda_graphs import _no_documents
 from lemo_hf.kernels.launch import untouched
-from lemo_hf.recompute import _ATTENTION
+from lemo_hf.memory.recompute import _ATTENTION
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "patched-internals.md").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_attention_reads_what_is_replaced(family, monkeypatch):
         lambda self, x: (called.append(inside.get(id(self))), forward(self, x))[1],
     )
     rotated = []
-    rotary = "lemo_hf.attention_call.rotary"
+    rotary = "lemo_hf.core.attention_call.rotary"
     monkeypatch.setattr(rotary, lambda q, k, *tables: rotated.append(q.shape[2]) or (q, k))
     apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, policy="recent"))
     model(**batch(1, 64))

@@ -15,13 +15,13 @@ from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS, UNITS
-from lemo_hf.measure import saved_bytes
-from lemo_hf.offload import GIB
-from lemo_hf.plan import longest, plan
-from lemo_hf.plan_kept import Kept, kept_layer
-from lemo_hf.plan_layer import Trained, stock_layer
-from lemo_hf.plan_model import PLANNED, ModelShapes
-from lemo_hf.plan_step import WORKSPACES
+from lemo_hf.memory.offload import GIB
+from lemo_hf.planning.kept import Kept, kept_layer
+from lemo_hf.planning.layer import Trained, stock_layer
+from lemo_hf.planning.model import PLANNED, ModelShapes
+from lemo_hf.planning.plan import longest, plan
+from lemo_hf.planning.step import WORKSPACES
+from lemo_hf.tune.measure import saved_bytes
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -270,8 +270,8 @@ def test_a_level_for_each_layer(levels, launched):
 @pytest.mark.parametrize("targets", [QKVO, None], ids=["lora", "full"])
 @pytest.mark.parametrize("rows", [64, 128])  # the plan takes the last tile for a whole one
 def test_tiles(rows, targets, level, launched, monkeypatch):
-    monkeypatch.setattr("lemo_hf.recompute.LEAST_ROWS", rows)
-    monkeypatch.setattr("lemo_hf.recompute.TILE_BYTES", 0)
+    monkeypatch.setattr("lemo_hf.memory.recompute.LEAST_ROWS", rows)
+    monkeypatch.setattr("lemo_hf.memory.recompute.TILE_BYTES", 0)
     check_step({"retention": 0.5, "recompute": level}, targets=targets)
 
 
@@ -282,13 +282,13 @@ def test_offload(level, slabs, launched, monkeypatch):
     slab = 30011
     for module in ("offload", "plan_offload", "plan_step"):
         monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
-    monkeypatch.setattr("lemo_hf.offload.SMALL", 10000)
+    monkeypatch.setattr("lemo_hf.memory.offload.SMALL", 10000)
     lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}
     lemo |= {"dense_first_layers": 3}
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
     assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
     # No copy of the CPU's is on its way out while others are made.
-    monkeypatch.setattr("lemo_hf.plan_offload.Offload.going", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.offload.Offload.going", lambda *_: 0)
     check_step(lemo, layers=6, existing=planned.pinned)
 
 
@@ -364,7 +364,7 @@ def test_more_tokens_and_higher_retention_take_more(checkpointing):
 
 
 def test_free_memory_chooses_the_level():
-    """By the formula of `lemo_hf.memory`; what is asked for stays."""
+    """By the formula of `lemo_hf.memory.fitting`; what is asked for stays."""
 
     def levels(memory, **options):
         config = LeMoConfig(retention=0.5, dense_first_layers=4, **options)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
-from lemo_hf.plan import longest, plan
-from lemo_hf.plan_model import PLANNED
+from lemo_hf.planning.model import PLANNED
+from lemo_hf.planning.plan import longest, plan
 
 pytest.importorskip("bitsandbytes")
 

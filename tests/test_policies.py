@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import POLICIES as CONFIG_POLICIES
-from lemo_hf.families import FAMILIES
-from lemo_hf.policies import POLICIES, ScoreInputs
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.policies import POLICIES, ScoreInputs
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.rarity import rarity
 from lemo_hf.predictors.training_free import (
@@ -23,7 +24,6 @@ from lemo_hf.predictors.training_free import (
     row_keys,
     window_scores,
 )
-from lemo_hf.sparse_pass import SparsePass
 
 
 def score(

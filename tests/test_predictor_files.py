@@ -19,11 +19,11 @@ from test_trainer import adapter, losses, make_trainer
 from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, LeMoPredictor, apply_lemo, load_predictor
-from lemo_hf.files import CONFIG_NAME as CONFIG
-from lemo_hf.files import WEIGHTS_NAME as WEIGHTS
-from lemo_hf.policies import POLICIES
+from lemo_hf.core.policies import POLICIES
 from lemo_hf.predictors import predictor_files
 from lemo_hf.predictors.base_model import BaseModel, fingerprint_of
+from lemo_hf.storage.files import CONFIG_NAME as CONFIG
+from lemo_hf.storage.files import WEIGHTS_NAME as WEIGHTS
 
 LEARNED = LeMoConfig(policy="predictor", block_size=8)
 

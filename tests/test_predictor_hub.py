@@ -31,7 +31,7 @@ from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from test_trainer import losses, make_trainer
 
 from lemo_hf import LeMoConfig
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ state = PartialState(cpu=True)
 from models import make_model
 from test_block_predictor import HOW, ROWS
 from lemo_hf import LeMoConfig, LeMoTrainer
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
+from lemo_hf.tune.train_predictor import PredictorTraining, train_predictor
 from transformers import TrainingArguments
 out = sys.argv[1]
 

@@ -8,7 +8,7 @@ from processes import start
 from safetensors.torch import load
 from training_cases import assert_same, read
 
-from lemo_hf.files import CONFIG_NAME
+from lemo_hf.storage.files import CONFIG_NAME
 
 START = """
 import os

@@ -19,9 +19,9 @@ from models import make_model
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import KeepRule
-from lemo_hf.families import Family
-from lemo_hf.loss import segment_loss, shifted
-from lemo_hf.sparse_pass import SparsePass
+from lemo_hf.core.families import Family
+from lemo_hf.core.loss import segment_loss, shifted
+from lemo_hf.core.sparse_pass import SparsePass
 
 CASES = int(os.environ.get("LEMO_CASES", "500"))
 CPU = torch.device("cpu")

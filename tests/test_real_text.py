@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
-from lemo_hf.recall import recall_table
+from lemo_hf.tune.recall import recall_table
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"

@@ -7,9 +7,10 @@ import torch
 from models import batch, make_model, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo_hf import LeMoConfig, apply_lemo, offload, remove_lemo
-from lemo_hf import recompute as levels
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS
+from lemo_hf.memory.fitting import offload
+from lemo_hf.memory.fitting import recompute as levels
 
 
 def run(model, **options):
@@ -169,7 +170,7 @@ def test_gradient_checkpointing_picks_a_level(model, monkeypatch):
     base.gradient_checkpointing_enable({"use_reentrant": False})
     real, picked = levels.checkpointed, []
     monkeypatch.setattr(
-        "lemo_hf.layer.checkpointed",
+        "lemo_hf.core.layer.checkpointed",
         lambda function, rows, level, *rest: (
             picked.append(level) or real(function, rows, level, *rest)
         ),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lemo_hf import replayed
-from lemo_hf.replayed import MOST_GRAPHS, REMEMBERED, Replayed
+from lemo_hf.kernels import replayed
+from lemo_hf.kernels.replayed import MOST_GRAPHS, REMEMBERED, Replayed
 
 
 class Again:

@@ -15,9 +15,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer
 from lemo_hf.integrations.callback import LeMoCallback
-from lemo_hf.report import write_report
-from lemo_hf.report_callback import ReportCallback
-from lemo_hf.report_figures import MOST_COLUMNS, heat_map
+from lemo_hf.report.callback import ReportCallback
+from lemo_hf.report.figures import MOST_COLUMNS, heat_map
+from lemo_hf.report.page import write_report
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 ROWS = [{name: values[0] for name, values in batch(1, 96).items()}] * 8

@@ -10,12 +10,12 @@ from processes import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.core.families import FAMILIES
 from lemo_hf.eval.needles import (
     NeedleRow,
     needle_rows,
 )
 from lemo_hf.eval.retrieval import MEASURES, Retrieval, retrieval
-from lemo_hf.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"

@@ -9,7 +9,8 @@ from models import batch, loss_and_gradients, make_model, relative_error, with_l
 from test_trainer import assert_same_weights, dataset, losses, make_trainer
 from transformers import Trainer, TrainerCallback
 
-from lemo_hf import LeMoConfig, apply_lemo, cuda_graphs, remove_lemo
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.graphs import cuda_graphs
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import lemo_of
 
@@ -303,8 +304,8 @@ def test_graphs_through_trainer(monkeypatch, tmp_path):
 
 def test_chance_and_rows_without_labels_are_said():
     """A quarter by chance is a default, so the first line says it; no label is no label."""
+    from lemo_hf.batch.row_counts import RowCounts
     from lemo_hf.describe import describe_batch, describe_run
-    from lemo_hf.row_counts import RowCounts
 
     rules = LeMoConfig().layer_rules(2)
     assert "25% of them by chance" in describe_run(LeMoConfig(), rules, "sdpa", None)
@@ -316,8 +317,8 @@ def test_chance_and_rows_without_labels_are_said():
 
 def test_a_loss_outside_of_which_nothing_is_asked_is_0():
     """Kept blocks may hold no label: the count that the sum of 0 is divided by stays above 0."""
-    from lemo_hf.labels import Labels
-    from lemo_hf.sparse_pass import SparsePass
+    from lemo_hf.core.labels import Labels
+    from lemo_hf.core.sparse_pass import SparsePass
 
     tensor = torch.full((1, 32), -100)
     tensor[0, 9] = 5

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from lemo_hf.batch.selection import block_any, blocks_above, keep_blocks, kept_set, num_kept_blocks
 from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.core.loss import supervised
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.loss import supervised
-from lemo_hf.selection import block_any, blocks_above, keep_blocks, kept_set, num_kept_blocks
-from lemo_hf.sparse_pass import SparsePass
 
 
 def make_pass(shape, retention=0.5, block_size=4, **inputs):
@@ -159,7 +159,7 @@ def test_each_document_keeps_its_share():
 
 @pytest.mark.parametrize("policy", ["recent", "window", "chunks", "random", "auto"])
 def test_no_policy_leaves_out_a_document_its_beginning_or_its_end(policy):
-    from lemo_hf.policies import POLICIES, ScoreInputs
+    from lemo_hf.core.policies import POLICIES, ScoreInputs
 
     positions, documents = packed(80, 160, 40, 200)
     ids = torch.arange(480)[None]

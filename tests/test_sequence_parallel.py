@@ -11,8 +11,8 @@ from test_ddp import RESUMES
 from training_cases import CHECKPOINTED, ROWS_A_STEP, assert_same, make_trainer, outcome, read
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.checks import check_trainer
 from lemo_hf.config import LEVELS
+from lemo_hf.core.checks import check_trainer
 from lemo_hf.predictors.block_predictor import BlockPredictor
 
 EACH = {"policy": "pooled", "agree_across_layers": False, "retention": 0.4}
@@ -226,8 +226,8 @@ def test_they_resume_what_they_saved_and_what_one_process_saved(trained, tmp_pat
 
 
 SHARES = """
-from lemo_hf.selection import kept_set
-from lemo_hf.sequence_parallel import Shards, sequence_group
+from lemo_hf.batch.selection import kept_set
+from lemo_hf.parallel.sequence_parallel import Shards, sequence_group
 meet()
 shards = Shards(sequence_group(2), 70, 8)
 found = []

@@ -5,12 +5,13 @@ import torch
 from dense_reference import expected_loss, masked_dense, recorded_sets
 from models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
-from lemo_hf import LeMoConfig, apply_lemo, kept_inputs, remove_lemo
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.batch.selection import kept_set
 from lemo_hf.config import LEVELS
-from lemo_hf.families import FAMILIES
+from lemo_hf.core import kept_inputs
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.patch import transformers_model
-from lemo_hf.selection import kept_set
-from lemo_hf.sparse_pass import SparsePass
 
 
 def plain():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lemo_hf.text_rows import load_documents, token_rows
+from lemo_hf.storage.text_rows import load_documents, token_rows
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 TEXTS = ["one two\nthree", "four", "five six seven"]

@@ -13,9 +13,9 @@ from test_sparse_layer import (
 )
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.batch.selection import blocks_above
 from lemo_hf.config import LEVELS, KeepRule
-from lemo_hf.selection import blocks_above
-from lemo_hf.sparse_pass import SparsePass
+from lemo_hf.core.sparse_pass import SparsePass
 
 
 def config(threshold, **options):

@@ -19,12 +19,12 @@ from benchmarks.quality.recall import KINDS, test_row
 from benchmarks.quality.row import Row
 from benchmarks.quality.source import Source
 from benchmarks.quality.texts import Texts
+from lemo_hf.batch.selection import keep_blocks, num_kept_blocks
 from lemo_hf.config import LeMoConfig
+from lemo_hf.core.loss import shifted
+from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.loss import shifted
 from lemo_hf.predictors.overlap import overlap_scores
-from lemo_hf.selection import keep_blocks, num_kept_blocks
-from lemo_hf.sparse_pass import SparsePass
 
 RETENTIONS = (0.1, 0.3)
 # Who asks, and hops.

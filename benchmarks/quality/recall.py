@@ -31,16 +31,16 @@ from benchmarks.quality.row import Row, RowSet
 from benchmarks.quality.rows import row_of
 from benchmarks.quality.source import Source
 from benchmarks.quality.texts import Texts
+from lemo_hf.batch.selection import keep_blocks, num_kept_blocks
 from lemo_hf.config import LeMoConfig
-from lemo_hf.looked_at import collate
-from lemo_hf.observe import observe
-from lemo_hf.policies import POLICIES, ScoreInputs, sublayer_input
+from lemo_hf.core.observe import observe
+from lemo_hf.core.policies import POLICIES, ScoreInputs, sublayer_input
 from lemo_hf.predictors.overlap import overlap_scores
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.predictors.rarity import rarity
 from lemo_hf.predictors.training_free import mix_ranks, random_scores
-from lemo_hf.selection import keep_blocks, num_kept_blocks
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
+from lemo_hf.tune.looked_at import collate
+from lemo_hf.tune.train_predictor import PredictorTraining, train_predictor
 
 TASKS = ("lexical", "hidden", "text")  # of training rows, in turns
 KINDS = (*LEXICAL_KINDS, *HIDDEN_KINDS)

@@ -1,4 +1,4 @@
-"""Let pages link to files of the repository, such as ``../lemo_hf/sparse_pass.py``.
+"""Let pages link to files of the repository, such as ``../lemo_hf/core/sparse_pass.py``.
 
 On a forge such a link works as it stands. In the site, which holds the documentation alone, the
 file is put beside the pages.

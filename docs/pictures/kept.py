@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.options import prepared_config
 from lemo_hf.eval.plots import save_figure
-from lemo_hf.inspection_kept import compare_policies
-from lemo_hf.inspection_kept_plots import policies_figure
-from lemo_hf.inspection_row import text_row
+from lemo_hf.inspection.kept import compare_policies
+from lemo_hf.inspection.kept_plots import policies_figure
+from lemo_hf.inspection.row import text_row
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent.parent / "examples" / "demo"

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer, __version__
-from lemo_hf.measure import saved_bytes
+from lemo_hf.tune.measure import saved_bytes
 
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 TRAINING = dict(

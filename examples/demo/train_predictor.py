@@ -14,8 +14,8 @@ import transformers
 from setting import HERE, load_model, rows
 from transformers import AutoTokenizer
 
-from lemo_hf.recall import recall_table
-from lemo_hf.train_predictor import PredictorTraining, train_predictor
+from lemo_hf.tune.recall import recall_table
+from lemo_hf.tune.train_predictor import PredictorTraining, train_predictor
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def file_of(adapter: str, name: str) -> str | None:
     Raises:
         OSError: There is no such adapter, or it cannot be reached.
     """
-    from lemo_hf.files import EntryNotFound, download
+    from lemo_hf.storage.files import EntryNotFound, download
 
     if Path(adapter).is_dir():
         path = Path(adapter, name)

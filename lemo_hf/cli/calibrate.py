@@ -17,7 +17,7 @@ from lemo_hf.cli.options import (
     takes_model,
 )
 from lemo_hf.config import LeMoConfig
-from lemo_hf.outputs import check_output
+from lemo_hf.storage.outputs import check_output
 
 
 @takes_model
@@ -47,8 +47,8 @@ def calibrate(
     check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
 
-    from lemo_hf.calibrate import calibrate_thresholds
-    from lemo_hf.text_rows import load_documents, token_rows
+    from lemo_hf.storage.text_rows import load_documents, token_rows
+    from lemo_hf.tune.calibrate import calibrate_thresholds
 
     lm, tokenizer = model.load(tokens)
     progress = not as_json
@@ -85,7 +85,7 @@ def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
 
 
 def _start_config(source: str | None, predictor: str | None, block_size: int | None) -> LeMoConfig:
-    from lemo_hf.files import CONFIG_NAME, find_files
+    from lemo_hf.storage.files import CONFIG_NAME, find_files
 
     given: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     if predictor is not None and predictor != "auto":

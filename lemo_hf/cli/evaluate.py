@@ -17,8 +17,8 @@ from lemo_hf.cli.options import (
     TextColumn,
     takes_model,
 )
-from lemo_hf.files import whole_file, write_json
-from lemo_hf.outputs import check_output
+from lemo_hf.storage.files import whole_file, write_json
+from lemo_hf.storage.outputs import check_output
 
 app = typer.Typer(
     help="Evaluate a model, with or without an adapter: dense, whatever it was trained with.",
@@ -206,7 +206,7 @@ def retrieval(
 
     from lemo_hf.eval.needles import needle_rows
     from lemo_hf.eval.retrieval import retrieval as measure
-    from lemo_hf.text_rows import load_documents
+    from lemo_hf.storage.text_rows import load_documents
 
     lengths = length or [2048, 4096, 8192]
     lm, tokenizer = model.load(max(lengths))
@@ -240,7 +240,7 @@ def _token_documents(
     from itertools import islice
 
     from lemo_hf.eval.token_files import read_token_file
-    from lemo_hf.text_rows import load_documents
+    from lemo_hf.storage.text_rows import load_documents
 
     binary = [path for path in dataset if path.endswith(".bin")]
     if binary and len(binary) < len(dataset):

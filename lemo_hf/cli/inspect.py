@@ -10,12 +10,12 @@ import typer
 
 from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
 from lemo_hf.config import LeMoConfig
-from lemo_hf.files import read_text
-from lemo_hf.outputs import check_output
+from lemo_hf.storage.files import read_text
+from lemo_hf.storage.outputs import check_output
 
 if TYPE_CHECKING:
-    from lemo_hf.inspection import Inspection
-    from lemo_hf.inspection_kept import KeptByPolicy
+    from lemo_hf.inspection.kept import KeptByPolicy
+    from lemo_hf.inspection.layers import Inspection
 
 
 @takes_model
@@ -75,9 +75,9 @@ def inspect(
         from lemo_hf.eval.plots import check_plots
 
         check_plots()
-    from lemo_hf.inspection import inspect_text
-    from lemo_hf.inspection_kept import FEW, compare_policies
-    from lemo_hf.inspection_row import text_row
+    from lemo_hf.inspection.kept import FEW, compare_policies
+    from lemo_hf.inspection.layers import inspect_text
+    from lemo_hf.inspection.row import text_row
 
     lm, tokenizer = model.load(tokens or 8192)
     words = read_text(text)
@@ -108,8 +108,8 @@ def inspect(
     else:
         _tell(found, compared)
     if output is not None:
-        from lemo_hf.inspection_kept_plots import save_comparison
-        from lemo_hf.inspection_plots import save_figures
+        from lemo_hf.inspection.kept_plots import save_comparison
+        from lemo_hf.inspection.layer_plots import save_figures
 
         for path in (*save_figures(found, output), *save_comparison(compared, output)):
             if not as_json:
@@ -118,7 +118,7 @@ def inspect(
 
 def _tell(found: "Inspection", compared: "KeptByPolicy") -> None:
     """The numbers as text."""
-    from lemo_hf.inspection import SMALL
+    from lemo_hf.inspection.layers import SMALL
 
     print("layer  attention     MLP  recall")
     kept = zip(found.retention["attention"], found.retention["mlp"], found.recall, strict=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, prepared_config
-from lemo_hf.outputs import check_output
+from lemo_hf.storage.outputs import check_output
 
 
 def merge(

@@ -11,8 +11,8 @@ import typer
 
 from lemo_hf.cli.loading import loading
 from lemo_hf.cli.positions import change_positions
-from lemo_hf.files import parse_json
 from lemo_hf.shown import shortened
+from lemo_hf.storage.files import parse_json
 
 
 class DType(StrEnum):

@@ -10,7 +10,7 @@ from lemo_hf.cli.options import AsJson, DType, Dtype, Model, TrustRemoteCode, pr
 from lemo_hf.config import LeMoConfig
 
 if TYPE_CHECKING:
-    from lemo_hf.plan import Plan
+    from lemo_hf.planning.plan import Plan
 
 GIB = 2**30
 COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without"}
@@ -90,9 +90,9 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    from lemo_hf.plan import fitting_finish, longest, plans
-    from lemo_hf.plan import plan as predict
-    from lemo_hf.plan_model import ModelShapes
+    from lemo_hf.planning.model import ModelShapes
+    from lemo_hf.planning.plan import fitting_finish, longest, plans
+    from lemo_hf.planning.plan import plan as predict
 
     model_config = prepared_config(model, trust_remote_code=trust_remote_code)
     targets: Any = lora_target or ModelShapes.of(model_config).attention

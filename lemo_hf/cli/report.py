@@ -13,6 +13,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page of a training run."""
-    from lemo_hf.report import write_report
+    from lemo_hf.report.page import write_report
 
     print(f"Wrote {write_report(run_dir, output)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson
-from lemo_hf.outputs import check_output, only_run
+from lemo_hf.storage.outputs import check_output, only_run
 
 if TYPE_CHECKING:
     from lemo_hf.cli.train_config import Run
@@ -99,7 +99,7 @@ def train(
         return
     wrote = [run.training.output_dir]
     if report:  # the callback's page, and what was evaluated since
-        from lemo_hf.report import write_report
+        from lemo_hf.report.page import write_report
 
         wrote.append(write_report(run.training.output_dir))
     if as_json:
@@ -164,7 +164,7 @@ def _fine_tune(
 def _callbacks(report: bool) -> list[Any]:
     if not report:
         return []
-    from lemo_hf.report_callback import ReportCallback
+    from lemo_hf.report.callback import ReportCallback
 
     return [ReportCallback()]
 
@@ -174,7 +174,7 @@ def _print_plan(run: "Run", trainer: Any, rows: int, heldout: list | None) -> No
     from rich.console import Console
     from rich.table import Table
 
-    from lemo_hf.report_callback import parameter_counts
+    from lemo_hf.report.callback import parameter_counts
 
     args = run.training
     trained, total = parameter_counts(trainer.model)

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
 from lemo_hf.cli.train_settings import FILE_NAME
-from lemo_hf.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
+from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
 
 # What a run leaves there beside weights and checkpoints, and another run may not take for its own.
 LEFT = (

@@ -18,7 +18,7 @@ from lemo_hf.cli.options import (
     Tokens,
     takes_model,
 )
-from lemo_hf.outputs import check_output, only_run
+from lemo_hf.storage.outputs import check_output, only_run
 
 
 @takes_model
@@ -63,8 +63,8 @@ def train_predictor(
 
     from accelerate import PartialState
 
-    from lemo_hf.train_predictor import PredictorTraining, remove_state
-    from lemo_hf.train_predictor import train_predictor as train
+    from lemo_hf.tune.train_predictor import PredictorTraining, remove_state
+    from lemo_hf.tune.train_predictor import train_predictor as train
 
     how = PredictorTraining(
         layers=None if not layer else tuple(layer),
@@ -101,7 +101,7 @@ def train_predictor(
 
 def _with_recall(lm: Any, predictor: Any, heldout: list[dict[str, list[int]]]) -> Any:
     """The predictor with its recall, which is printed."""
-    from lemo_hf.recall import recall_table
+    from lemo_hf.tune.recall import recall_table
 
     table = recall_table(lm, predictor, {"held-out rows": heldout})
     for line in table:
@@ -123,7 +123,7 @@ def _rows(
     progress: bool,
 ) -> list[dict[str, list[int]]]:
     """Rows with labels as they are, or texts cut into rows."""
-    from lemo_hf.text_rows import labelled_rows, load_documents, load_examples, token_rows
+    from lemo_hf.storage.text_rows import labelled_rows, load_documents, load_examples, token_rows
 
     examples = load_examples(dataset, split)
     first = next(examples)  # there is one, or an error

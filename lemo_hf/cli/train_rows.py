@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from lemo_hf.cli.train_config import DataSection
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.text_rows import load_documents, start_tokens, token_rows
+from lemo_hf.storage.text_rows import load_documents, start_tokens, token_rows
 
 
 def train_rows(data: DataSection, tokenizer: Any, progress: bool) -> list[dict[str, list[int]]]:

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from lemo_hf.checkpoints import STATE_NAME
 from lemo_hf.cli.train_folder import write_settings
-from lemo_hf.files import read_json, whole_file
+from lemo_hf.storage.checkpoints import STATE_NAME
+from lemo_hf.storage.files import read_json, whole_file
 from lemo_hf.trainer import LeMoTrainer
 
 

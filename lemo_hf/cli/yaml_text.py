@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from lemo_hf.files import read_text
 from lemo_hf.shown import shown
+from lemo_hf.storage.files import read_text
 
 MOST_BYTES = 2**17
 MOST_DEPTH = 64

@@ -23,8 +23,8 @@ from lemo_hf.eval.longbench_score import check_rows, score_folder
 from lemo_hf.eval.longbench_tasks import Task, choose_tasks
 from lemo_hf.eval.weights import adapter_scaling, weights_checksum
 from lemo_hf.modes import evaluating
-from lemo_hf.outputs import only_run
 from lemo_hf.patch import transformers_model
+from lemo_hf.storage.outputs import only_run
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.eval.longbench_score import SETTINGS_NAME, read_settings
-from lemo_hf.files import parse_json, whole_file, write_json
 from lemo_hf.shown import shortened, shown
+from lemo_hf.storage.files import parse_json, whole_file, write_json
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from lemo_hf.eval.longbench_tasks import choose_tasks
-from lemo_hf.files import download
-from lemo_hf.json_lines import damage_told, read_file, read_rows
 from lemo_hf.shown import shortened, shown
+from lemo_hf.storage.files import download
+from lemo_hf.storage.json_lines import damage_told, read_file, read_rows
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
 FIELDS = {"input": str, "context": str, "answers": list, "length": int}

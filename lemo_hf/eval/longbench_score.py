@@ -12,8 +12,8 @@ import numpy as np
 from lemo_hf.eval.longbench_load import MOST_BYTES, check_fields
 from lemo_hf.eval.longbench_metrics import METRICS
 from lemo_hf.eval.longbench_tasks import TASKS, choose_tasks
-from lemo_hf.files import read_json, whole_file
-from lemo_hf.json_lines import read_file
+from lemo_hf.storage.files import read_json, whole_file
+from lemo_hf.storage.json_lines import read_file
 
 logger = logging.getLogger(__name__)
 

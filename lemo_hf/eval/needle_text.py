@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lemo_hf.text_rows import start_tokens
+from lemo_hf.storage.text_rows import start_tokens
 
 # Keys are an adjective and a noun.
 ADJECTIVES = """

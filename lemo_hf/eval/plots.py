@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lemo_hf.files import whole_file
+from lemo_hf.storage.files import whole_file
 
 DPI = 150
 # Told apart by readers who see no red or no green, and in this order also in grey.

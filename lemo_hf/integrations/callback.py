@@ -15,8 +15,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_hf.announce import announce, follow_log_level
-from lemo_hf.checks import check_trainer
 from lemo_hf.config import LeMoConfig
+from lemo_hf.core.checks import check_trainer
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
 

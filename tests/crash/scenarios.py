@@ -136,7 +136,7 @@ class TrainPredictor(Scenario):
     """`lemo train-predictor` that keeps its state every other step."""
 
     def work(self, out):
-        from lemo_hf.train_predictor import train_predictor
+        from lemo_hf.tune.train_predictor import train_predictor
 
         train_predictor.__kwdefaults__["save_steps"] = 2
         small = ("--rows", 8, "--heldout-rows", 1, "--tokens", 128, "--rank", 4, "--epochs", 1)

@@ -1,0 +1,1 @@
+"""One batch: its facts, its rows' counts, from scores to kept sets."""

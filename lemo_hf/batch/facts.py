@@ -1,0 +1,220 @@
+"""What is known of a batch before any layer has chosen: padding, documents, labels, counts."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo_hf.batch.row_counts import Counts, RowCounts
+from lemo_hf.batch.selection import block_any
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.predictors.training_free import Places, row_keys
+
+# Labels that leave out no more than this (first tokens of packed documents, an end-of-text token
+# that is masked like padding) still count as labels on the whole sequence.
+WHOLE_SEQUENCE = 0.9
+
+
+def outside(targets: Tensor, vocabulary: int | None) -> Tensor:
+    """Where ``targets [B, T]`` name no token and are not ignored: ``[B, T]`` bool."""
+    wrong = (targets < 0) & (targets != IGNORE_INDEX)
+    return wrong if vocabulary is None else wrong | (targets >= vocabulary)
+
+
+def position_ids_of(kwargs: dict[str, Any], tokens: int) -> Tensor | None:
+    """Position ids as the caller of a model gave them, or as its document boundaries imply."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    if kwargs.get("position_ids") is not None or bounds is None:
+        return kwargs.get("position_ids")
+    positions = torch.arange(tokens, device=bounds.device)
+    starts = bounds[torch.searchsorted(bounds, positions.to(bounds.dtype), right=True) - 1]
+    return (positions - starts)[None]
+
+
+class BatchFacts:
+    """Padding, documents, blocks and labels of a batch.
+
+    Args:
+        block_size: Tokens a block.
+        shape: ``(B, T)``.
+        device: Of the batch.
+        input_ids: ``[B, T]``, or None if the model was given ``inputs_embeds``.
+        attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
+        position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
+            and no attention mask is given, a new document begins: transformers' own rule.
+        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None. What
+            padding would have to predict is never asked, nor is what is no token.
+        vocabulary: Tokens that there are; None: nobody counts labels that are none of them.
+        rows: Counts of each row, where the host knows them already.
+
+    Attributes:
+        valid: ``[B, T]`` bool, False at padding; None if there is none.
+        documents: ``[B, T]`` ascending ids; None if rows are not packed.
+        real: ``[B, N]`` bool: blocks with tokens.
+        required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
+            of each document, those with labels, and one that has something to predict in each
+            document that has anything.
+        row_tokens: ``[B, 1]`` int64: tokens of each row that are no padding.
+        label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        vocabulary: int | None = None,
+        rows: list[RowCounts] | None = None,
+    ):
+        self.block_size, self.vocabulary = block_size, vocabulary
+        self.batch, self.tokens = shape
+        self.device = device
+        self.num_blocks = -(-self.tokens // block_size)
+        self.valid: Tensor | None = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            self.valid = attention_mask.bool()
+        self.documents = None
+        if position_ids is not None and attention_mask is None:
+            restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+            self.documents = restarts.cumsum(1).expand(self.batch, -1)
+        self.input_ids = input_ids
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(shape, dtype=torch.bool, device=device)
+        self.real = block_any(valid, block_size)
+        self.required, self.label_blocks, table = self._blocks(valid, targets, vocabulary)
+        self._counts = Counts(table, rows)
+        self.row_tokens = self._counts.on_device[:, :1]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
+        if self.input_ids is None:
+            return torch.arange(self.batch, device=self.device)
+        return row_keys(self.input_ids, self.valid)
+
+    @cached_property
+    def middles(self) -> Tensor:
+        """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` if rows are padded.
+
+        In a block that is cut short it is a token's, whether the row ends there or padding begins.
+        """
+        size = self.block_size
+        middles = torch.arange(self.num_blocks, device=self.device)[None] * size + size // 2
+        if self.valid is None:
+            return middles.clamp_max(self.tokens - 1)
+        first = self.valid.int().argmax(1, keepdim=True)
+        last = self.tokens - 1 - self.valid.flip(1).int().argmax(1, keepdim=True)
+        return middles.clamp(first, last)
+
+    @cached_property
+    def block_documents(self) -> Tensor | None:
+        """The document of each block's middle, ``[B, N]``; None if rows are not packed."""
+        if self.documents is None:
+            return None
+        return torch.take_along_dim(self.documents, self.middles, 1)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where each block lies within its document."""
+        return Places.of(self.real, self.block_documents)
+
+    @cached_property
+    def asks(self) -> Tensor:
+        """Rows whose labels cover only a part of them, ``[B, 1]`` bool."""
+        return self.label_blocks.any(1, keepdim=True)
+
+    @cached_property
+    def asking_blocks(self) -> Tensor:
+        """Blocks that others are kept for, ``[B, N]`` bool: those with labels where a row asks,
+        else all."""
+        return torch.where(self.asks, self.label_blocks, self.real)
+
+    @cached_property
+    def asking_tokens(self) -> Tensor:
+        """Tokens of the blocks with labels and of the one before each, where a question may stand:
+        ``[B, T]`` bool; none in a row whose labels cover all of it."""
+        before = self.label_blocks & (self.places.place > 0)
+        before = torch.nn.functional.pad(before[:, 1:], (0, 1))
+        return self.tokens_of((self.label_blocks | before) & self.real)
+
+    @property
+    def rows(self) -> list[RowCounts]:
+        """Counts of each row. The host waits for them once, and never for what layers compute."""
+        return self._counts.on_host
+
+    @property
+    def owns_embeddings(self) -> bool:
+        """Nobody else holds the first layer's input, which may then be updated in place."""
+        return self.input_ids is not None
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the batch that are no padding."""
+        return sum(row.tokens for row in self.rows)
+
+    def check_labels(self, targets: Tensor) -> None:
+        """Raises ValueError if ``targets [B, T]``, of this batch, are neither tokens nor ignored.
+
+        By counts that the host has once a layer has chosen: it waits for nothing.
+        """
+        wrong = sum(row.wrong_labels for row in self.rows)
+        if wrong:
+            label = int(targets[outside(targets, self.vocabulary)][0])
+            raise ValueError(
+                f"{wrong} labels of the batch are not among the {self.vocabulary} tokens of the "
+                f"model, the first of them is {label}. Set labels that are to be ignored to "
+                f"{IGNORE_INDEX}; for added tokens call model.resize_token_embeddings first."
+            )
+
+    def _blocks(
+        self, valid: Tensor, targets: Tensor | None, vocabulary: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks that are always kept, and those with labels, ``[B, N]``; and each row's counts."""
+        size, real = self.block_size, self.real
+        documents = self.block_documents
+        if documents is None:
+            first = real & (real.cumsum(1) == 1)
+            last = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        else:  # no row is padded then
+            first = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+            last = documents.diff(dim=1, append=documents[:, -1:] + 1) != 0
+        required = first | last
+        label_blocks = torch.zeros_like(required)
+        predicts = wrong = torch.zeros_like(valid)
+        if targets is not None:
+            predicts = (targets >= 0) & valid
+            wrong = outside(targets, vocabulary)
+            answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
+            partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
+            label_blocks = block_any(predicts | answers, size) & partial[:, None]
+            required = self._with_something_to_predict(
+                required | label_blocks, block_any(predicts, size)
+            )
+        in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
+        counts = [valid, real, required, in_required, label_blocks, predicts, wrong]
+        return required, label_blocks, torch.stack([count.sum(1) for count in counts], 1)
+
+    def _with_something_to_predict(self, required: Tensor, predicting: Tensor) -> Tensor:
+        """``required``, and the last of the ``predicting`` blocks of each document of which none is
+        required: ``[B, N]`` bool each. A set without one would teach nothing."""
+        order = torch.arange(1, self.num_blocks + 1, device=self.device)
+        order = (order + self.num_blocks * required) * predicting  # required ones come after all
+        if self.documents is None:
+            latest = order.amax(1, keepdim=True)
+        else:
+            document = self.places.document
+            latest = torch.zeros_like(order).scatter_reduce(1, document, order, "amax")
+            latest = latest.gather(1, document)
+        return required | (predicting & (order == latest))
+
+    def tokens_of(self, blocks: Tensor) -> Tensor:
+        """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""
+        tokens = blocks.repeat_interleave(self.block_size, 1)[:, : self.tokens]
+        return tokens if self.valid is None else tokens & self.valid

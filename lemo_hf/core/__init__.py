@@ -1,0 +1,1 @@
+"""One sparse pass: hooks, policies, layers, loss."""

@@ -1,0 +1,68 @@
+"""The one way to call the attention module of a layer, on kept rows.
+
+The module's own forward runs. Where transformers wrote it, ``self`` is a stand-in for the module
+that differs in what LeMo needs otherwise (its projections, and the attention function that its
+config names), and one function among its globals is replaced, which nothing else could reach: the
+rotary embedding. The module itself stays as it is but for its ``forward``, for the time of the
+call, so that hooks on its call run.
+"""
+
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo_hf.altered import Altered, altering
+from lemo_hf.core.lora import has_adapter, linear_of
+from lemo_hf.kernels.rotary import KeptRotary, rotary
+from lemo_hf.parallel.sequence_attention import shared_config
+from lemo_hf.parallel.sequence_parallel import Share
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def call_attention(
+    attention: nn.Module,
+    positions: tuple[KeptRotary, KeptRotary] | None,
+    share: Share | None = None,
+    unread: str | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Output of the attention module for kept rows.
+
+    Args:
+        attention: The layer's attention.
+        positions: cos and sin at the kept positions, or None.
+        share: Who works on which of the rows; None where this process works on all.
+        unread: Name of a projection of whose result nobody reads the values.
+        **kwargs: Of its forward, ``position_embeddings`` excepted.
+    """
+    others = {} if share is None else {"config": shared_config(attention.config, share)}
+    forward = type(attention).forward
+    code: Any = getattr(forward, "__code__", None)
+    known = "forward" not in vars(attention) and code is not None
+    names = forward.__globals__ if known else {}
+    if positions is not None:
+        if known and _ROTARY in code.co_names:
+            names = {**names, _ROTARY: rotary}
+            kwargs["position_embeddings"] = positions
+        else:
+            kwargs["position_embeddings"] = tuple(part.gathered for part in positions)
+    if known:
+        own = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        stand_in = Altered(attention, {**_linears(attention, unread), **others})
+        others = {"forward": MethodType(own, stand_in)}
+    # Else the forward is somebody else's, who may read the module itself.
+    with altering(attention, **others):
+        return attention(**kwargs)[0]
+
+
+def _linears(attention: nn.Module, unread: str | None) -> dict[str, Any]:
+    """What to call in place of projections."""
+    found = {}
+    for name, module in attention.named_children():
+        linear = linear_of(module, values=name != unread or not has_adapter(module))
+        if linear is not module:
+            found[name] = linear
+    return found

@@ -1,0 +1,224 @@
+"""What LeMo refuses, said before training starts: the value, and the way out."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.core.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_model(model: nn.Module) -> Family:
+    """The family of ``model``.
+
+    Raises:
+        ValueError: It is no causal LM of a supported family, or a setting of it does not fit.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"LeMo needs a transformers causal LM, got {type(model).__name__}.")
+    family = family_of(config.model_type)
+    if cast("PreTrainedModel", model).get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True is not supported: sparse layers route kept tokens only, "
+            "which the auxiliary loss does not expect. Set model.config.output_router_logits=False "
+            "(with TRL: SFTConfig(router_aux_loss_coef=0.0))."
+        )
+    if getattr(config, "layerdrop", 0):
+        raise ValueError(
+            f"layerdrop={config.layerdrop} is not supported: set model.config.layerdrop=0 before "
+            "the model is made."
+        )
+    check_attention(config)
+    return family
+
+
+# Names are PEFT's.
+_REFUSED_ADAPTERS = {
+    "ADALORA": "it calls the model's forward past the hooks that LeMo works by",
+    "XLORA": "it calls the model's forward past the hooks that LeMo works by",
+    "PREFIX_TUNING": "its prefix is a KV cache, with which a pass is dense",
+    "CARTRIDGE": "its prefix is a KV cache, with which a pass is dense",
+}
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a PEFT method whose training passes would be dense."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if name in _REFUSED_ADAPTERS:
+            raise ValueError(
+                f"PEFT's {name} is not supported: {_REFUSED_ADAPTERS[name]}. Use LoRA or one of "
+                "its variants, or train without LeMo."
+            )
+
+
+def check_attention(config: Any) -> None:
+    """Raises ValueError for an attention implementation whose masks cannot be gathered."""
+    implementation = config._attn_implementation or ""
+    if "flex" in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} is not supported: its block masks cannot be "
+            "gathered. Use 'sdpa', 'eager' or 'flash_attention_2'."
+        )
+
+
+def check_predictors(
+    config: LeMoConfig,
+    predictors: Sequence | None,
+    rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
+) -> None:
+    """Raises ValueError unless predictors, policy and sparse layers go together.
+
+    Args:
+        config: The user's choice.
+        predictors: One a layer or None; or None.
+        rules: `LeMoConfig.layer_rules`.
+    """
+    if config.policy != "predictor":
+        if predictors is not None:
+            raise ValueError(
+                f"predictors were given but policy={config.policy!r}: set policy='predictor'."
+            )
+        return
+    if predictors is None or len(predictors) != len(rules):
+        given = "none" if predictors is None else len(predictors)
+        raise ValueError(
+            f"policy='predictor' needs one predictor a layer: the model has {len(rules)} layers, "
+            f"given: {given}. Set LeMoConfig(predictor=...), pass predictors=[...], or use "
+            "policy='overlap', which needs none."
+        )
+    for field in ("mlp_retention", "mlp_threshold"):
+        if any(pair and _leaves_out(pair[1]) for pair in rules) and getattr(config, field):
+            raise ValueError(
+                f"{field}={getattr(config, field)} lets MLPs choose for themselves, but predictors "
+                f"choose for attention: set {field}=None (the MLP keeps what attention keeps), or "
+                "use policy='pooled'."
+            )
+    choosing = [i for i, pair in enumerate(rules) if pair and _leaves_out(pair[0])]
+    if config.agree_across_layers:
+        choosing = choosing[:1]
+    missing = [i for i in choosing if predictors[i] is None]
+    if missing:
+        raise ValueError(
+            f"layer {missing[0]} has no predictor but leaves tokens out by the LeMoConfig: "
+            f"{_way_to_dense(missing[0], predictors)}."
+        )
+
+
+def _leaves_out(rule: KeepRule | None) -> bool:
+    return rule not in (None, KeepRule(retention=1), KeepRule(threshold=0))
+
+
+def _way_to_dense(layer: int, head: Sequence) -> str:
+    known = [i for i, predictor in enumerate(head) if predictor is not None]
+    if layer < known[0]:
+        return f"set dense_first_layers={known[0]}"
+    if layer > known[-1]:
+        return f"set dense_last_layers={len(head) - 1 - known[-1]}"
+    return (
+        f"set agree_across_layers=False and give retention as a list, with 1 for layer {layer} "
+        "(or threshold, with 0)"
+    )
+
+
+def check_intermediate(config: LeMoConfig, family: Family, model_type: str) -> None:
+    """Raises ValueError if an MLP is to be scored by an activation that it does not have."""
+    if config.policy not in ("oracle", "pooled") or family.intermediate is not None:
+        return
+    for name in ("mlp_retention", "mlp_threshold"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} with policy={config.policy!r}: the experts of "
+                f"{model_type!r} have no single intermediate activation to score. Leave {name} "
+                "unset (the MLP keeps what attention keeps), or use policy 'random' or 'recent'."
+            )
+
+
+def check_block_size(config: LeMoConfig, longest: int) -> None:
+    """Raises ValueError if not even the longest sequence has more than one block."""
+    if longest < config.block_size:
+        raise ValueError(
+            f"block_size={config.block_size} is larger than the longest sequence ({longest} "
+            "tokens): nothing could be left out. Use a smaller block_size or longer sequences."
+        )
+
+
+def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False) -> None:
+    """Raises ValueError if a sparse pass cannot run as set, or return what is asked.
+
+    Args:
+        model: The causal LM.
+        kwargs: Of the call.
+        promised: The Trainer has shown LeMo the labels of its loss.
+    """
+    check_attention(model.config)
+    if kwargs.get("fused_lm_head") and not promised and torch.is_grad_enabled():
+        raise ValueError(
+            "fused_lm_head=True: a TRL trainer asks for the log-probability of each token, and a "
+            "sparse pass has those of kept tokens only. For SFT use "
+            "lemo_hf.integrations.trl.LeMoSFTTrainer. Trainers that compare with a reference model "
+            "(DPO, KTO, GRPO) are not supported: call remove_lemo(model) first."
+        )
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if kwargs.get(name) or (kwargs.get(name) is None and getattr(model.config, name, False)):
+            raise ValueError(
+                f"{name}=True is not supported in a sparse training pass: the stream is updated in "
+                "place and eliminated tokens have no such output. Call model.eval() first, or "
+                f"leave {name} unset."
+            )
+
+
+def check_sharded_head(head: nn.Module) -> None:
+    """Raises ValueError for a head whose parts ZeRO-3 would gather once a segment of tokens.
+
+    Processes differ in how many segments they have, and would wait for each other forever.
+    """
+    parts = [parameter for child in head.children() for parameter in child.parameters()]
+    if any(hasattr(parameter, "ds_id") for parameter in parts):
+        raise ValueError(
+            f"the language-model head is a {type(head).__name__} with modules inside, which is not "
+            "supported under DeepSpeed ZeRO-3. Leave lm_head out of LoRA's target_modules and "
+            "modules_to_save, or use ZeRO-2 or FSDP2."
+        )
+
+
+def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
+    """Raises ValueError for ways of using several GPUs that would split or copy a sequence.
+
+    Or run a layer again outside its pass, as FSDP's own checkpointing does.
+
+    Args:
+        args: TrainingArguments.
+        parallelism: Accelerate's ParallelismConfig, or None.
+        fsdp: Accelerate's FullyShardedDataParallelPlugin, or None.
+    """
+    if getattr(fsdp, "activation_checkpointing", False):
+        raise ValueError(
+            "fsdp_activation_checkpointing=True stores the whole stream of each layer and runs "
+            "the layer again outside its pass. Set it to false and set "
+            "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process means torch.nn.DataParallel, which LeMo does not "
+            "support. Start one process a GPU: accelerate launch --num_processes "
+            f"{args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES=0."
+        )
+    for name, what in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        size = getattr(parallelism, f"{name}_size", 1) or 1
+        if size > 1:
+            instead = "" if name == "tp" else f" and LeMoConfig(sequence_parallel_size={size})"
+            raise ValueError(
+                f"{name}_size={size}: {what} parallelism by accelerate is not supported, since "
+                f"tokens are chosen over the whole sequence. Set {name}_size=1{instead}."
+            )

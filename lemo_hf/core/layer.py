@@ -1,0 +1,285 @@
+"""The decoder layer in a sparse pass: kept rows in, its own attention and MLP, kept rows out.
+
+A layer that is to stay dense keeps every row and goes the same way. A layer of the model becomes an
+instance of a cached subclass of its own class, with the same name: state dicts, hooks, PEFT and
+FSDP's lookup by class name see what they saw before. What belongs to LeMo lives in one plain
+attribute outside the module tree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo_hf.batch.selection import KeptSet
+from lemo_hf.config import UNITS, KeepRule
+from lemo_hf.core.attention import fastest_attention, using
+from lemo_hf.core.attention_call import call_attention
+from lemo_hf.core.families import Family
+from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions
+from lemo_hf.core.passes import Passes
+from lemo_hf.core.plain_pickle import deep_copy, pickled_as
+from lemo_hf.core.policies import ScoreInputs, rank
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.core.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
+from lemo_hf.kernels.gather_norm import gather_norm
+from lemo_hf.kernels.rows import add_update, close_stream, open_stream
+from lemo_hf.kernels.scatter_add import scatter_add_
+from lemo_hf.memory.recompute import checkpointed
+from lemo_hf.parallel.sequence_parallel import Share
+from lemo_hf.predictors.block_predictor import BlockPredictor
+
+_SETUP = "_lemo_setup"
+
+
+@dataclass
+class LayerSetup:
+    """What one layer must know.
+
+    Attributes:
+        family: Where its parts are.
+        index: Its place in the stack.
+        rule: How much its attention keeps; None if the layer is dense.
+        mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
+        closes: It is the last layer.
+        recompute: One of `LEVELS`; None follows the model's gradient checkpointing.
+        predictor: For the predictor policy.
+        passes: Knows the forward pass under way.
+    """
+
+    family: Family
+    index: int
+    rule: KeepRule | None
+    mlp_rule: KeepRule | None
+    closes: bool
+    recompute: str | None
+    predictor: BlockPredictor | None
+    passes: Passes
+
+
+# A mixin has no base of its own; type checkers are told whose methods it stands before.
+if TYPE_CHECKING:
+    _Mixed = nn.Module
+else:
+    _Mixed = object
+
+
+class SparseLayer(_Mixed):
+    """Mixed in before a decoder layer's class; see the module's docstring."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        setup: LayerSetup = self.__dict__[_SETUP]
+        sparse_pass = setup.passes.current
+        if sparse_pass is None:
+            cached = kwargs.get("past_key_values") is not None
+            stray = not (cached or setup.passes.plain or setup.passes.resting)
+            if self.training and torch.is_grad_enabled() and stray:
+                raise RuntimeError(
+                    f"layer {setup.index} was called in training mode outside a pass of its causal "
+                    "LM, where it would run dense. Call the causal LM itself; for a dense pass "
+                    "call model.eval() or remove_lemo(model) first."
+                )
+            return super().forward(hidden_states, **kwargs)
+        return _sparse_forward(self, setup, sparse_pass, hidden_states, **kwargs)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable:
+        # transformers checkpoints a layer by this function. A sparse layer stores its kept rows
+        # rather than its whole input, so during a sparse pass the wrapper must do nothing.
+        passes = self.__dict__[_SETUP].passes
+        if passes.current is not None:
+            return _call
+        own = self.__dict__["_gradient_checkpointing_func"]
+        return partial(_plainly, passes, own) if passes.plain else own
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable) -> None:
+        self.__dict__["_gradient_checkpointing_func"] = function
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return pickled_as(_stock_class(self), self, (_SETUP,))
+
+    __deepcopy__ = deep_copy
+
+
+def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _plainly(passes: Passes, checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint a layer of a plain pass: its second run, in the backward, is plain as well."""
+
+    def run(*inner: Any, **kwargs: Any) -> Any:
+        before, passes.plain = passes.plain, True
+        try:
+            return function(*inner, **kwargs)
+        finally:
+            passes.plain = before
+
+    return checkpoint(run, *args)
+
+
+@cache
+def _sparse_class(base: type) -> type:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (SparseLayer, base), names)
+
+
+def make_sparse(layer: nn.Module, setup: LayerSetup) -> None:
+    """Turn ``layer`` into its sparse subclass, in place."""
+    layer.__dict__[_SETUP] = setup
+    # mypy takes the hash of a module for that of its class.
+    layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]
+
+
+def make_stock(layer: nn.Module) -> None:
+    """Undo `make_sparse`."""
+    layer.__class__ = _stock_class(layer)
+    del layer.__dict__[_SETUP]
+
+
+def _stock_class(layer: nn.Module) -> type:
+    return type(layer).__mro__[2]
+
+
+@torch.compiler.disable
+def _sparse_forward(
+    layer: nn.Module,
+    setup: LayerSetup,
+    sparse_pass: SparsePass,
+    x: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The stream ``x [B, T, H]``, its kept rows updated in place."""
+    x = _stream(x, setup, sparse_pass)
+    flash = setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
+
+    def score(sublayer: str) -> Tensor:
+        with torch.no_grad():
+            scores = rank(
+                ScoreInputs(
+                    layer=layer,
+                    family=setup.family,
+                    layer_index=setup.index,
+                    sublayer=sublayer,
+                    x=x.detach(),
+                    position_embeddings=position_embeddings,
+                    sparse_pass=sparse_pass,
+                    # Where the stream is: layers may lie on several devices.
+                    predictor=None if setup.predictor is None else setup.predictor.to(x.device),
+                )
+            )
+            return scores if sparse_pass.shards is None else sparse_pass.shards.agreed(scores)
+
+    shares = setup.mlp_rule is None
+    if setup.rule is None:
+        kept = sparse_pass.everything
+    else:
+        kept = sparse_pass.choose(
+            setup.index, "attention", setup.rule, partial(score, "attention"), shared=shares
+        )
+
+    share = sparse_pass.share(kept)
+
+    # Found here, since what is tried inside a unit would be stored for its backward.
+    setup.passes.dtype = dtype = _dtype_of(x)
+    kernels = fastest_attention(getattr(layer, setup.family.attention), x.device, dtype)
+
+    def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
+        inputs = kept_attention_inputs(kept, sparse_pass, attention_mask, position_ids, flash)
+        positions = kept_positions(position_embeddings, kept if share is None else share.work)
+        module = getattr(layer, setup.family.attention)
+        inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
+        with using(kernels):
+            return call_attention(module, positions, share, unread, **inputs)
+
+    level = setup.recompute or _level(layer, setup, sparse_pass, x)
+    attention = attention_sublayer(layer, setup.family, attend)
+    mlp = mlp_sublayer(layer, setup.family, again=level != "none")
+    if level == "mlp" and not mlp.again:
+        level = "selective"  # an MLP that cannot run again alone does so with the layer
+    update = partial(_update, layer, setup, level)
+    x = update(x, kept, share, [attention, mlp] if shares else [attention])
+    if setup.mlp_rule is not None:
+        mlp_kept = sparse_pass.choose(setup.index, "mlp", setup.mlp_rule, partial(score, "mlp"))
+        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [mlp])
+    return close_stream(x) if setup.closes and not sparse_pass.owns_gradient else x
+
+
+def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
+    """The stream as something that may be updated in place."""
+    if x._is_view():  # FSDP2 hands each layer a view that must not be written to
+        return open_stream(x)
+    if setup.index > 0:
+        return x
+    if not sparse_pass.owns_embeddings:
+        return open_stream(x)
+    # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.
+    return (x.detach() if x.is_leaf else x).contiguous()
+
+
+def _update(
+    layer: nn.Module,
+    setup: LayerSetup,
+    level: str,
+    x: Tensor,
+    kept: KeptSet,
+    share: Share | None,
+    sublayers: list[Sublayer],
+) -> Tensor:
+    """``sublayers`` on the kept rows of the stream, stored back into it."""
+    # What is computed again begins with the rows, so that nothing but they is stored.
+    again = level in UNITS
+    late = again or share is not None or sublayers[0].again
+    norm = None if late else sublayers[0].fused_norm()
+    index = kept.index if share is None else share.index
+    x, rows, hidden = gather_norm(x, index, norm, kept.slot_mask)
+    rows = rows if share is None else share.spread(rows)
+    if again and not sublayers[0].again:
+        # The model's own checkpoint function, so that its offload holds.
+        own = layer.__dict__.get("_gradient_checkpointing_func")
+        run = partial(run_sublayers, sublayers)
+        rows, update = checkpointed(run, rows, level, own, setup.passes.host, setup.index)
+    else:
+        rows, update = run_sublayers(sublayers, rows, hidden=hidden)
+    scale = sublayers[-1].scale
+    if share is not None:
+        rows, update = share.collect(add_update(rows, update, scale).to(x.dtype)), None
+    return scatter_add_(x, rows, update, index, kept.slot_mask, scale)
+
+
+def _level(layer: nn.Module, setup: LayerSetup, sparse_pass: SparsePass, x: Tensor) -> str:
+    """What the model's gradient checkpointing asks for."""
+    if not getattr(layer, "gradient_checkpointing", False):
+        return "none"
+    return setup.passes.levels.of(sparse_pass, layer, x)
+
+
+def _dtype_of(hidden: Tensor) -> torch.dtype:
+    """Of the products of ``hidden``, under autocast or not."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bool:
+    attention = getattr(layer, family.attention)
+    implementation = attention.config._attn_implementation
+    if "flash" not in implementation:
+        return False
+    window = getattr(attention.config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", window)  # None where only other layers slide
+    if window is not None and window < sparse_pass.tokens:
+        raise ValueError(
+            f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
+            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa'."
+        )
+    return True

@@ -1,0 +1,70 @@
+"""The level of recomputation that fits beside a pass, for layers that follow checkpointing."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo_hf.batch.selection import LayerRows
+from lemo_hf.config import UNITS
+from lemo_hf.core.families import Family
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.memory.fitting import fitting_level, free_bytes, local_bytes
+from lemo_hf.memory.offload import HostMemory
+
+logger = logging.getLogger(__name__)
+
+MOST_SHAPES = 1024  # whose levels are remembered
+
+
+class Levels:
+    """Levels by the shape of a batch and as many rows as layers keep, each found once.
+
+    Args:
+        parameters: Of the model.
+        family: Where its parts are.
+        num_layers: How many layers it has.
+        host: Where layers store what they would keep on the device, or None.
+    """
+
+    def __init__(
+        self,
+        parameters: Callable[[], Iterator[nn.Parameter]],
+        family: Family,
+        num_layers: int,
+        host: HostMemory | None,
+    ):
+        self._parameters, self._family = parameters, family
+        self._num_layers, self._host = num_layers, host
+        self._found: dict[tuple, str] = {}
+
+    def of(self, sparse_pass: SparsePass, layer: nn.Module, x: Tensor) -> str:
+        """What all layers of the pass compute again: one of `UNITS`; ``layer`` reads ``x``."""
+        if sparse_pass.level is None:  # it is the first that asks
+            rows = tuple(sparse_pass.stored_rows(self._num_layers))
+            if (x.shape, rows) not in self._found:
+                level = self._fitting(layer, x, rows)
+                if level not in self._found.values():
+                    logger.info(
+                        "recompute=%r is what fits beside batches of %d x %d tokens",
+                        level,
+                        sparse_pass.batch,
+                        sparse_pass.tokens,
+                    )
+                if len(self._found) == MOST_SHAPES:
+                    self._found.clear()
+                self._found[x.shape, rows] = level
+            sparse_pass.level = self._found[x.shape, rows]
+        return sparse_pass.level
+
+    def _fitting(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows]) -> str:
+        if x.device.type != "cuda":
+            return UNITS[0]
+        attention: Any = getattr(layer, self._family.attention)
+        head = getattr(attention, "head_dim", 0)
+        width = attention.config.num_attention_heads * head or x.shape[2]
+        trained = sum(local_bytes(p) for p in self._parameters() if p.requires_grad)
+        slabs = 0 if self._host is None else self._host.most
+        room = free_bytes(x.device)
+        return fitting_level(rows, x.shape, width, x.element_size(), trained, slabs, room)

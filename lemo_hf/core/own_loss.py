@@ -1,0 +1,221 @@
+"""The model's own loss, from what its head is about to read: no ``[B, T, V]`` logits are made.
+
+`makes_plain_loss` says where that is the model's loss and nothing else; every other loss is left to
+who makes it. Logits come later, if they are asked for.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from lemo_hf.core.checks import check_sharded_head
+from lemo_hf.core.families import Family
+from lemo_hf.core.fused import final_norm
+from lemo_hf.core.lazy_logits import Logits, with_logits
+from lemo_hf.core.loss import segment_loss
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.kernels.launch import sharded, untouched
+from lemo_hf.kernels.norm import Norm
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+
+_NO_LOGITS = (
+    "a sparse pass makes its loss without logits, and here they cannot be made any more: {}. Or "
+    "call the model without labels (inputs.pop('labels')): it then returns logits and no loss."
+)
+TOO_LATE = _NO_LOGITS.format("read them before the backward, which lets their stream go")
+OF_SEQUENCES = _NO_LOGITS.format("each process that shares a sequence has those of its part")
+OF_GRAPHS = _NO_LOGITS.format("a CUDA graph keeps none, set LeMoConfig(cuda_graphs=False)")
+
+
+def makes_plain_loss(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether the model, called like this, takes the plain cross-entropy of transformers.
+
+    Not with another forward on it or its class, another ``loss_function`` or ``loss_type``, or an
+    ``ignore_index`` of the caller's.
+    """
+    if kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        return False
+    return runs_own_forward(model) and model.loss_function is ForCausalLMLoss
+
+
+def returns_tuple(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller gets a tuple, of which the logits are a part."""
+    wanted = kwargs.get("return_dict")
+    return not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs the forward that transformers gave its class."""
+    # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
+    forward = vars(module).get("_original_forward", vars(module).get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return False
+    function: Any = type(module).forward
+    while function is not None:  # who wraps it may call itself by its name and module
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+class OwnLoss:
+    """Makes the loss of one pass; the head then sees one row a sequence.
+
+    Args:
+        model: The causal LM, about to run.
+        family: Where its parts are.
+        sparse_pass: The pass.
+        targets: ``[B, T]`` token each position must predict.
+        num_items: As `segment_loss` is given them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        sparse_pass: SparsePass,
+        targets: Tensor,
+        num_items: Tensor | int | None,
+    ):
+        self._model, self._family, self._sparse_pass = model, family, sparse_pass
+        self._targets, self._num_items = targets, num_items
+        self._head = model.get_output_embeddings()
+        self._hooks: list = []
+        self._loss: Tensor | None = None
+        self._logits: Logits | None = None  # of a sharded head, which is in parts after the pass
+        if sharded(self._head):
+            self._make_inside()
+            return
+        norm = self._norm_before_the_head()
+        if norm is None:
+            self._catch_head()
+            return
+        module = model.get_submodule(family.final_norm)
+
+        def at_norm(hidden: Tensor) -> Tensor:
+            self._make_of(hidden, norm, module)
+            self._catch_head()
+            return hidden.detach()
+
+        # From here on the gradient of the stream is the loss's own, and norms exist by segments.
+        sparse_pass.owns_gradient = True
+        self._hooks.append(_StandIn(module, at_norm))
+
+    def remove(self) -> None:
+        """Take away what has not been called."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def give(self, output: ModelOutput) -> ModelOutput:
+        """The model's ``output`` with the loss, and logits for who asks."""
+        assert self._loss is not None  # the head has been called
+        if self._logits is not None:
+            return with_logits(output, self._loss, self._logits)
+        output["loss"], output["logits"] = self._loss, None
+        return output
+
+    def _norm_before_the_head(self) -> Norm | None:
+        """The final norm, if nothing but it lies between the stream and what the head reads."""
+        parts = self._family.layers.split(".")[:-1]
+        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        between = [self._model.get_submodule(name) for name in names]
+        if not all(untouched(part) and runs_own_forward(part) for part in between):
+            return None
+        return final_norm(self._model, self._family)
+
+    def _loss_of(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
+        config, family = self._model.config, self._family
+        return segment_loss(
+            hidden,
+            self._targets,
+            self._sparse_pass,
+            self._head,
+            family,
+            config,
+            self._num_items,
+            norm,
+        )
+
+    def _make_of(self, hidden: Tensor, norm: Norm | None = None, module: Any = None) -> None:
+        self._loss = self._loss_of(hidden, norm)
+        if self._sparse_pass.shards is not None:
+            self._logits = Logits(None, OF_SEQUENCES)
+            return
+        config, family, kind = self._model.config, self._family, hidden.device.type
+        # Nothing that it holds may hold it: the stream goes as soon as nobody can ask any more.
+        make = partial(
+            _make_logits,
+            hidden,
+            module,
+            self._head,
+            getattr(config, family.logits_divisor) if family.logits_divisor else None,
+            getattr(config, family.logits_softcap) if family.logits_softcap else None,
+            torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)),
+        )
+        self._logits = Logits(make, TOO_LATE)
+        self._logits.go_with(self._loss)
+
+    def _catch_head(self) -> None:
+        # Before the head's other hooks, which its calls for the loss run as well.
+        self._hooks.append(self._head.register_forward_pre_hook(self._at_head, prepend=True))
+
+    def _at_head(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        self.remove()
+        if self._loss is None:
+            self._make_of(args[0])
+        return (args[0][:, :1].detach(),)
+
+    def _make_inside(self) -> None:
+        """Let the head's next call return the loss.
+
+        FSDP2 and ZeRO-3 gather a head for its call and for the backward of what that returns.
+        """
+        check_sharded_head(self._head)
+
+        def after_head(_: nn.Module, args: Any, output: Tensor) -> None:
+            self._loss = output
+
+        self._hooks.append(_StandIn(self._head, self._loss_of))
+        self._hooks.append(self._head.register_forward_hook(after_head))
+
+
+def _make_logits(
+    hidden: Tensor,
+    norm: nn.Module | None,
+    head: nn.Module,
+    divisor: float | None,
+    softcap: float | None,
+    autocast: torch.autocast,
+) -> Tensor:
+    with autocast:
+        logits = head(hidden if norm is None else norm(hidden))
+        logits = logits if divisor is None else logits / divisor
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        # Of a model under mixed precision outputs are fp32: accelerate sees to those it finds.
+        return logits.float() if torch.is_autocast_enabled(hidden.device.type) else logits
+
+
+class _StandIn:
+    """``function`` in place of a module's forward, for one call."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]):
+        self._attributes, self._function = vars(module), function
+        self._before = self._attributes.get("forward")
+        self._attributes["forward"] = self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.remove()  # the function calls the module's own
+        return self._function(hidden)
+
+    def remove(self) -> None:
+        if self._attributes.get("forward") is not self:
+            return
+        del self._attributes["forward"]
+        if self._before is not None:
+            self._attributes["forward"] = self._before

@@ -1,0 +1,254 @@
+"""Hooks on the causal LM: they see each batch come in, and the loss go out.
+
+In a sparse pass the loss belongs to one of three: the model itself, then `OwnLoss` takes its place
+and no ``[B, T, V]`` logits are made; a forward or loss function that somebody put on the instance
+or its class (Liger, TRL, cut cross-entropy); or a function of the logits outside the model
+(``compute_loss_func``, label smoothing, a `compute_loss` of the user's). The last two keep their
+loss. They are given labels from which the targets of eliminated tokens are struck once the last
+sparse layer has run. A pass in training mode without labels is sparse in a training step alone.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lemo_hf.batch.facts import position_ids_of
+from lemo_hf.batch.row_counts import RowCounts
+from lemo_hf.batch.tally import Seen, Tally
+from lemo_hf.config import LeMoConfig
+from lemo_hf.core.checks import check_call
+from lemo_hf.core.compiled import stock_call
+from lemo_hf.core.families import Family
+from lemo_hf.core.labels import AnnouncedLabels, Labels
+from lemo_hf.core.levels import Levels
+from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
+from lemo_hf.core.sequence_checks import (
+    check_sequence_call,
+    check_sequence_loss,
+    check_sequence_model,
+)
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.kernels.launch import sharded
+from lemo_hf.memory.offload import HostMemory
+from lemo_hf.memory.out_of_memory import said_what_helps
+from lemo_hf.parallel.sequence_parallel import Shards, sequence_group
+
+logger = logging.getLogger(__name__)
+
+PLAIN_UNLABELLED = (
+    "LeMo: a pass in training mode without labels is the plain model's, all tokens in every layer. "
+    "If it trains, give the model its labels, or call LeMo.begin_step before each step."
+)
+SPARSE_UNLABELLED = (
+    "LeMo: a training step gives the model no labels, so that nothing says which blocks hold "
+    "answers, and its loss may ask tokens that were left out. Give the model its labels; for a "
+    "loss of your own use LeMoTrainer, where inputs['labels'] are those of kept tokens."
+)
+
+
+class Passes:
+    """The forward passes of one model: the one under way, and what those that ended have kept.
+
+    Attributes:
+        resting: A trainer put LeMo on and does not train now: all passes are the plain model's. In
+            a loop of one's own it is False.
+        current: The sparse pass under way, or None.
+        plain: The pass under way is the stock model's, though in training mode.
+        global_step: Optimizer steps done, int64 scalar tensor or int.
+        retention: What rows keep in passes from now on, whatever the config says; None: what it
+            says.
+        asked: A training step is under way, whose passes are sparse without labels too.
+        announced: Labels of losses outside the model.
+        rows: Counts of the rows of the next pass, where the host knows them already.
+        tally: What passes that ended have kept.
+        deliver: Is given what a pass has kept; `Tally.add`, unless it is not to be counted.
+        dtype: Of products in the last sparse pass.
+        last: The last sparse layer.
+        host: Where layers store what they would keep on the device, or None.
+        levels: What layers that follow gradient checkpointing compute again.
+        group: The processes that share each sequence, or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LeMoConfig,
+        family: Family,
+        last: nn.Module,
+        host: HostMemory | None,
+    ):
+        self.config, self.family, self.last, self.host = config, family, last, host
+        self._head = model.get_output_embeddings
+        self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
+        self.levels = Levels(model.parameters, family, len(self._layers), host)
+        if config.sequence_parallel_size > 1:
+            check_sequence_model(config, model, family)
+        self.group = sequence_group(config.sequence_parallel_size)
+        self.resting = self.plain = self.asked = False
+        self.current: SparsePass | None = None
+        self.global_step: Tensor | int = 0
+        self.rows: list[RowCounts] | None = None
+        self.retention: float | None = None
+        self.announced = AnnouncedLabels()
+        self.tally = Tally()
+        self.deliver: Callable[[Seen], None] = self.tally.add
+        self.dtype: torch.dtype | None = None
+        self._said: set[str] = set()
+        self._own: OwnLoss | None = None
+        self._for_this_pass: list = []
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            # Before other hooks, which may look at the loss.
+            model.register_forward_hook(self._after, always_call=True, prepend=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.drop()
+        for hook in self._hooks:
+            hook.remove()
+
+    def run(self, train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call ``model``, which is in training mode, by ``train``."""
+        if self.resting:
+            train = stock_call
+        try:
+            with self.said_what_helps():
+                return train(model, *args, **kwargs)
+        finally:
+            self.drop()  # Ctrl-C skips `_after`, and what it left would be the next pass's
+
+    def said_what_helps(self) -> AbstractContextManager[None]:
+        """Around what may run out of memory, see `out_of_memory.said_what_helps`."""
+        return said_what_helps(self.config, self._layers, finish=self.retention is not None)
+
+    def drop(self) -> None:
+        """Drop what is left of a pass."""
+        while self._for_this_pass:
+            self._for_this_pass.pop().remove()
+        if self._own is not None:
+            self._own.remove()
+        self.current = self._own = self.announced.for_next = None
+        self.plain = False
+
+    def _before(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Begin the pass; what the model is to be called with."""
+        promised, self.announced.for_next = self.announced.for_next, None
+        self.plain = False
+        if args:
+            kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+        if not model.training or kwargs.get("past_key_values") is not None:
+            return (), kwargs
+        if self.resting:
+            self.plain = True
+            return (), kwargs
+        ids = kwargs.get("input_ids")
+        main = kwargs.get("inputs_embeds") if ids is None else ids
+        if main is None:
+            return (), kwargs  # the model's own error is as good
+        kwargs = self.announced.restored(kwargs)
+        given = Labels.in_call(kwargs)
+        outside, whole = self.announced.of_pass(promised, main)
+        labels = given or whole
+        odd = kwargs.get("fused_lm_head") or self.group is not None  # which are refused below
+        refused = odd and torch.is_grad_enabled()
+        if labels is None and not refused and not self._asked_without_labels():
+            self.plain = True
+            return (), kwargs
+        check_call(model, kwargs, outside is not None)
+        kwargs["use_cache"] = False  # with a cache the layers would run dense
+        own = self._makes_own_loss(model, kwargs, given)
+        shards = None
+        if self.group is not None:
+            check_sequence_call(self.config, self._layers, self.family, kwargs, main)
+            check_sequence_loss(self.config, labels is not None, own)
+            kwargs["attention_mask"] = None
+            shards = Shards(self.group, main.shape[1], self.config.block_size)
+        self.current = SparsePass(
+            self.config,
+            tuple(main.shape[:2]),
+            main.device,
+            input_ids=ids,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=position_ids_of(kwargs, main.shape[1]),
+            targets=None if labels is None else labels.targets(),
+            vocabulary=model.config.vocab_size,
+            global_step=self.global_step,
+            score_always=sharded(self.last),
+            shards=shards,
+            rows=self.rows,
+            retention=self.retention,
+        )
+        if shards is not None:
+            kwargs = shards.take(kwargs)
+        others = [] if outside is None else [outside]
+        if own:
+            assert given is not None  # or there would be no loss of the model's own
+            for name in ("labels", "shift_labels"):
+                kwargs.pop(name, None)
+            targets, items = given.targets(), given.num_items
+            self._own = OwnLoss(model, self.family, self.current, targets, items)
+        elif given is not None:
+            kwargs[given.name] = given.tensor
+            if given.num_items is not None:
+                kwargs["num_items_in_batch"] = given.num_items
+            others.append(given)
+        self._strike_later(self.current, others)
+        return (), kwargs
+
+    def _makes_own_loss(
+        self, model: PreTrainedModel, kwargs: dict[str, Any], given: Labels | None
+    ) -> bool:
+        """Whether `OwnLoss` takes the place of the loss that the model would make."""
+        if given is None or not makes_plain_loss(model, kwargs) or returns_tuple(model, kwargs):
+            return False
+        if self.announced.for_step is None or self.group is not None:
+            return True
+        return not sharded(self._head())  # whose logits cannot be made after the pass
+
+    def _strike_later(self, current: SparsePass, others: Sequence[Labels]) -> None:
+        """Strike labels of other losses when the last sparse layer has run."""
+        if not others or (self.config.supervise == "all" and current.valid is None):
+            return
+
+        def strike(*_: Any) -> None:
+            for labels in others:
+                labels.strike(current)
+
+        self._for_this_pass.append(self.last.register_forward_hook(strike))
+
+    def _asked_without_labels(self) -> bool:
+        """Whether a pass without labels is one of a training step; says once what follows."""
+        if not torch.is_grad_enabled():
+            return False  # generation, a look at the logits
+        text = SPARSE_UNLABELLED if self.asked else PLAIN_UNLABELLED
+        self._say_once("unlabelled", f"{text} Said once.")
+        return self.asked
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """End the pass (after an error too), count it, and hand our loss over."""
+        ended, own = self.current, self._own
+        self.drop()
+        if ended is None or output is None:
+            return output
+        if ended.exceeded:
+            said = f"{ended.exceeded}. Said once; the logged retention shows how often."
+            self._say_once("exceeded", said)
+        if ended.budget.retention is None:  # a run may go on within its finish
+            self.tally.note_first(ended.rows, ended.row_slots)
+        self.deliver(ended.seen())
+        return output if own is None else own.give(output)
+
+    def _say_once(self, subject: str, message: str) -> None:
+        """Warn, once for a subject."""
+        if subject not in self._said:
+            self._said.add(subject)
+            logger.warning("%s", message)

@@ -1,0 +1,312 @@
+"""Selection policies: what ranks the blocks of a layer. One function a policy.
+
+Each maps a `ScoreInputs` to block scores ``[B, N]`` without gradient; higher is better.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from lemo_hf.core.families import Family
+from lemo_hf.core.query_key import query_key
+from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.kernels.replayed import Replayed
+from lemo_hf.predictors.asked_shares import asked_shares, asking_index
+from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
+from lemo_hf.predictors.overlap import overlap_scores
+from lemo_hf.predictors.rarity import rarity
+from lemo_hf.predictors.training_free import (
+    chunk_scores,
+    mix_ranks,
+    pool_blocks,
+    random_scores,
+    recent_scores,
+    window_scores,
+)
+
+logger = logging.get_logger(__name__)
+
+# Of the blocks that a row with a predictor keeps for its labels: the predictor's part.
+MEANING = 0.5
+# Tokens whose normed rows exist at a time while a whole sequence is scored.
+CHUNK = 8192
+
+_overlap_scores = Replayed(overlap_scores)
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a policy may look at: the layer and the stream it is about to read, before elimination.
+
+    Attributes:
+        layer: The decoder layer.
+        family: Where its parts are.
+        layer_index: Its place in the stack.
+        sublayer: ``"attention"`` or ``"mlp"``.
+        x: Residual stream, ``[B, T, H]``; the shard of it where processes share the sequence.
+        position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
+        sparse_pass: The batch's padding, documents and seeds.
+        predictor: Of this layer and sublayer, or None.
+    """
+
+    layer: nn.Module
+    family: Family
+    layer_index: int
+    sublayer: str
+    x: Tensor
+    position_embeddings: tuple[Tensor, Tensor] | None
+    sparse_pass: SparsePass
+    predictor: BlockPredictor | None
+
+
+def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
+    """What the attention or MLP module reads of ``rows``: their norm, where the family has one."""
+    norm = _input_norm(inputs)
+    return rows if norm is None else norm(rows)
+
+
+def _attention(inputs: ScoreInputs) -> nn.Module:
+    return getattr(inputs.layer, inputs.family.attention)
+
+
+def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
+    """The norm before the attention or MLP, if there is one."""
+    family, layer = inputs.family, inputs.layer
+    name = family.attention_norm if inputs.sublayer == "attention" else family.mlp_norm
+    if name is None or (family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)):
+        return None
+    return getattr(layer, name)
+
+
+def oracle(inputs: ScoreInputs) -> Tensor:
+    """How much blocks that ask attend to a block, by the layer's real queries and keys.
+
+    An MLP that chooses for itself keeps the blocks with its largest activations.
+    """
+    sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
+    if inputs.sublayer == "attention":
+        return _summed(oracle_shares(inputs, *_asking(inputs)))
+    tokens = torch.cat([_mlp_activity(inputs, chunk) for chunk in inputs.x.split(CHUNK, dim=1)], 1)
+    tokens = tokens if sparse_pass.valid is None else tokens * sparse_pass.valid
+    padding = -sparse_pass.tokens % size
+    return nn.functional.pad(tokens, (0, padding)).unflatten(1, (-1, size)).amax(2)
+
+
+def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
+    """What each asking block gives each block by the layer's attention; see `asked_shares`."""
+    sparse_pass = inputs.sparse_pass
+    captured = query_key(
+        _attention(inputs), sublayer_input(inputs, inputs.x), inputs.position_embeddings
+    )
+    return asked_shares(
+        captured.query,
+        captured.key,
+        index,
+        asks,
+        sparse_pass.config.block_size,
+        captured.scaling,
+        valid=sparse_pass.valid,
+        documents=sparse_pass.documents,
+        window=captured.window,
+        softcap=captured.softcap,
+    )
+
+
+def pooled(inputs: ScoreInputs) -> Tensor:
+    """The same score from one query and one key a block: of the block's mean row, at its middle."""
+    sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
+    parts = [
+        pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
+        for part, valid in _chunks(inputs)
+    ]
+    means = _whole(inputs, torch.cat(parts, 1))
+    if inputs.sublayer == "mlp":
+        return _mlp_activity(inputs, means, normed=True)
+    positions = inputs.position_embeddings
+    if positions is not None:
+        cos, sin = (torch.take_along_dim(x, sparse_pass.middles[..., None], 1) for x in positions)
+        positions = (cos, sin)
+    captured = query_key(_attention(inputs), means, positions)
+    return _summed(
+        asked_shares(
+            captured.query,
+            captured.key,
+            *_asking(inputs),
+            1,
+            captured.scaling,
+            valid=sparse_pass.real,
+            documents=sparse_pass.block_documents,
+            window=captured.window and max(1, captured.window // size),
+            softcap=captured.softcap,
+        )
+    )
+
+
+def _asking(inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    """The blocks that ask, as `asking_index` gives them."""
+    sparse_pass = inputs.sparse_pass
+    most = max(1, *(row.most_label_blocks or row.blocks for row in sparse_pass.rows))
+    return asking_index(sparse_pass.asking_blocks, most)
+
+
+def _summed(shares: Iterator[Tensor]) -> Tensor:
+    """``[B, N]``: what all asking blocks give."""
+    return torch.stack([part.sum(1) for part in shares]).sum(0)
+
+
+def random(inputs: ScoreInputs) -> Tensor:
+    """Uniform, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
+    return random_scores(inputs.sparse_pass.keys, inputs.sparse_pass.num_blocks, *_salts(inputs))
+
+
+def window(inputs: ScoreInputs) -> Tensor:
+    """Neighbours from a random place on, which is fixed as the random policy's scores are."""
+    return window_scores(inputs.sparse_pass.keys, inputs.sparse_pass.places, *_salts(inputs))
+
+
+def chunks(inputs: ScoreInputs) -> Tensor:
+    """Runs of neighbouring blocks by chance, fixed as the random policy's scores are."""
+    sparse_pass = inputs.sparse_pass
+    chunk = max(1, sparse_pass.config.chunk_size // sparse_pass.config.block_size)
+    return chunk_scores(sparse_pass.keys, sparse_pass.places, chunk, *_salts(inputs))
+
+
+def overlap(inputs: ScoreInputs) -> Tensor:
+    """Rare words shared with the blocks that hold labels and the one before each.
+
+    Blocks that share nothing come after the others, by chance as in `chunks`: all of a row whose
+    labels cover it.
+    """
+    return _with_chance(inputs, _shared_words(inputs))
+
+
+def _shared_words(inputs: ScoreInputs) -> Tensor:
+    sparse_pass = inputs.sparse_pass
+    if sparse_pass.input_ids is None:
+        raise ValueError(
+            "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
+            "policy='chunks'."
+        )
+    shared = _overlap_scores(
+        sparse_pass.input_ids,
+        sparse_pass.asking_tokens,
+        sparse_pass.config.block_size,
+        sparse_pass.valid,
+        sparse_pass.documents,
+    )
+    return torch.where(shared > 0, 1 + shared, chunks(inputs))
+
+
+def auto(inputs: ScoreInputs) -> Tensor:
+    """`overlap` where a part of a row is labelled, `chunks` where all of it is.
+
+    Of a model that is given ``inputs_embeds`` (prompt tuning) nobody knows the words: chunks.
+    """
+    sparse_pass = inputs.sparse_pass
+    if not any(row.label_blocks for row in sparse_pass.rows):
+        return chunks(inputs)
+    if sparse_pass.input_ids is None:
+        logger.warning_once(
+            "LeMo: the model is given inputs_embeds, so that no words can be compared: blocks are "
+            "kept by chance (policy 'chunks')."
+        )
+        return chunks(inputs)
+    return overlap(inputs)
+
+
+def _with_chance(inputs: ScoreInputs, scores: Tensor) -> Tensor:
+    share = inputs.sparse_pass.config.chance
+    return mix_ranks(scores, chunks(inputs), share) if share else scores
+
+
+def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
+    sparse_pass = inputs.sparse_pass
+    return (
+        sparse_pass.config.seed,
+        sparse_pass.global_step,
+        inputs.layer_index,
+        inputs.sublayer == "mlp",
+    )
+
+
+def recent(inputs: ScoreInputs) -> Tensor:
+    """The later the better."""
+    return recent_scores(inputs.sparse_pass.batch, inputs.sparse_pass.num_blocks, inputs.x.device)
+
+
+def predictor(inputs: ScoreInputs) -> Tensor:
+    """How much the layer's predictor says blocks that ask will look at a block.
+
+    In rows whose labels cover a part, half of the blocks are the best by `overlap`: what one of the
+    two misses the other often finds (docs/predictors.md). Thresholds compare what the predictor
+    says alone.
+    """
+    sparse_pass, network = inputs.sparse_pass, inputs.predictor
+    assert network is not None  # see `check_predictors`
+    parts = [
+        network.project(sublayer_input(inputs, inputs.x[:, part]), valid)
+        for part, valid in _chunks(inputs)
+    ]
+    projected = Projected(*(_whole(inputs, x) for x in Projected.join(parts)))
+    ids, documents = sparse_pass.input_ids, sparse_pass.block_documents
+    rare = None if ids is None else rarity(ids, sparse_pass.valid, sparse_pass.documents)
+    scores = network.score(projected, *_asking(inputs), documents, rare)
+    asks = any(row.label_blocks for row in sparse_pass.rows) and ids is not None
+    if asks and sparse_pass.config.threshold is None and sparse_pass.config.mlp_threshold is None:
+        both = mix_ranks(_shared_words(inputs), scores, MEANING)
+        scores = torch.where(sparse_pass.asks, both, scores)
+    return _with_chance(inputs, scores)
+
+
+def _chunks(inputs: ScoreInputs) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slices of whole blocks, about `CHUNK` tokens each, and their validity."""
+    sparse_pass = inputs.sparse_pass
+    size = sparse_pass.config.block_size
+    chunk = max(1, CHUNK // size) * size
+    for start in range(0, inputs.x.shape[1], chunk):
+        part = slice(start, start + chunk)
+        yield part, None if sparse_pass.valid is None else sparse_pass.valid[:, part]
+
+
+def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
+    """``[B, N, ...]`` of the whole sequence, of which this process may have made a part."""
+    shards = inputs.sparse_pass.shards
+    return blocks if shards is None else shards.gather_blocks(blocks)
+
+
+POLICIES: dict[str, Callable[[ScoreInputs], Tensor]] = {
+    "auto": auto,
+    "overlap": overlap,
+    "chunks": chunks,
+    "recent": recent,
+    "window": window,
+    "random": random,
+    "pooled": pooled,
+    "oracle": oracle,
+    "predictor": predictor,
+}
+
+
+def rank(inputs: ScoreInputs) -> Tensor:
+    """Block scores ``[B, N]`` by the policy of the config."""
+    policy = inputs.sparse_pass.config.policy
+    assert policy is not None  # settled when the config was made
+    return POLICIES[policy](inputs)
+
+
+def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
+    """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``."""
+    seen: list[Tensor] = []
+    assert inputs.family.intermediate is not None  # see `check_intermediate`
+    down = inputs.layer.get_submodule(inputs.family.intermediate)
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        hidden = rows if normed else sublayer_input(inputs, rows)
+        for name in inputs.family.mlp:
+            hidden = getattr(inputs.layer, name)(hidden)
+    finally:
+        handle.remove()
+    return seen[0].float().abs().mean(-1)

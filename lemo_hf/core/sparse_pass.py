@@ -1,0 +1,158 @@
+"""One forward pass: what its layers keep of the batch."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo_hf.batch.budget import Budget
+from lemo_hf.batch.facts import BatchFacts
+from lemo_hf.batch.selection import (
+    KeptSet,
+    LayerRows,
+    blocks_above,
+    keep_blocks,
+    kept_set,
+)
+from lemo_hf.batch.tally import Seen
+from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.parallel.sequence_parallel import Shards, Share
+
+
+class SparsePass(BatchFacts):
+    """One forward pass: the facts of its batch, and the kept sets chosen so far.
+
+    Args:
+        config: The user's choice.
+        shape: ``(B, T)``.
+        device: Of the batch.
+        global_step: Optimizer steps done, int64 scalar tensor or int; varies the random policy.
+        score_always: Score blocks even where there is nothing to choose, as other processes may
+            have to, and scoring gathers parameters that all of them hold parts of.
+        shards: How processes share the sequence, if they do; all else here is of the whole of it.
+        retention: Of the `Budget`.
+        **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
+            ``vocabulary`` and ``rows``, see `BatchFacts`.
+    """
+
+    # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
+    owns_gradient = False
+
+    def __init__(
+        self,
+        config: LeMoConfig,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        global_step: Tensor | int = 0,
+        score_always: bool = False,
+        shards: Shards | None = None,
+        retention: float | None = None,
+        **facts: Any,
+    ):
+        super().__init__(config.block_size, shape, device, **facts)
+        self.config = config
+        self.global_step = global_step
+        self.score_always = score_always
+        self.shards = shards
+        self.budget = Budget(config, retention)
+        self.agreed: dict[str, KeptSet] = {}
+        self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
+        self.kept_blocks: dict[tuple[int, str], Tensor] = {}
+        self.row_slots: list[int] = []  # tokens that the latest choice keeps of each row
+        self.level: str | None = None  # of recomputation, once a layer asks
+        self.exceeded: str | None = None  # why a row keeps more than its budget
+
+    @cached_property
+    def everything(self) -> KeptSet:
+        """All positions, for a layer that is dense."""
+        index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1).contiguous()
+        return KeptSet(index, None, self.row_tokens.sum(), self.real, whole=True, cache={})
+
+    def seen(self) -> Seen:
+        """What layers have kept, once all have chosen."""
+        return Seen(self.real_tokens, self.real, self.kept_tokens, self.kept_blocks)
+
+    def share(self, kept: KeptSet) -> Share | None:
+        """Who works on which rows of ``kept``; None where no other process does."""
+        return None if self.shards is None else self.shards.share(kept)
+
+    def choose(
+        self,
+        layer_index: int,
+        sublayer: str,
+        rule: KeepRule,
+        score: Callable[[], Tensor],
+        shared: bool = False,
+    ) -> KeptSet:
+        """The rows that ``sublayer`` ("attention" or "mlp") of a layer keeps.
+
+        Args:
+            layer_index: Of the layer that asks.
+            sublayer: Layers that agree look for the set of this name first.
+            rule: How many of each row's blocks.
+            score: Called only if something is left to choose (but see ``score_always``):
+                ``[B, N]`` block scores.
+            shared: The MLP keeps the same rows, and is counted with them.
+        """
+        kept = self.agreed.get(sublayer)
+        if kept is None:
+            kept = self._choose(rule, score)
+            if self.config.agree_across_layers:
+                self.agreed[sublayer] = kept
+        for name in ("attention", "mlp") if shared else (sublayer,):
+            self.kept_tokens[name] = self.kept_tokens[name] + kept.kept_tokens
+            self.kept_blocks[layer_index, name] = kept.blocks
+        return kept
+
+    def stored_rows(self, num_layers: int) -> Iterator[LayerRows]:
+        """Of each layer of the model, see `Budget.stored_rows`."""
+        processes = 1 if self.shards is None else self.shards.group.size
+        return self.budget.stored_rows(num_layers, self, processes)
+
+    def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
+        shares = self.budget.shares(rule, self)
+        if shares is not None:
+            blocks, slots, exact = self._best(shares, score)
+            tokens = self.tokens_of(blocks)
+        else:
+            assert rule.threshold is not None  # one of the two is set
+            blocks = self.real
+            if rule.threshold > 0:
+                blocks = blocks_above(
+                    score(), self.real, self.required, rule.threshold, self.block_documents
+                )
+            tokens = self.tokens_of(blocks)
+            # The scores fix how many slots there are, so the host waits for them at each choice.
+            slots, exact = tokens.sum(1).tolist(), True
+        self.times_kept += tokens
+        self.row_slots = slots
+        num_slots = max(1, *slots)
+        exact &= all(n == num_slots for n in slots)
+        return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
+
+    def _best(
+        self, shares: list[float], score: Callable[[], Tensor]
+    ) -> tuple[Tensor, list[int], bool]:
+        """The best share of blocks ``[B, N]``, each row's slots, and whether it fills them all."""
+        budgets, slots = self.budget.blocks(shares, self), self.budget.slots(shares, self)
+        self.exceeded = self.budget.excess(shares, self) or self.exceeded
+        everything = all(k == row.blocks for k, row in zip(budgets, self.rows, strict=True))
+        if self.budget.is_everything(shares) or (everything and not self.score_always):
+            blocks = self.real
+        else:
+            blocks = keep_blocks(
+                score(), self.real, self.required, self._column(budgets), self.block_documents
+            )
+        exact = all(row.tokens == row.most_tokens(row.blocks, self.block_size) for row in self.rows)
+        return blocks, slots, exact
+
+    def _column(self, numbers: list[int]) -> Tensor | int:
+        """``[B, 1]`` on the device, or the number that all of them are."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        # Filled where they are needed: nothing is copied, which the host or a graph would wait for.
+        return torch.stack([torch.full((1,), n, device=self.device) for n in numbers])

@@ -1,0 +1,200 @@
+"""The residual updates of a layer on rows that are kept: norm, module, what follows it.
+
+The addition of an update is left pending, since whoever comes next can do it on the way: the norm
+of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lemo_hf.core.families import Family
+from lemo_hf.core.fused import gated_activations, norm_of
+from lemo_hf.core.lora import linear_of
+from lemo_hf.kernels.gather_norm import add_norm
+from lemo_hf.kernels.launch import sharded
+from lemo_hf.kernels.norm import Norm
+from lemo_hf.kernels.rows import add_update
+from lemo_hf.memory.recompute import Unit, rerun_rows
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual update ``rows + scale * output(run(norm(rows)))``, in the family's order.
+
+    Attributes:
+        run: The attention or MLP: ``[B, K, H]`` normed rows to their update.
+        norm: Before ``run``; None if the family has none there.
+        output_norm: After ``run``, or None.
+        post_norm: After the residual addition (OPT's other order), or None.
+        kind: Of the norms, as `KINDS` names it.
+        dropout: Of the output, or None.
+        scale: Of the update.
+        modules: What ``run`` calls.
+        width: Of the widest activation inside ``run``, elements; None if that is not known.
+        again: Store nothing of it but its rows, and run it again in the backward.
+        again_run: In place of ``run`` where nobody reads the result: the same gradients. None:
+            ``run`` itself.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    norm: nn.Module | None
+    output_norm: nn.Module | None
+    post_norm: nn.Module | None
+    kind: str
+    dropout: Callable[[Tensor], Tensor] | None
+    scale: float
+    modules: tuple[nn.Module, ...]
+    width: int | None = None
+    again: bool = False
+    again_run: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing reads what ``run`` returns but the sum of rows and update."""
+        return (self.output_norm, self.post_norm, self.dropout) == (None, None, None)
+
+    def fused_norm(self) -> Norm | None:
+        """The norm for a kernel that reads rows; None if there is none or it must be called."""
+        return norm_of(self.norm, self.kind)
+
+    def enter(self, rows: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add what is pending; the rows, and what ``run`` reads of them."""
+        norm = self.fused_norm()
+        if norm is not None:
+            return add_norm(rows, update, norm, self.scale)
+        rows = add_update(rows, update, self.scale)
+        return rows, rows if self.norm is None else self.norm(rows)
+
+    def apply(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run on ``hidden``; the rows, and the update that is pending now."""
+        update = self.run(hidden)
+        if self.output_norm is not None:
+            norm = norm_of(self.output_norm, self.kind)
+            update = self.output_norm(update) if norm is None else add_norm(update, None, norm)[1]
+        if self.dropout is not None:
+            update = self.dropout(update)
+        if self.post_norm is not None:
+            return self.post_norm(add_update(rows, update, self.scale)), None
+        return rows, update
+
+    def unread(self) -> "Sublayer":
+        """The same where nobody reads the values of its update."""
+        return self if self.again_run is None else replace(self, run=self.again_run)
+
+    def rerun(
+        self, rows: Tensor, update: Tensor | None, unit: Unit | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`enter` and `apply`, of which nothing but the sum of rows and update is stored."""
+
+        def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
+            # Gradients are on where it runs again.
+            this = self.unread() if torch.is_grad_enabled() else self
+            return this.apply(*this.enter(tile, None))
+
+        norms = [x for x in (self.norm, self.output_norm, self.post_norm) if x is not None]
+        behind = self.post_norm is not None
+        modules = [*self.modules, *norms]
+        return rerun_rows(run, modules, rows, update, self.scale, self.width, behind, unit)
+
+
+def run_sublayers(
+    sublayers: list[Sublayer],
+    rows: Tensor,
+    unit: Unit | None = None,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """All ``sublayers`` on one set of rows, one after the other.
+
+    Args:
+        sublayers: At least one.
+        rows: ``[B, K, H]``.
+        unit: That they are, if they run again for their backward; None if they do not.
+        hidden: What the first one is to run on, if its norm was taken already.
+
+    Returns:
+        Rows ``[B, K, H]`` and the update still to be added to them, or None.
+    """
+    update = None
+    for sublayer in sublayers:
+        if sublayer.again and hidden is None:
+            rows, update = sublayer.rerun(rows, update, unit)
+            continue
+        if hidden is None:
+            rows, hidden = sublayer.enter(rows, update)
+        if unit is not None and unit.update_unread:
+            sublayer = sublayer.unread()
+        rows, update = sublayer.apply(rows, hidden)
+        hidden = None
+    return rows, update
+
+
+def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., Tensor]) -> Sublayer:
+    """The attention of ``layer``, called by ``attend(rows, unread=projection)``, see there."""
+    names = (family.attention_norm, family.attention_output_norm, family.attention_dropout)
+    made = _sublayer(layer, family, attend, (getattr(layer, family.attention),), *names)
+    if not made.plain:
+        return made
+    return replace(made, again_run=partial(attend, unread=family.attention_output))
+
+
+def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
+    """The MLP of ``layer``; ``again`` as for `Sublayer`, False if its calls gather weights."""
+    parts = tuple(getattr(layer, name) for name in family.mlp)
+    # ZeRO-3 leaves nothing of a weight between calls, so `rerun_rows` could hand no gradient on,
+    # and processes with more tiles would wait for the others forever.
+    again = again and not any(map(sharded, parts))
+    inner = None if family.intermediate is None else layer.get_submodule(family.intermediate)
+    names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
+    first = gated_activations(layer, family)
+    if first is None and inner is parts[-1]:
+        first = partial(_chain, parts[:-1])
+    run: Callable[[Tensor], Tensor] = partial(_chain, parts)
+    if first is not None and inner is not None:
+        run = partial(_chain, (first, linear_of(inner)))
+    mlp = _sublayer(layer, family, run, parts, *names)
+    # Where nothing reads the last product but the sum of rows and update, it is not run again.
+    again_run = None
+    if first is not None and inner is not None and mlp.plain:
+        again_run = partial(_chain, (first, linear_of(inner, values=False)))
+    width = getattr(inner, "in_features", None)
+    return replace(mlp, again=again, again_run=again_run, width=width)
+
+
+def _chain(modules: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -> Tensor:
+    for module in modules:
+        hidden = module(hidden)
+    return hidden
+
+
+def _sublayer(
+    layer: nn.Module,
+    family: Family,
+    run: Callable[[Tensor], Tensor],
+    modules: tuple[nn.Module, ...],
+    norm: str | None,
+    output_norm: str | None,
+    dropout: str | None,
+) -> Sublayer:
+    before = None if norm is None else getattr(layer, norm)
+    behind = family.pre_norm_flag is not None and not getattr(layer, family.pre_norm_flag)
+    return Sublayer(
+        run,
+        None if behind else before,
+        None if output_norm is None else getattr(layer, output_norm),
+        before if behind else None,
+        family.norm,
+        None if dropout is None else _dropout(layer, dropout),
+        getattr(layer, family.residual_scale) if family.residual_scale else 1.0,
+        modules,
+    )
+
+
+def _dropout(layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    drop = getattr(layer, name)
+    if isinstance(drop, nn.Module):
+        return drop
+    return lambda hidden: nn.functional.dropout(hidden, p=drop, training=layer.training)

@@ -1,0 +1,1 @@
+"""Sparse passes as CUDA graphs."""

@@ -1,0 +1,1 @@
+"""What layers store for the backward: recomputation, offload, and what fits."""

@@ -1,0 +1,1 @@
+"""Files: LeMo's own, datasets, checkpoints, results that are to be written."""

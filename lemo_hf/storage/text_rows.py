@@ -1,0 +1,256 @@
+"""From the text that a user has to rows of tokens, one document after the other."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lemo_hf.shown import shortened
+from lemo_hf.storage.json_lines import Row, damage_told, read_file
+
+# datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
+BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+
+
+def load_examples(
+    dataset: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
+) -> Iterator[Row]:
+    """Examples of a dataset, streamed: what is not asked for is neither read nor downloaded.
+
+    Args:
+        dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
+            file is a document) or .parquet, compressed or not.
+        split: Split of a Hub dataset, or of a directory whose files have splits in their names.
+            Files that are named one by one have none.
+
+    Returns:
+        The examples in the dataset's order, by column; a .txt file has one column, ``"text"``.
+
+    Raises:
+        OSError: There is no such dataset, or it cannot be reached.
+        ValueError: A format is not known, there is no such split, or a file is damaged.
+    """
+    given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
+    paths = [os.fspath(path) for path in given]
+    missing = [path for path in paths if _suffix(path) and not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(f"there is no file {missing[0]!r}.")
+    if all(os.path.isfile(path) for path in paths):
+        builders = {BUILDERS.get(_suffix(path) or "") for path in paths}
+        if len(builders) > 1 or None in builders:
+            raise ValueError(
+                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
+            )
+        return _some(chain.from_iterable(map(_file_examples, paths)), ", ".join(paths))
+    if len(paths) > 1:
+        raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
+    texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
+    sampled = {"sample_by": "document"} if texts else {}
+    name = f"{paths[0]}, split {split!r}"
+    return _some(_streamed(name, path=paths[0], split=split, **sampled), name)
+
+
+def load_documents(
+    dataset: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str = "train",
+    text_column: str = "text",
+) -> Iterator[str]:
+    """Texts of a dataset; arguments and errors as of `load_examples`.
+
+    Args:
+        dataset: Hub id, directory, or files.
+        split: Split of a Hub dataset.
+        text_column: Column of the text.
+
+    Raises:
+        ValueError: There is no such column (those that there are are named), or a row of it is no
+            text.
+    """
+    return (_text(example, text_column, example.where) for example in load_examples(dataset, split))
+
+
+def labelled_rows(
+    examples: Iterable[Mapping[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Rows of which a part is labelled, as they are; longer ones than ``tokens`` are left out.
+
+    Args:
+        examples: Mappings with ``input_ids`` and ``labels`` (-100: none), or with the texts
+            ``prompt`` and ``completion``, of which the second is labelled and ends with the EOS
+            token.
+        tokenizer: Tokenizer of the model.
+        tokens: Tokens of the longest row.
+        max_rows: Most rows that are made; None takes all.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}`` a row.
+
+    Raises:
+        ValueError: No row is short enough, or one holds something else.
+    """
+    start = start_tokens(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows: list[dict[str, list[int]]] = []
+    for number, example in enumerate(examples, 1):
+        if len(rows) == max_rows:
+            break
+        where = getattr(example, "where", f"row {number}")
+        if "input_ids" in example:
+            ids, labels = (_token_ids(example, name, where) for name in ("input_ids", "labels"))
+            if len(ids) != len(labels):
+                raise ValueError(f"{where} has {len(ids)} input_ids and {len(labels)} labels.")
+        else:
+            texts = [_text(example, name, where) for name in ("prompt", "completion")]
+            prompt, completion = (
+                tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                for text in texts
+            )
+            ids = [*start, *prompt, *completion, *end]
+            labels = [-100] * (len(start) + len(prompt)) + ids[len(start) + len(prompt) :]
+        if len(ids) <= tokens:
+            rows.append({"input_ids": ids, "labels": labels})
+    if not rows:
+        raise ValueError(f"no row has at most {tokens} tokens: ask for longer rows.")
+    return rows
+
+
+def token_rows(
+    documents: Iterable[str],
+    tokenizer: Any,
+    tokens: int,
+    *,
+    max_rows: int | None = None,
+    min_tokens: int | None = None,
+    progress: bool = True,
+) -> list[dict[str, list[int]]]:
+    """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
+
+    Every row begins as the tokenizer begins a text: with its BOS token if it adds one, which counts
+    among the ``tokens``. No other special token is added.
+
+    Args:
+        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        tokenizer: Tokenizer of the model.
+        tokens: Length of a row.
+        max_rows: Most rows that are made; None takes all.
+        min_tokens: Tokens from which the rest of a document is a shorter row; None drops it.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.
+
+    Raises:
+        ValueError: A number is too small, or no document is long enough.
+    """
+    for name, value in (("tokens", tokens), ("max_rows", max_rows), ("min_tokens", min_tokens)):
+        least = 2 if name == "tokens" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    min_tokens = tokens if min_tokens is None else min_tokens
+    start = start_tokens(tokenizer)
+    rows, longest = [], 0
+    with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
+        for text in documents:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            longest = max(longest, len(ids) + len(start))
+            for first in range(0, len(ids), tokens - len(start)):
+                row = start + ids[first : first + tokens - len(start)]
+                if len(row) < min(tokens, min_tokens):
+                    continue
+                rows.append({"input_ids": row, "labels": list(row)})
+                bar.update()
+                if len(rows) == max_rows:
+                    return rows
+    if not rows:
+        raise ValueError(
+            f"no document has {min(tokens, min_tokens)} tokens: the longest has {longest}. Ask for "
+            "shorter rows, or use longer documents."
+        )
+    return rows
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer begins a text with: its BOS token, if it adds one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _suffix(path: str) -> str | None:
+    """What says the format of a file, if its name does."""
+    suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
+    suffix = suffixes[-1].lower() if suffixes else ""
+    return suffix if suffix in BUILDERS else None
+
+
+def _file_examples(path: str) -> Iterator[Row]:
+    suffix = _suffix(path)
+    assert suffix is not None  # it was asked before
+    if suffix == ".jsonl" and not path.endswith(".zst"):  # which Python cannot read
+        return read_file(path)
+    arguments: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": [path], "split": "train"}
+    if suffix == ".txt":
+        arguments["sample_by"] = "document"
+    return _streamed(path, **arguments)
+
+
+def _streamed(name: str, **arguments: Any) -> Iterator[Row]:
+    """Rows as datasets reads them. It is asked at once, so that what is not there is told early."""
+    from datasets import load_dataset
+
+    with _told(name):
+        stream = load_dataset(**arguments, streaming=True)
+    return _rows(name, stream)
+
+
+def _rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    with _told(name):
+        for number, example in enumerate(stream, 1):
+            row = Row(example)
+            row.where = f"{name}, row {number}"
+            yield row
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What datasets and pyarrow raise for a file that they cannot read names the file."""
+    with damage_told(name):
+        try:
+            yield
+        except StopIteration as error:
+            raise ValueError(f"{name} is empty.") from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _some(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{name} has no row.")
+    yield first
+    yield from rows
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise ValueError(
+            f"{where} has no column {column!r}, its columns are: {shortened(', '.join(row))}."
+        )
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where}: column {column!r} must hold text, got {type(text).__name__}: leave the row "
+            "out, or name another column."
+        )
+    return text
+
+
+def _token_ids(row: Mapping[str, Any], column: str, where: str) -> list[int]:
+    values = row.get(column)
+    if not isinstance(values, Sequence) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"{where}: column {column!r} must be a list of token ids.")
+    return list(values)

@@ -1,0 +1,1 @@
+"""What is made for a model before training: predictors and thresholds, and how good they are."""
