@@ -12,7 +12,7 @@ import torch
 import transformers.modeling_utils
 from torch import Tensor
 
-from lemo_hf.memory.fitting import offload
+from lemo_hf.memory import offload
 
 HOST_LIMIT = 110 * 2**30  # bytes that a trial may pin; the machine has 128 GiB
 

@@ -12,7 +12,7 @@ from lemo_hf.config import UNITS
 from lemo_hf.core import attention
 from lemo_hf.core.attention import fastest_attention, using
 from lemo_hf.core.sparse_pass import SparsePass
-from lemo_hf.memory.fitting import fitting as memory
+from lemo_hf.memory import fitting as memory
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 

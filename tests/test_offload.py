@@ -9,7 +9,7 @@ from test_recompute import assert_same, run
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import UNITS
-from lemo_hf.memory.fitting import offload
+from lemo_hf.memory import offload
 from lemo_hf.memory.offload import GIB, HostMemory, Stored
 
 

@@ -35,7 +35,7 @@ KERNELS = (
     "rotary._rotary_kernel",
     "gated_activation._gated_forward",
     "gated_activation._gated_backward",
-    "segment_cross_entropy._segment_kernel",
+    "segment_losses._segment_kernel",
 )
 CASES = [(header, row) for header, rows in measured() for row in rows]
 
@@ -102,8 +102,8 @@ def launched(monkeypatch):
         return 2 * (model.query + model.key_value) * trained.weight
 
     monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
-    for module in ("plan_layer", "plan_kept"):
-        monkeypatch.setattr(f"lemo_hf.{module}.attention_backward", attention_backward)
+    for module in ("layer", "kept"):
+        monkeypatch.setattr(f"lemo_hf.planning.{module}.attention_backward", attention_backward)
     for kernel in KERNELS:
         monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
 
@@ -280,7 +280,7 @@ def test_tiles(rows, targets, level, launched, monkeypatch):
 def test_offload(level, slabs, launched, monkeypatch):
     """Host memory is the CPU's own here, and takes whole slabs."""
     slab = 30011
-    for module in ("offload", "plan_offload", "plan_step"):
+    for module in ("memory.offload", "planning.offload", "planning.step"):
         monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
     monkeypatch.setattr("lemo_hf.memory.offload.SMALL", 10000)
     lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS
-from lemo_hf.memory.fitting import offload
-from lemo_hf.memory.fitting import recompute as levels
+from lemo_hf.memory import offload
+from lemo_hf.memory import recompute as levels
 
 
 def run(model, **options):

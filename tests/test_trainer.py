@@ -348,7 +348,8 @@ def test_completion_only_trains_every_answer(tmp_path):
     data = dataset(answers=20)
     kept = losses(make_trainer(tmp_path, SPARSE, data=data))
     everything = replace(SPARSE, supervise="all")
-    assert kept == losses(make_trainer(tmp_path, everything, data=data))
+    # The head takes as many rows as may have a label: sums differ in their last bits.
+    assert kept == pytest.approx(losses(make_trainer(tmp_path, everything, data=data)), rel=1e-6)
 
 
 @pytest.mark.parametrize(
