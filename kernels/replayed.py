@@ -26,7 +26,7 @@ class Replayed:
 
     The first such call runs as ever, the second is recorded; up to `MOST_GRAPHS` kinds of arguments
     are. On a CPU, with long arguments, and within a graph that is being recorded, it is
-    ``function`` itself that runs.
+    ``function`` itself that runs. Graphs live as long as this object.
 
     Args:
         function: Of positional tensors and other hashable arguments; returns one tensor, depends on
@@ -50,6 +50,8 @@ class Replayed:
                 return self.function(*arguments)
             try:
                 self._graphs[key] = self._record(arguments, tensors[0].device)
+            except torch.OutOfMemoryError:
+                return self.function(*arguments)
             except RuntimeError as error:  # of CUDA, where an operation cannot be recorded
                 logger.warning("no CUDA graph of %s: %s", self.function.__name__, error)
                 self._never = True
@@ -69,7 +71,9 @@ class Replayed:
 
 
 def _worth_it(tensors: list[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or any(x.requires_grad for x in tensors):
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False  # a graph's tensors would be inference tensors, which nobody else may fill
+    if any(x.requires_grad for x in tensors):
         return False
     return (
         all(x.is_cuda and x.numel() <= MOST_ELEMENTS for x in tensors)

@@ -1,6 +1,6 @@
 """An object with other attributes: for whoever is handed a stand-in, or for all, for a while.
 
-What of transformers is patched goes through here, see docs/patched-internals.md.
+docs/patched-internals.md lists what is patched.
 """
 
 from collections.abc import Iterator, Mapping

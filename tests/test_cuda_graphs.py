@@ -23,6 +23,7 @@ from peft import LoHaConfig, get_peft_model
 from test_trainer import SPARSE, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.batch import row_counts
 from lemo_hf.graphs.cuda_graphs import MOST_GRAPHS
 from lemo_hf.report.callback import ReportCallback
 
@@ -179,8 +180,9 @@ def test_rows_of_which_a_part_is_labelled(device, policy):
 
 @pytest.mark.parametrize("policy", ["auto", "overlap", "pooled", "oracle"])
 @pytest.mark.parametrize("supervise", ["kept", "all"])
-def test_answers_of_different_lengths_share_a_graph(device, policy, supervise):
+def test_answers_of_different_lengths_share_a_graph(device, policy, supervise, monkeypatch):
     """As long as their blocks are no more than the budget; each length beyond has its own."""
+    monkeypatch.setattr(row_counts, "LABELS", 64)
     config = LeMoConfig(
         policy=policy, retention=0.5, block_size=8, segment_size=40, supervise=supervise
     )

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lemo_hf.altered import altering
+
 
 @dataclass(frozen=True)
 class QueryKey:
@@ -54,13 +56,12 @@ def query_key(
     attention: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor] | None
 ) -> QueryKey:
     """Queries and keys of ``hidden [B, T, H]`` exactly as the attention module makes them."""
-    config: Any = attention.config
-    own = copy.copy(config)
+    own: Any = copy.copy(attention.config)
     own._attn_implementation = _CAPTURE
-    attention.config = own
     extra = {} if positions is None else {"position_embeddings": positions}
     try:
-        attention(hidden_states=hidden, attention_mask=None, **extra)
+        with altering(attention, config=own):
+            attention(hidden_states=hidden, attention_mask=None, **extra)
+        return _captured.pop()
     finally:
-        attention.config = config
-    return _captured.pop()
+        _captured.clear()  # after an error, too: they are as large as the sequence
