@@ -43,6 +43,14 @@ class Projected(NamedTuple):
         """Chunks of a sequence, in order, as one."""
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
+    def weighed(self, rare: Tensor | None) -> "Projected":
+        """With ``rare [B, T]`` fp32, the tokens' `rarity`, in their weights; None: as they are."""
+        if rare is None:
+            return self
+        blocks, size = self.weights.shape[1:]
+        rare = pad(rare, (0, blocks * size - rare.shape[1]))
+        return self._replace(weights=self.weights + rare.unflatten(1, (blocks, size)))
+
 
 class BlockPredictor(nn.Module):
     """Scores of token blocks for the attention of one layer.
@@ -113,12 +121,7 @@ class BlockPredictor(nn.Module):
         return Projected(keys, queries, weights[..., 0], valid)
 
     def log_shares(
-        self,
-        projected: Projected,
-        index: Tensor,
-        asks: Tensor,
-        documents: Tensor | None = None,
-        rare: Tensor | None = None,
+        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Logarithms of what asking blocks give the blocks before them, some after the other.
 
@@ -130,17 +133,12 @@ class BlockPredictor(nn.Module):
             index: ``[B, M]`` int64, the blocks that ask; see `asked_shares.asking_index`.
             asks: ``[B, M]`` bool, False at idle entries.
             documents: ``[B, N]`` id of each block's document, or None.
-            rare: ``[B, T]`` fp32, added to the tokens' weights: their `rarity`; None where nobody
-                knows the tokens.
 
         Yields:
             ``[B, m, N]`` fp32, about `HIDDEN` where a block is not seen.
         """
         keys, queries, weights, valid = projected
         batch, blocks, size, _ = keys.shape
-        if rare is not None:
-            rare = pad(rare, (0, blocks * size - rare.shape[1]))
-            weights = weights + rare.unflatten(1, (blocks, size))
         hidden, looks = ~valid, _sought(valid.any(2), documents)
         places = torch.arange(blocks, device=keys.device)
         at_once = max(1, PAIRS // (batch * blocks * size * size))
@@ -160,15 +158,10 @@ class BlockPredictor(nn.Module):
             yield given.masked_fill(~seen, HIDDEN)
 
     def score(
-        self,
-        projected: Projected,
-        index: Tensor,
-        asks: Tensor,
-        documents: Tensor | None = None,
-        rare: Tensor | None = None,
+        self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
     ) -> Tensor:
         """``[B, N]`` fp32, at least 0: what each block is given; arguments as of `log_shares`."""
-        shares = self.log_shares(projected, index, asks, documents, rare)
+        shares = self.log_shares(projected, index, asks, documents)
         return torch.stack([part.exp().sum(1) for part in shares]).sum(0)
 
     def forward(
@@ -180,8 +173,8 @@ class BlockPredictor(nn.Module):
         documents: Tensor | None = None,
         rare: Tensor | None = None,
     ) -> Tensor:
-        """`score` of what `project` gives for ``rows``."""
-        return self.score(self.project(rows, valid), index, asks, documents, rare)
+        """`score` of what `project` gives for ``rows``, `weighed` by ``rare``."""
+        return self.score(self.project(rows, valid).weighed(rare), index, asks, documents)
 
 
 def _sought(real: Tensor, documents: Tensor | None) -> Tensor:

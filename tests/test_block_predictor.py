@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_definition(monkeypatch):
     torch.testing.assert_close(net(rows, index, asks, rare=rare)[0], expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(block_predictor, "PAIRS", 1)  # one asking block at a time
     parts = [net.project(part) for part in rows.split(8, 1)]
-    got = net.score(Projected.join(parts), index, asks, rare=rare)[0]
+    got = net.score(Projected.join(parts).weighed(rare), index, asks)[0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert expected.sum() == pytest.approx(2)  # a unit each
 

@@ -77,7 +77,9 @@ def imported_modules():
     paths = dict(modules())
     for name, path in paths.items():
         found = set()
+        assert "lemo_hf" not in imports(path), f"{name} imports all of the package"
         for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Import) or "lemo_hf" not in ast.unparse(node), name
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lemo_hf."):
                 module = node.module.removeprefix("lemo_hf.")
                 inside = {f"{module}.{alias.name}" for alias in node.names}

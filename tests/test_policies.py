@@ -270,11 +270,13 @@ def test_predictors_see_the_normed_stream_of_each_layer(monkeypatch):
         def __init__(self, wanted):
             super().__init__(32, 8, rank=2)
             self.wanted = wanted
+            torch.nn.init.zeros_(self.weight.weight)
 
-        def score(self, projected, index, asks, documents=None, rare=None):
+        def score(self, projected, index, asks, documents=None):
             seen.append((projected.keys.shape, torch.is_grad_enabled()))
-            assert torch.equal(rare, rarity(batch()["input_ids"]))
-            scores = super().score(projected, index, asks, documents, rare)
+            weights = projected.weights.flatten(1)[:, : batch()["input_ids"].shape[1]]
+            assert torch.equal(weights, rarity(batch()["input_ids"]))
+            scores = super().score(projected, index, asks, documents)
             scores[:, self.wanted] = scores.max() + 1
             return scores
 

@@ -105,7 +105,7 @@ def test_the_demo_predictor_beats_what_needs_no_predictor():
     """On held-out rows: the predictor that the demo uses against rankings without one."""
     setting = runpy.run_path(DEMO / "setting.py")
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    rows = setting["rows"](tokenizer, "heldout-oh-money-money.txt")[:4]
+    rows = setting["rows"](tokenizer, "heldout-*.txt")
     model = setting["load_model"]()
     predictor = LeMoPredictor.from_pretrained(DEMO / "predictor")
     table = recall_table(
@@ -116,4 +116,5 @@ def test_the_demo_predictor_beats_what_needs_no_predictor():
         ("pooled", "recent", "random"),
     )
     found = {row["policy"]: row["recall"] for row in table}
-    assert min(found.pop("predictor"), found.pop("untrained")) > max(found.values()) + 0.02
+    assert found["predictor"] > found.pop("untrained")  # it learned something
+    assert found.pop("predictor") > max(found.values()) + 0.02

@@ -253,7 +253,7 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     projected = Projected(*(_whole(inputs, x) for x in Projected.join(parts)))
     ids, documents = sparse_pass.input_ids, sparse_pass.block_documents
     rare = None if ids is None else rarity(ids, sparse_pass.valid, sparse_pass.documents)
-    scores = network.score(projected, *_asking(inputs), documents, rare)
+    scores = network.score(projected.weighed(rare), *_asking(inputs), documents)
     asks = any(row.label_blocks for row in sparse_pass.rows) and ids is not None
     if asks and sparse_pass.config.threshold is None and sparse_pass.config.mlp_threshold is None:
         both = mix_ranks(_shared_words(inputs), scores, MEANING)

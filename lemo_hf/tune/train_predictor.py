@@ -227,9 +227,8 @@ class _Run:
         for layer, module in zip(layers, self.networks.values(), strict=True):
             network = cast(BlockPredictor, module)
             projected = network.project(seen.rows(layer), None if mask is None else mask.bool())
-            shares = torch.cat(
-                list(network.log_shares(projected, seen.index, seen.asks, rare=seen.rare)), 1
-            )
+            projected = projected.weighed(seen.rare)
+            shares = torch.cat(list(network.log_shares(projected, seen.index, seen.asks)), 1)
             loss = share_loss(shares, seen.target)
             loss.backward()
             losses.append(loss.detach())
