@@ -49,7 +49,8 @@ class Projected(NamedTuple):
             return self
         blocks, size = self.weights.shape[1:]
         rare = pad(rare, (0, blocks * size - rare.shape[1]))
-        return self._replace(weights=self.weights + rare.unflatten(1, (blocks, size)))
+        weights = self.weights + rare.unflatten(1, (blocks, size))
+        return Projected(self.keys, self.queries, weights, self.valid)
 
 
 class BlockPredictor(nn.Module):
