@@ -25,8 +25,8 @@ test: $(VENV)/ready
 
 # The same tests with many more cases, and many more steps (minutes).
 soak: $(VENV)/ready
-	LEMO_CASES=5000 $(PYTEST) tests/test_properties.py
-	LEMO_CASES=2000 $(PYTEST) tests/test_fuzz.py
+	LEMO_CASES=5000 $(PYTEST) tests/core/test_properties.py
+	LEMO_CASES=2000 $(PYTEST) tests/storage/test_fuzz.py
 	$(PYTEST) -m soak
 
 lint: $(VENV)/ready

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from lemo_hf import LeMoConfig, LeMoPredictor, __version__
 from lemo_hf.config import KeepRule
@@ -148,7 +148,7 @@ def test_layer_rules():
 
 @pytest.mark.parametrize("place", ["demo/predictor", "smollm2"])
 def test_the_shipped_predictors_are_of_today(place):
-    directory = Path(__file__).parent.parent / "examples" / place
+    directory = ROOT / "examples" / place
     config = LeMoConfig.from_pretrained(directory)
     assert config.policy == "predictor" and config.predictor == str(directory)
     assert LeMoPredictor.from_pretrained(directory).known[0] == config.dense_first_layers

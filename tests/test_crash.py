@@ -8,9 +8,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 def test_what_is_done_to_commands_changes_no_result(tmp_path):

@@ -13,10 +13,10 @@ import re
 import shlex
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import typer
+from support.paths import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig
@@ -24,7 +24,6 @@ from lemo_hf.cli.app import app
 from lemo_hf.config import LEVELS
 from lemo_hf.planning.plan import plan
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ROOTS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, Hub
 from peft import PeftModel
+from support.hub_server import TOKEN, Hub
+from support.paths import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf import LeMoConfig, LeMoPredictor
 from lemo_hf.storage.text_rows import load_documents, token_rows
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 MODEL = EXAMPLES / "demo" / "model"
 NOTEBOOK = EXAMPLES / "quick_start.ipynb"

@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
-from dense_reference import expected_loss, masked_dense, recorded_sets
-from hub_client import make_predictor
-from models import make_model, with_lora
-from test_sparse_layer import CASES
-from test_trainer import SPARSE, Trainer, losses, make_trainer
+from support.batches import CASES
+from support.dense_reference import expected_loss, masked_dense, recorded_sets
+from support.hub_client import make_predictor
+from support.models import make_model, with_lora
+from support.trainers import SPARSE, losses, make_trainer
+from transformers import Trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS, UNITS

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models import batch, loss_and_gradients, make_model, relative_error
-from test_labels import left_padded, with_a_row_of_padding, without_those_of_padding
+from support.labelled import left_padded, with_a_row_of_padding, without_those_of_padding
+from support.models import batch, loss_and_gradients, make_model, relative_error
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.kernels.segment_cross_entropy import segment_cross_entropy

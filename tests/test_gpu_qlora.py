@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import make_model
 from peft import (
     LoftQConfig,
     LoraConfig,
@@ -15,7 +14,8 @@ from peft import (
     prepare_model_for_kbit_training,
     replace_lora_weights_loftq,
 )
-from test_trainer import adapter, losses, make_trainer
+from support.models import make_model
+from support.trainers import adapter, losses, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 from lemo_hf import LeMoConfig, remove_lemo

@@ -4,14 +4,13 @@ import dataclasses
 import inspect
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 
 import lemo_hf
 
-ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
 LINT = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]

@@ -4,9 +4,9 @@ import ast
 import graphlib
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 # A package, or a module that lies at the root, and those it imports from. No two import each other.
 IMPORTS = {
     "version": "",

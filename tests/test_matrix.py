@@ -6,14 +6,14 @@ ours that leaves out half.
 
 from functools import cache
 from itertools import product
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from models import make_model
 from peft import LoraConfig, get_peft_model
-from test_data import Padded, ragged
+from support.models import make_model
+from support.paths import ROOT
+from support.ragged import Padded, ragged
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer
@@ -24,7 +24,7 @@ METHODS = {"full": None, "lora": {}, "dora": {"use_dora": True}}
 BATCHES = ("padded", "packed")
 CELLS = list(product(TRAINERS, METHODS, BATCHES, (False, True)))
 ROWS = ragged(6) * 4  # seen four times, so that there is something to learn
-TOKENIZER = Path(__file__).parents[1] / "examples/demo/model"
+TOKENIZER = ROOT / "examples/demo/model"
 
 
 def model(method):

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import batch, loss_and_gradients, make_model, with_lora
-from test_callback import with_callback
-from test_trainer import SPARSE, adapter, losses, make_trainer
+from support.callback_cases import with_callback
+from support.models import batch, loss_and_gradients, make_model, with_lora
+from support.trainers import SPARSE, adapter, losses, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoTrainer, apply_lemo

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

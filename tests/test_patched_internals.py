@@ -2,12 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from models import batch, make_model, with_lora
 from peft.tuners.lora.layer import Linear
+from support.models import batch, make_model, with_lora
+from support.paths import ROOT
 from transformers import AutoConfig, masking_utils
 
 from lemo_hf import LeMoConfig, apply_lemo
@@ -16,7 +16,6 @@ from lemo_hf.graphs.cuda_graphs import _no_documents
 from lemo_hf.kernels.launch import untouched
 from lemo_hf.memory.recompute import _ATTENTION
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "patched-internals.md").read_text(encoding="utf-8")
 TEST = re.compile(r"\[test_\w+\.py\]\(\.\./(tests/test_\w+\.py)\)((?:,? `test_\w+`)+)")
 # Private names that are LeMo's own, or of what no Trainer run depends on: a tracker's, a token's.

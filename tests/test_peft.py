@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from models import batch, loss_and_gradients, make_model, relative_error
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -17,7 +16,8 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from test_trainer import assert_same_weights, dataset, losses, make_trainer
+from support.models import batch, loss_and_gradients, make_model, relative_error
+from support.trainers import assert_same_weights, dataset, losses, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
 
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo

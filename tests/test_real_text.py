@@ -5,19 +5,17 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from models import loss_and_gradients, relative_error, with_lora
 from peft import PeftModel
+from support.models import loss_and_gradients, relative_error, with_lora
+from support.paths import DEMO, ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
 from lemo_hf.tune.recall import recall_table
 
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "examples" / "demo"
 TOKENS = 1024
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import SPARSE, dataset, losses, make_trainer
+from support.trainers import SPARSE, dataset, losses, make_trainer
 from transformers import Trainer
 
 from lemo_hf import LeMoConfig

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eager_graphs import use_eager_graphs
-from models import batch, loss_and_gradients, make_model, relative_error, with_lora
-from test_trainer import assert_same_weights, dataset, losses, make_trainer
+from support.eager_graphs import use_eager_graphs
+from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from support.trainers import assert_same_weights, dataset, losses, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -135,7 +135,7 @@ def test_another_run_of_the_same_trainer_begins_sparse(tmp_path):
 
 
 def test_sft_trainer(tmp_path):
-    from test_trl import make_trainer as make_sft
+    from support.sft import make_trainer as make_sft
 
     settings = {"max_steps": 4, "packing": True, "packing_strategy": "wrapped", "max_length": 64}
     found = trained(make_sft(tmp_path, replace(AUTO, dense_finish=0.5), **settings))

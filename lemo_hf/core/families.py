@@ -1,6 +1,6 @@
 """Where each model family keeps the parts of a decoder layer: one row a family.
 
-To add a family, add a row. `tests/test_families.py` takes it up by itself and checks that at
+To add a family, add a row. `tests/core/test_families.py` takes it up by itself and checks that at
 retention 1 the loss and every gradient are the stock model's.
 """
 

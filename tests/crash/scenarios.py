@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from crash.children import Ended
 from safetensors.torch import load_file
+from support.paths import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lemo_hf import LeMoPredictor
@@ -19,7 +20,6 @@ from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import PredictorInfo
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
 TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()[:12_000]
 
 

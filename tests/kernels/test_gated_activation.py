@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DTYPES, assert_as_good
+from support.parity import DTYPES, assert_as_good
 from torch.autograd.graph import saved_tensors_hooks
 
 from lemo_hf.kernels.gated_activation import (

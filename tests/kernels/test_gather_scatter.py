@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DTYPES, assert_as_good, keep_index
+from support.parity import DTYPES, assert_as_good, keep_index
 
 from lemo_hf.kernels.gather_norm import add_norm, gather_norm
 from lemo_hf.kernels.norm import KINDS, Norm, norm_reference

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DTYPES, assert_as_good, keep_index
+from support.parity import DTYPES, assert_as_good, keep_index
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from lemo_hf.kernels.rotary import KeptRotary, rotary, rotary_reference

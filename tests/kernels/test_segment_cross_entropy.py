@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DTYPES, assert_as_good
+from support.parity import DTYPES, assert_as_good
 from torch import nn
 
 from lemo_hf.kernels.segment_cross_entropy import (

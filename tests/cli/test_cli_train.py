@@ -1,0 +1,524 @@
+"""`lemo train`: YAML and flags give what LeMoTrainer gives in Python; mistakes are named."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support.paths import DEMO, ROOT
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen3Config,
+    TrainingArguments,
+    set_seed,
+)
+
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
+from lemo_hf.cli.train_rows import collator, packed_rows
+from lemo_hf.cli.train_settings import PRESETS, find_config, read_settings
+from lemo_hf.planning.plan import GIB, plans
+from lemo_hf.storage.text_rows import token_rows
+
+MODEL = str(DEMO / "model")
+TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()[:16_000]
+PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+# As published: meta-llama/Llama-3.1-8B and Qwen/Qwen3-8B-Base.
+SHARED = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+LLAMA31_8B = LlamaConfig(
+    **SHARED,
+    num_hidden_layers=32,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+QWEN3_8B = Qwen3Config(
+    **SHARED,
+    num_hidden_layers=36,
+    intermediate_size=12288,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+)
+SETTINGS = """
+model: {name: MODEL, dtype: float32}
+data: {dataset: BOOK, tokens: 256}
+lora: {r: 4, lora_alpha: 8, target_modules: all-linear}
+lemo: {retention: 0.5, block_size: 32, dense_first_layers: 1}
+training:
+  output_dir: OUTPUT
+  max_steps: 3
+  per_device_train_batch_size: 2
+  learning_rate: 1e-3
+  logging_steps: 1
+  save_strategy: "no"
+  seed: 3
+  use_cpu: true
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    text = SETTINGS.replace("MODEL", MODEL).replace("BOOK", str(tmp_path / "book.txt"))
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace("OUTPUT", str(tmp_path / "out")))
+    return path
+
+
+def python_losses(tmp_path, lemo_config, rows=None, lora=True):
+    """What the same settings give without the command line."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    set_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    if lora:
+        options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    trainer = LeMoTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "python"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            seed=3,
+            use_cpu=True,
+        ),
+        train_dataset=rows or token_rows([TEXT], tokenizer, 256, progress=False),
+        data_collator=collator(tokenizer),
+        lemo_config=lemo_config,
+    )
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_the_same_as_in_python_and_again_from_what_it_saved(lemo, tmp_path, config, capsys):
+    lemo_config = LeMoConfig(retention=0.5, block_size=32, dense_first_layers=1)
+    expected = python_losses(tmp_path, lemo_config)
+    capsys.readouterr()
+    code, out, err = lemo("train", "--config", config, "--json", "--training.hub_token", "hf_no")
+    assert code == 0, err
+    result = json.loads(out)  # nothing else is on stdout
+    assert result["losses"] == expected
+    saved = tmp_path / "out"
+    assert (saved / "adapter_model.safetensors").is_file()
+    assert LeMoConfig.from_pretrained(saved) == lemo_config
+    text = (saved / "lemo_train.yaml").read_text()
+    assert "hf_no" not in text and yaml.safe_load(text)["lemo"]["recompute"] is None
+    again = ("train", "--config", saved / "lemo_train.yaml", "--output", tmp_path / "again")
+    code, out, err = lemo(*again, "--json")
+    assert code == 0 and json.loads(out)["losses"] == result["losses"], err
+
+
+def test_flags_win(lemo, tmp_path, config):
+    code, out, err = lemo(
+        *("train", "--config", config, "--dry-run", "--tokens", 128, "--retention", 0.25),
+        *("--lemo.policy=recent", "--training.learning_rate", "5e-4", "--training.warmup_steps", 2),
+        *("--training.gradient-checkpointing", "--lora.target_modules", "[q_proj, v_proj]"),
+        *("--model.rope_parameters", "{rope_type: linear, factor: 4}"),
+    )
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert found["data"]["tokens"] == 128 and found["lemo"]["retention"] == 0.25
+    assert found["lemo"]["policy"] == "recent" and found["lemo"]["block_size"] == 32
+    assert found["training"]["learning_rate"] == 5e-4 and found["training"]["warmup_steps"] == 2
+    assert found["training"]["gradient_checkpointing"] is True
+    assert found["lora"]["target_modules"] == ["q_proj", "v_proj"] and found["lora"]["r"] == 4
+    assert found["model"]["rope_parameters"] == {"rope_type": "linear", "factor": 4}
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_and_full(lemo, tmp_path, config):
+    code, out, err = lemo("train", "--config", config, "--dense", "--full", "--json")
+    assert code == 0, err
+    assert json.loads(out)["losses"] == python_losses(tmp_path, None, lora=False)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert not torch.equal(saved.lm_head.weight, before.lm_head.weight)
+    text = (tmp_path / "out" / "lemo_train.yaml").read_text()
+    assert yaml.safe_load(text)["full"] is True and yaml.safe_load(text)["lemo"] is False
+
+
+def test_flags_alone(lemo, config):
+    flags = ("train", "--model", MODEL, "--dataset", "book.txt", "--tokens", 64, "--dry-run")
+    code, _, err = lemo(*flags, "--output", "out")
+    assert code == 2 and "say what is trained" in err
+    code, _, err = lemo(*flags, "--full")
+    assert code == 2 and "--output DIR" in err
+    code, out, err = lemo(*flags, "--output", "out", "--lora.r", 2)
+    found = yaml.safe_load(out)
+    assert code == 0 and found["lora"] == {"r": 2} and found["lemo"]["retention"] == 0.3, err
+    assert found["lemo"]["policy"] == "auto" and found["lemo"]["dense_finish"] is None
+    finish = ("--lemo.dense_finish", 0.2, "--lemo.finish_retention", 0.5)
+    code, out, err = lemo(*flags, "--output", "out", "--full", *finish, "--lemo.chunk_size", 1024)
+    found = yaml.safe_load(out)["lemo"]
+    assert code == 0, err
+    values = [found[name] for name in ("dense_finish", "finish_retention", "chunk_size")]
+    assert values == [0.2, 0.5, 1024]
+    code, out, err = lemo(*flags, "--output", "out", "--full", "--lemo.threshold", 1.0)
+    found = yaml.safe_load(out)["lemo"]
+    assert code == 0 and found["policy"] == "pooled" and found["retention"] is None, err
+
+
+def test_the_summary(lemo, config):
+    code, out, err = lemo("train", "--config", config, "--training.max_steps", 1)
+    assert code == 0, err
+    assert "LoRA r=4" in out and "rows of 256 tokens, 2 a step" in out
+    assert "9 of 10 layers" in out and "train_loss" in out and "rows of tokens" in err
+
+
+def test_calibrated_config_to_start_from(config, tmp_path):
+    LeMoConfig(threshold=0.7, block_size=16).save_pretrained(tmp_path / "calibrated")
+    text = config.read_text()
+    start = text.index("lemo:")
+    config.write_text(
+        text.replace(
+            text[start : text.index("\n", start)], f"lemo: {{config: {tmp_path}/calibrated}}"
+        )
+    )
+    run = read_settings(str(config)).build()
+    assert (run.lemo.threshold, run.lemo.retention, run.lemo.block_size) == (0.7, None, 16)
+    run = read_settings(str(config), ["--lemo.supervise", "all"]).build()
+    assert (run.lemo.supervise, run.lemo.threshold) == ("all", 0.7)
+
+
+def test_evaluation_and_resuming(lemo, tmp_path, config):
+    shared = ("train", "--config", config, "--data.eval_dataset", tmp_path / "book.txt", "--json")
+    shared = (*shared, "--data.max_eval_rows", 2, "--training.save_strategy", "steps")
+    code, out, err = lemo(*shared, "--training.save_steps", 2, "--training.max_steps", 4)
+    assert code == 0, err
+    whole = json.loads(out)
+    assert whole["metrics"]["eval_loss"] > 0 and (tmp_path / "out" / "checkpoint-4").is_dir()
+    os.rename(tmp_path / "out" / "checkpoint-4", tmp_path / "gone")
+    code, out, err = lemo(
+        *shared, "--training.save_steps", 2, "--training.max_steps", 4, "--resume"
+    )
+    assert code == 0, err
+    resumed = json.loads(out)
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], abs=1e-6)
+    code, _, err = lemo(*shared, "--resume", "--output", tmp_path / "empty")
+    assert code == 2 and "has no checkpoint" in err
+
+
+def small(config, *more):
+    """Checkpoints 2 and 4, and no more steps."""
+    steps = ("--training.save_strategy", "steps", "--training.save_steps", 2)
+    return ("train", "--config", config, "--json", *steps, "--training.max_steps", 4, *more)
+
+
+def adapter_of(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_used_folder_is_refused_or_started_over(lemo, tmp_path, config):
+    out = tmp_path / "out"
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = ("--training.seed", 5)
+    code, printed, err = lemo(*small(config, *other))
+    assert code == 2 and not printed
+    assert f"{out} holds a run already (adapter_model.safetensors): go on with --resume" in err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = lemo(*small(config, *other, "--overwrite", "--resume"))
+    assert code == 2 and "give one of them" in err
+    (out / "notes.txt").write_text("mine")
+    code, _, err = lemo(*small(config, *other, "--overwrite", "--training.save_steps", 3))
+    assert code == 0, err
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    assert (out / "notes.txt").read_text() == "mine"
+    code, _, err = lemo(*small(config, *other, "--output", tmp_path / "fresh"))
+    assert code == 0 and adapter_of(out) == adapter_of(tmp_path / "fresh"), err
+    code, _, err = lemo(*small(config, "--overwrite", "--output", MODEL))
+    assert code == 2 and f"--overwrite would remove the model {MODEL}" in err
+    assert (Path(MODEL) / "model.safetensors").is_file()
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(lemo, tmp_path, config, caplog):
+    out = tmp_path / "out"
+    code, printed, err = lemo(*small(config))
+    assert code == 0, err
+    whole = adapter_of(out), json.loads(printed)["losses"]
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    (out / "adapter_model.safetensors").unlink()
+    (out / "all_results.json").write_text('{"tr')
+    code, printed, err = lemo(*small(config, "--resume"))
+    assert code == 0, err
+    assert "checkpoint-4 is not whole and left out: it has no trainer_state.json" in caplog.text
+    assert (adapter_of(out), json.loads(printed)["losses"]) == whole
+    assert "train_loss" in json.loads((out / "all_results.json").read_text())
+    for number in (2, 4):
+        (out / f"checkpoint-{number}" / "optimizer.pt").write_bytes(b"PK")
+    code, _, err = lemo(*small(config, "--resume"))
+    assert code == 2 and "has no whole checkpoint: start over with --overwrite" in err
+
+
+def test_a_run_that_ended_is_resumed_without_a_further_step(lemo, tmp_path, config):
+    """As one killed after its last checkpoint, with an evaluation and a report still to do."""
+    out = tmp_path / "out"
+    code, printed, err = lemo(*small(config))
+    assert code == 0, err
+    whole = adapter_of(out), json.loads(printed)["losses"]
+    (out / "adapter_model.safetensors").unlink()
+    heldout = ("--data.eval_dataset", tmp_path / "book.txt", "--data.max_eval_rows", 1)
+    code, printed, err = lemo(*small(config, "--resume", "--report", *heldout))
+    assert code == 0, err
+    found = json.loads(printed)
+    assert (adapter_of(out), found["losses"]) == whole and found["steps"] == 4
+    assert found["metrics"]["eval_loss"] > 0 and (out / "report.html").is_file()
+    code, printed, err = lemo(*small(config, "--resume", "--training.max_steps", 5))
+    assert code == 0 and json.loads(printed)["steps"] == 5, err
+
+
+def test_settings_lie_beside_the_weights_they_made(lemo, tmp_path, config, monkeypatch):
+    out = tmp_path / "out"
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    settings = (out / "lemo_train.yaml").read_text()
+    for number in (2, 4):  # which `lemo merge` reads there
+        assert (out / f"checkpoint-{number}" / "lemo_train.yaml").read_text() == settings
+    before = adapter_of(out)
+
+    class Killed(BaseException):
+        """Nobody expects it."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    longer = small(config, "--resume", "--training.max_steps", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", killed)
+        with pytest.raises(Killed):  # while it writes a checkpoint
+            lemo(*longer)
+    assert (adapter_of(out), (out / "lemo_train.yaml").read_text()) == (before, settings)
+    code, _, err = lemo(*longer)
+    assert code == 0 and adapter_of(out) != before, err
+    assert yaml.safe_load((out / "lemo_train.yaml").read_text())["training"]["max_steps"] == 6
+
+
+def test_packed_documents_do_not_see_each_other():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    documents = [TEXT[:400], TEXT[1000:1500], TEXT[2000:2300]]
+    (row, *_) = packed_rows(documents, tokenizer, 300, progress=False)
+    starts = [i for i, place in enumerate(row["position_ids"]) if place == 0]
+    assert len(row["input_ids"]) == 300 and len(starts) >= 3
+    assert [row["labels"][i] for i in starts] == [-100] * len(starts)
+    tensors = {name: torch.tensor([values]) for name, values in row.items() if name != "labels"}
+    with torch.no_grad():
+        packed = model(**tensors, use_cache=False).logits[0]
+        for first, end in zip(starts, [*starts[1:], 300], strict=True):
+            alone = model(tensors["input_ids"][:, first:end]).logits[0]
+            torch.testing.assert_close(packed[first:end], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_packing(lemo, tmp_path, config):
+    lines = [json.dumps({"body": TEXT[i : i + 700]}) for i in range(0, 8000, 700)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    more = ("--dataset", tmp_path / "short.jsonl", "--data.text_column", "body", "--json")
+    code, out, err = lemo("train", "--config", config, *more, "--data.packing")
+    assert code == 0, err
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts = [json.loads(line)["body"] for line in lines]
+    rows = packed_rows(texts, tokenizer, 256, progress=False)
+    lemo_config = LeMoConfig(retention=0.5, block_size=32, dense_first_layers=1)
+    assert json.loads(out)["losses"] == python_losses(tmp_path, lemo_config, rows)
+    long = ("--tokens", 5000, "--output", tmp_path / "long")
+    code, _, err = lemo("train", "--config", config, *more, *long, "--data.packing")
+    assert code == 2 and "a row has 5000" in err
+
+
+def test_rows_of_different_lengths_are_padded():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    batch = collator(tokenizer)([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
+                                 {"input_ids": [5], "labels": [5]}])  # fmt: skip
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [5, -100, -100]]
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_presets_train(preset, lemo, tmp_path, config, monkeypatch):
+    """As they stand but for model, text and sizes: checkpointing, offload and bf16 are theirs."""
+    monkeypatch.chdir(ROOT)  # where the demo's paths begin
+    sizes = ("--tokens", 512, "--training.max_steps", 2, "--training.logging_steps", 1)
+    sizes = (*sizes, "--training.gradient_accumulation_steps", 2, "--training.use_cpu", "true")
+    given = ("--model", MODEL, "--dataset", tmp_path / "book.txt", "--output", tmp_path / "out")
+    code, out, err = lemo("train", "--config", preset, *given, *sizes, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["steps"] == 2 and len(result["losses"]) == 2
+    assert all(1 < loss < 6 for loss in result["losses"])  # ln of the vocabulary's size is 6.9
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    moved = [bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name]
+    assert moved and all(moved) and all(tensor.isfinite().all() for tensor in adapter.values())
+    asked = read_settings(preset, ["--training.use_cpu", "true"]).build()
+    saved = LeMoConfig.from_pretrained(tmp_path / "out")
+    assert dataclasses.replace(saved, predictor=asked.lemo.predictor) == asked.lemo
+
+
+def published(preset):
+    """The config a preset's model has, its parameters, and GiB of the card the docs say it fits."""
+    if preset == "demo-cpu":
+        return AutoConfig.from_pretrained(MODEL), 1_862_272, None
+    if preset == "qwen3-8b-32k":
+        return QWEN3_8B, 8_190_735_360, None
+    cards = {"llama3-8b-24gib": 24, "llama3-8b-64k": 80}
+    return LLAMA31_8B, 8_030_261_248, cards[preset]
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_presets_fit_their_model(preset, monkeypatch):
+    """Of the real shapes, without memory: LoRA and LeMo go on, and the plan says what fits."""
+    monkeypatch.chdir(ROOT)
+    run = read_settings(preset, ["--training.use_cpu", "true"]).build()
+    model_config, parameters, card = published(preset)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    assert model.num_parameters() == parameters
+    model = get_peft_model(model, run.lora)
+    sparse = apply_lemo(model, run.lemo).sparse_layers
+    assert sparse == list(range(run.lemo.dense_first_layers, model_config.num_hidden_layers))
+    assert model.get_nb_trainable_parameters()[0] > 0
+    assert run.training.max_steps > 0 and run.training.output_dir == f"out/{preset}"
+    assert run.data.tokens <= model_config.max_position_embeddings or run.model.rope_type
+    assert run.data.tokens % run.lemo.block_size == 0
+    found = plans(
+        model_config,
+        run.lemo,
+        run.data.tokens,
+        batch_size=run.training.per_device_train_batch_size,
+        lora_rank=run.lora.r,
+        lora_targets=run.lora.target_modules,
+        dtype=run.model.dtype,
+        autocast=run.training.bf16,
+        gradient_checkpointing=run.training.gradient_checkpointing,
+        memory_gib=card,
+        reserve_gib=2.0,
+    )
+    for phase in found.values():
+        assert phase.pinned <= (run.lemo.offload_gib or 0) * GIB
+        assert card is None or phase.fits(card - 2)
+
+
+def test_a_local_file_comes_before_a_preset(tmp_path, monkeypatch):
+    assert find_config("llama3-8b-64k").parent == PRESETS
+    monkeypatch.chdir(tmp_path)
+    Path("llama3-8b-64k.yaml").write_text("full: true")
+    assert find_config("llama3-8b-64k.yaml") == Path("llama3-8b-64k.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--training.learning_rat", "1"), "did you mean 'learning_rate'?"),
+        (("--lora.rank_patern", "{}"), "lora.rank_patern={}: there is no such key"),
+        (("--lemo.retenton", "0.5"), "did you mean 'retention'?"),
+        (("--data.token", "5"), "--data.token: data.token=5: there is no such key"),
+        (("--trainin.bf16",), "did you mean 'training'?"),
+        (("--retenton", "0.5"), "did you mean '--retention'?"),
+        (("stray",), "stray: there is no such option"),
+        (("--retention", "1.5"), "--retention: lemo: retention must lie in (0, 1], got 1.5"),
+        (("--training.max_steps", "many"), "training.max_steps must be int, got 'many'"),
+        (("--training.bf16", "7"), "training.bf16 must be bool, got 7"),
+        (("--training.optim", "sgdd"), "--training.optim: training: sgdd is not a valid"),
+        (("--lora.r", "0.5"), "lora.r must be int, got 0.5"),
+        (("--model.dtype", "int4"), "model.dtype must be Literal"),
+        (("--lora.target_modules", "[q"), "--lora.target_modules is no valid YAML"),
+        (("--lemo.threshold", "0.5", "--retention", "0.4"), "both say how much is kept"),
+        (("--data.packing", "--data.min_tokens", "9"), "min_tokens=9 has no meaning with packing"),
+        (("--model", "nowhere/at-all"), "model 'nowhere/at-all': "),
+        (("--dataset", "none.jsonl"), "there is no file 'none.jsonl'"),
+        (("--config", "lama3-8b-64k"), "did you mean 'llama3-8b-64k'?"),
+    ],
+)
+def test_mistakes(flags, message, lemo, config, tmp_path):
+    code, out, err = lemo("train", "--config", config, *flags)
+    assert code == 2 and message in err and "Traceback" not in err and not out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_steps", "max_stepz"), "run.yaml: training.max_stepz=3: there is no such key; did"),
+        (("lora:", "lorra:"), "there is no section 'lorra'; did you mean 'lora'?"),
+        (("lora:", "full: false  #"), "full=False: give either a section lora"),
+        (("tokens: 256", "tokens: long"), "run.yaml: data.tokens must be int, got 'long'"),
+        ((", tokens: 256", ""), "run.yaml: data.tokens is missing"),
+        (("seed: 3", "seed: 3\n  seed: 4"), "'seed' is given twice, again in line 14"),
+        (("training:", "training: 5\nx:"), "training must be a mapping of keys, got 5"),
+        (("{retention", "[retention"), "run.yaml is no valid YAML"),
+    ],
+)
+def test_mistakes_in_the_file(change, message, lemo, config):
+    config.write_text(config.read_text().replace(*change))
+    code, _, err = lemo("train", "--config", config)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_a_failure_is_no_mistake(lemo, config, monkeypatch):
+    """Exit code 1 where memory runs out; other errors of the program keep their traceback."""
+
+    def fail(error):
+        def train(*_, **__):
+            raise error
+
+        monkeypatch.setattr(LeMoTrainer, "train", train)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."))
+    code, _, err = lemo("train", "--config", config)
+    assert code == 1 and "Tried to allocate 2 GiB. Shorter rows" in err
+    fail(RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        lemo("train", "--config", config)
+
+
+def test_accelerate_launch(config, tmp_path):
+    """Two processes share the rows; one of them writes."""
+    options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    options = (*options, "--dynamo_backend", "no", "--main_process_port", "0")
+    command = ("-m", "lemo_hf.cli", "train", "--config", str(config), "--json", "--report")
+    ended = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1 and json.loads(lines[0])["steps"] == 3
+    saved = tmp_path / "out"
+    assert (saved / "adapter_model.safetensors").is_file() and (saved / "report.html").is_file()
+    assert len(json.loads((saved / "lemo_report.json").read_text())["rows"]) == 3

@@ -1,0 +1,63 @@
+"""FSDP2 finds sparse layers by their class, shards them, and their passes stay the same."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import batch, make_model, relative_error
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lemo_hf import LeMoConfig, apply_lemo
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    meeting = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fully_sharded_layers(mesh, checkpointing):
+    config = LeMoConfig(
+        block_size=8, policy="pooled", agree_across_layers=False, dense_first_layers=1
+    )
+    results = []
+    for shard in (False, True):
+        model = make_model("llama")
+        apply_lemo(model, config)
+        assert {type(layer).__name__ for layer in model.model.layers} == {"LlamaDecoderLayer"}
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if shard:
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        loss = model(**batch()).loss
+        loss.backward()
+        gradients = {
+            name: getattr(parameter.grad, "_local_tensor", parameter.grad)
+            for name, parameter in model.named_parameters()
+        }
+        results.append((loss.item(), gradients, model._lemo.report()))
+    (loss, gradients, report), (sharded_loss, sharded, sharded_report) = results
+    assert sharded_loss == pytest.approx(loss, rel=1e-6) and sharded_report == report
+    for name, gradient in gradients.items():
+        assert relative_error(sharded[name], gradient) < 1e-6, name
+
+
+def test_rows_saved_under_sharding_are_kept_rows(mesh):
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, recompute="full"))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch(2, 64)).loss.backward()
+    assert shapes.count((2, 32, 32)) == 4

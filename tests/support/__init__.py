@@ -1,0 +1,1 @@
+"""What tests share: models, rows, trainers, processes, servers. No test imports another."""
