@@ -267,10 +267,11 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
     lines = [columns]
     for row in rows:
         provider, _, policy = row["provider"].removeprefix("lemo ").partition(" ")
-        if short and policy:
+        graphs = policy == "+graph"
+        if short and policy and not graphs:
             continue
         name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
-        name += f", `{policy}`" if policy else ""
+        name += ", `cuda_graphs`" if graphs else f", `{policy}`" if policy else ""
         cells = [length(row["tokens"]), name]
         if row["status"] == "ok":
             choosing = "" if "choosing_ms" not in row else f"{row['choosing_ms']:.1f}"
