@@ -1,4 +1,4 @@
-"""Tables of whole steps and of the longest sequences, in full and as the README has them."""
+"""Tables of whole steps and of the longest sequences."""
 
 GROUPS = {
     "plain": "No checkpointing",
@@ -7,19 +7,6 @@ GROUPS = {
     "growth": "Growth (one round; memory in italics is a dry step's)",
     "short": "Short rows, no checkpointing",
     "paper": "The paper's protocol, no checkpointing",
-}
-# What the README shows: group, tokens and steps.
-HEADLINES = {
-    ("short", 1024): ("hf", "liger", "lemo+graph"),
-    ("plain", 16384): ("hf", "liger", "lemo", "lemo+some-mlp"),
-    ("checkpointing", 65536): (
-        "hf+checkpointing",
-        "liger+checkpointing",
-        "lemo+checkpointing",
-        "lemo+offload",
-    ),
-    ("growth", 262144): ("hf+checkpointing", "lemo+checkpointing", "lemo+offload"),
-    ("growth", 524288): ("lemo+offload",),
 }
 NAMES = {
     "hf": "HF + PEFT",
@@ -107,20 +94,6 @@ def step_tables(header: dict, rows: list[dict]) -> str:
         parts += [f"**{GROUPS.get(group, group)}**", markdown(lines)]
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
     return "\n\n".join([*parts, step_conditions(header, rows), f"```bash\n{commands}\n```"])
-
-
-def step_headlines(header: dict, rows: list[dict]) -> str:
-    """Markdown: the rows of `HEADLINES`, and the conditions in short."""
-    found = {(row["group"], row["tokens"], row["provider"]): row for row in rows}
-    lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
-    for (group, tokens), providers in HEADLINES.items():
-        measured = [row for name in providers if (row := found.get((group, tokens, name)))]
-        lines += [step_row(row, None)[:7] for row in measured]
-    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
-    return (
-        f"{markdown(lines)}\n\n{header['gpu']}, {versions}, commit `{header['commit']}`, "
-        f"{header['date']}, `benchmarks/bench_step.py`."
-    )
 
 
 def step_conditions(header: dict, rows: list[dict]) -> str:

@@ -12,10 +12,8 @@ from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
 from step_table import (
     completion_table,
-    longest_table,
     longest_tables,
     scaling_table,
-    step_headlines,
     step_tables,
 )
 
@@ -25,7 +23,8 @@ HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "docs" / "BENCHMARKS.md"
 QUALITY = HERE.parent / "docs" / "QUALITY.md"
 README = HERE.parent / "README.md"
-DEMO = HERE.parent / "docs" / "demo" / "report.json"
+DEMO = HERE.parent / "docs" / "demo.md"
+REPORT = HERE.parent / "docs" / "demo" / "report.json"
 QUALITY_RUN = "quality"
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
@@ -92,16 +91,18 @@ def results(name: str) -> list[tuple[dict, list[dict]]]:
 def readme_blocks() -> dict[str, str]:
     """Every generated block of the README by the name of its markers."""
     found = {
-        "demo": demo_table(json.loads(DEMO.read_text(encoding="utf-8"))),
-        "steps": "\n\n".join(step_headlines(*found) for found in results("bench_step")),
         "completion": "\n\n".join(
             completion_table(*found, short=True) for found in results("bench_completion")
         ),
-        "longest": "\n\n".join(longest_table(rows) for _, rows in results("bench_longest")),
     }
     if quality := results(QUALITY_RUN):
         found["quality"] = "\n\n".join(headline_table(*content) for content in quality)
     return found
+
+
+def demo_blocks() -> dict[str, str]:
+    """The generated block of docs/demo.md."""
+    return {"demo": demo_table(json.loads(REPORT.read_text(encoding="utf-8")))}
 
 
 def quality_blocks() -> dict[str, str]:
@@ -127,7 +128,12 @@ def main() -> None:
     how.add_argument("--write", action="store_true", help="put the tables into the pages")
     how.add_argument("--check", action="store_true", help="fail if a page has others")
     args = parser.parse_args()
-    pages = ((README, readme_blocks()), (BENCHMARKS, blocks()), (QUALITY, quality_blocks()))
+    pages = (
+        (README, readme_blocks()),
+        (DEMO, demo_blocks()),
+        (BENCHMARKS, blocks()),
+        (QUALITY, quality_blocks()),
+    )
     for page, found in pages:
         text = new = page.read_text(encoding="utf-8")
         for name, block in found.items():
