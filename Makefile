@@ -6,13 +6,6 @@ RUN := $(VENV)/bin/python
 # The order of files is tests/conftest.py's.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What does not depend on transformers, or is slow and hardly does.
-NOT_AGAIN := kernels test_benchmarks_* test_calibrate.py test_cli.py test_cli_eval.py \
-	test_crash.py test_cli_merge.py test_docs.py test_examples.py test_inspect.py test_longbench* \
-	test_needles.py test_package.py test_perplexity.py test_plan.py test_processes.py \
-	test_plan_quantized.py test_processes_hub.py test_real_text.py test_report.py test_retrieval.py \
-	test_sequence_parallel.py
-
 .PHONY: demo test soak crash lint docs bench sanitize
 
 demo: $(VENV)/ready
@@ -21,7 +14,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(MAKE) -j 3 --output-sync $(VENV)/oldest/ready lint docs
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(foreach name,$(NOT_AGAIN),--ignore-glob='tests/$(name)')
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak"
 
 # The same tests with many more cases, and many more steps (minutes).
 soak: $(VENV)/ready

@@ -10,6 +10,8 @@ from transformers import DataCollatorWithFlattening, Trainer
 
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
 
+pytestmark = pytest.mark.oldest
+
 
 def stream(rows):
     return Dataset.from_list(rows).to_iterable_dataset()

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -155,3 +156,15 @@ def test_readme_names_every_package():
 def test_files_are_short():
     for name, path in modules():
         assert len(path.read_text().splitlines()) <= 350, name
+
+
+def test_no_test_imports_another():
+    """What several of them use lies in tests/support/, where scripts of other processes find it too."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        named = re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(), re.MULTILINE)
+        assert not named, f"{path.name} imports {named}"
+
+
+def test_folders_of_tests_are_packages():
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders <= {*IMPORTS, "benchmarks"}

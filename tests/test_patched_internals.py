@@ -16,6 +16,8 @@ from lemo_hf.graphs.cuda_graphs import _no_documents
 from lemo_hf.kernels.launch import untouched
 from lemo_hf.memory.recompute import _ATTENTION
 
+pytestmark = pytest.mark.oldest
+
 PAGE = (ROOT / "docs" / "patched-internals.md").read_text(encoding="utf-8")
 TEST = re.compile(r"\[test_\w+\.py\]\(\.\./(tests/test_\w+\.py)\)((?:,? `test_\w+`)+)")
 # Private names that are LeMo's own, or of what no Trainer run depends on: a tracker's, a token's.

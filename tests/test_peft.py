@@ -91,6 +91,7 @@ def improves(model, steps=6, rate=2e-2, **config):
     return losses
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("method", METHODS)
 def test_retention_1_is_the_stock_stack(method, recompute):
@@ -132,6 +133,7 @@ def test_several_adapters_and_the_switch_between_them():
         assert model(**batch()).loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
+@pytest.mark.oldest
 def test_adapters_and_what_is_saved_with_them_load_by_peft(tmp_path):
     model = adapted(METHODS["embeddings-and-head-saved"])
     improves(model)
@@ -165,6 +167,7 @@ def test_low_precision_weights(dtype, autocast_adapter_dtype):
     assert_stock_at_retention_1(model, rel=2e-2)
 
 
+@pytest.mark.oldest
 def test_adapters_put_on_by_transformers_itself():
     model = make_model("llama")
     model.add_adapter(lora())

@@ -10,6 +10,8 @@ from transformers import Trainer
 
 from lemo_hf import LeMoConfig
 
+pytestmark = pytest.mark.oldest
+
 LONG = LeMoConfig(block_size=128, policy="random", retention=0.5)
 
 

@@ -61,6 +61,7 @@ def test_when_it_begins(options, steps, begins):
         assert lemo.passes.retention == (config.finish_retention if inside else None)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("make", [make_trainer, with_callback])
 def test_it_counts_optimizer_steps(tmp_path, make):
     """Of three passes each; by epochs as well."""
@@ -112,6 +113,7 @@ def test_sets_of_their_own_are_whole_too(tmp_path, sets):
     assert last["lemo/mlp_retention"] == last["lemo/attention_retention"] == DENSE
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("make", [make_trainer, with_callback])
 def test_a_run_resumes_to_the_step(tmp_path, make):
     """From before the finish, from its beginning, and from within."""

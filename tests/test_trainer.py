@@ -24,6 +24,8 @@ from lemo_hf.batch import row_counts
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import transformers_model
 
+pytestmark = pytest.mark.oldest
+
 
 def test_no_config_is_trainer_to_the_bit(tmp_path):
     plain = make_trainer(tmp_path, None, cls=Trainer)

@@ -59,6 +59,7 @@ def test_all_types_are_known():
     assert set(READ) == {"default", *ROPE_INIT_FUNCTIONS} == {"default", *GIVEN}
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("most", [None, 2048])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("kind", GIVEN)

@@ -14,6 +14,8 @@ from lemo_hf.core.attention import fastest_attention, using
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.memory import fitting as memory
 
+pytestmark = pytest.mark.oldest
+
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
 

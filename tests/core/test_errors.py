@@ -12,6 +12,8 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.checks import check_trainer
 from lemo_hf.core.families import PARALLEL_RESIDUAL
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = LeMoConfig(block_size=8)
 
 

@@ -11,6 +11,8 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS
 from lemo_hf.core.families import FAMILIES, PARALLEL_RESIDUAL, family_of
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(params=FAMILIES)
 def family(request):

@@ -12,6 +12,8 @@ from support.models import loss_and_gradients, make_model, relative_error
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 
+pytestmark = pytest.mark.oldest
+
 CALLS = []
 
 

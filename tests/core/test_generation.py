@@ -6,6 +6,8 @@ from support.models import make_model, with_lora
 
 from lemo_hf.eval.generation import continue_greedily
 
+pytestmark = pytest.mark.oldest
+
 
 class Numbers:
     """A tokenizer of one word a token: its number."""

@@ -18,6 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
 from lemo_hf.patch import transformers_model
 
+pytestmark = pytest.mark.oldest
+
 
 class Doubled(LlamaForCausalLM):
     """A loss of the class's own."""

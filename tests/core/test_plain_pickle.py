@@ -14,6 +14,8 @@ from support.trainers import SPARSE, losses, make_trainer
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.patch import lemo_of, transformers_model
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="random", recompute="selective")
 
 

@@ -13,6 +13,7 @@ from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import lemo_of
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("arguments", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 @pytest.mark.parametrize("config", [FULL, SPARSE])
 def test_training_is_lemo_trainers(tmp_path, config, arguments):
@@ -22,6 +23,7 @@ def test_training_is_lemo_trainers(tmp_path, config, arguments):
     assert_same_weights(theirs, ours, rtol=0, atol=0)
 
 
+@pytest.mark.oldest
 def test_the_model_is_stock_again_after_training(tmp_path):
     trainer = with_callback(tmp_path, SPARSE)
     classes = [type(module) for module in make_trainer(tmp_path, None).model.modules()]
@@ -34,6 +36,7 @@ def test_the_model_is_stock_again_after_training(tmp_path):
     assert again[-1] < 5
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("late", [False, True])
 def test_model_init_and_callbacks_that_come_late(tmp_path, late):
     """Then only ``on_train_begin`` sees the model."""
@@ -48,6 +51,7 @@ def test_model_init_and_callbacks_that_come_late(tmp_path, late):
     assert losses(trainer) == expected
 
 
+@pytest.mark.oldest
 def test_figures_and_files(tmp_path, capsys):
     trainer = with_callback(tmp_path, SPARSE, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -50,6 +50,7 @@ CASES = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("case", CASES)
 def test_retention_1_logs_what_sft_trainer_does(tmp_path, case):
     stock = logs(make_trainer(tmp_path, cls=trl.SFTTrainer, **CASES[case]))
@@ -58,6 +59,7 @@ def test_retention_1_logs_what_sft_trainer_does(tmp_path, case):
     assert ours[0]["lemo/attention_retention"] == 1
 
 
+@pytest.mark.oldest
 def test_no_config_is_sft_trainer_to_the_bit(tmp_path):
     ours, stock = (
         logs(make_trainer(tmp_path, cls=cls)) for cls in (LeMoSFTTrainer, trl.SFTTrainer)

@@ -9,6 +9,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lemo_hf import LeMoConfig, apply_lemo
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture
 def mesh(tmp_path):

@@ -33,6 +33,8 @@ from support.trainers import losses, make_trainer
 from lemo_hf import LeMoConfig
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(scope="module")
 def hub():

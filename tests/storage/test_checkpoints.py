@@ -10,6 +10,8 @@ from support.trainers import losses, make_trainer
 from lemo_hf import LeMoConfig
 from lemo_hf.storage.checkpoints import checkpoints, damage, newest_whole_checkpoint
 
+pytestmark = pytest.mark.oldest
+
 LEMO = LeMoConfig(retention=0.5, block_size=8, policy="random")
 
 
