@@ -28,6 +28,12 @@ from lemo_hf.core.policies import ScoreInputs
 RESULTS = Path(__file__).parent / "results"
 ANSWERS = 512  # labelled tokens a row
 RETENTIONS = (0.3, 0.1, 0.05)
+VARIANTS: dict[str, dict] = {
+    "": {},
+    " +graph": {"cuda_graphs": True},
+    " +fp8": {"fp8": True},
+    " +fp8+graph": {"fp8": True, "cuda_graphs": True},
+}
 CHOOSING = tuple(name for name in POLICIES if name != "predictor")
 
 
@@ -38,7 +44,7 @@ def providers(retentions: tuple[float, ...], policies: tuple[str, ...]) -> list[
         rivals.append(Provider("liger+checkpointing", "liger", True))
     keep = [
         Provider(f"lemo {share:g}{graph}", "lemo", lemo={"retention": share, **options})
-        for graph, options in (("", {}), (" +graph", {"cuda_graphs": True}))
+        for graph, options in VARIANTS.items()
         for share in retentions
     ]
     others = [
@@ -123,12 +129,11 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     for tokens in args.tokens:
         for provider in providers(RETENTIONS, CHOOSING):
             samples = step_samples(bench, provider, tokens, args.rounds)
-            graphs = provider.lemo.get("cuda_graphs", False)
             row = {"model": args.model, "tokens": tokens, "provider": provider.name}
             row["status"] = samples if isinstance(samples, str) else "ok"
             if not isinstance(samples, str):
                 row |= summary(samples, tokens)
-                if provider.kind == "lemo" and not graphs and device.type == "cuda":
+                if provider.kind == "lemo" and "+" not in provider.name and device.type == "cuda":
                     row |= choosing(bench, provider, tokens)
             rows.append({**row, "lemo": provider.lemo or None})
             save(path, header, rows)

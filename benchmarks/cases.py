@@ -30,6 +30,10 @@ GROUPS = {
     "checkpointing": [Case("checkpointing", "Llama-3 8B", 64 * K, CHECKPOINTED)],
     "offload": [Case("offload", "Llama-3 8B", 64 * K, OFFLOAD)],
     "growth": [Case("growth", "Llama-3 8B", tokens, CHECKPOINTED, rounds=1) for tokens in GROWTH],
+    "fp8": [
+        Case("fp8", "Llama-3 8B", 16 * K, ("lemo", "lemo+fp8")),
+        Case("fp8", "Llama-3 8B", 64 * K, ("lemo+checkpointing", "lemo+fp8+checkpointing")),
+    ],
     "short": [
         Case("short", "Llama-3 8B", tokens, ("hf", "liger", "lemo", "lemo+graph"), rounds=3)
         for tokens in (K, 2 * K, 4 * K, 8 * K)

@@ -61,6 +61,8 @@ PROVIDERS = {
         Provider("s2attn", "s2attn"),
         _lemo(""),
         _lemo("+graph", cuda_graphs=True),
+        _lemo("+fp8", fp8=True),
+        _lemo("+fp8+checkpointing", checkpointing=True, fp8=True),
         _lemo("+some-mlp", recompute=("mlp",) * 14 + ("none",) * 18),
         _lemo("+mlp", recompute="mlp"),
         _lemo("+selective", recompute="selective"),

@@ -6,6 +6,7 @@ GROUPS = {
     "offload": "Offload to pinned host memory",
     "growth": "Growth (one round; memory in italics is a dry step's)",
     "short": "Short rows, no checkpointing",
+    "fp8": "Products with frozen weights in FP8",
     "paper": "The paper's protocol, no checkpointing",
 }
 NAMES = {
@@ -115,6 +116,7 @@ def step_conditions(header: dict, rows: list[dict]) -> str:
     )
 
 
+OPTIONS = {"graph": "cuda_graphs", "fp8": "fp8"}
 WEIGHTS = {"nf4": "4 bits (NF4, double quantisation)", "int8": "8 bits (LLM.int8)"}
 
 
@@ -240,11 +242,12 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
     lines = [columns]
     for row in rows:
         provider, _, policy = row["provider"].removeprefix("lemo ").partition(" ")
-        graphs = policy == "+graph"
-        if short and policy and not graphs:
+        options = policy.strip("+").split("+") if policy.startswith("+") else []
+        if short and policy and not options:
             continue
         name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
-        name += ", `cuda_graphs`" if graphs else f", `{policy}`" if policy else ""
+        policy = ", ".join(f"`{OPTIONS[x]}`" for x in options) or policy and f"`{policy}`"
+        name += policy and f", {policy}"
         cells = [length(row["tokens"]), name]
         if row["status"] == "ok":
             choosing = "" if "choosing_ms" not in row else f"{row['choosing_ms']:.1f}"

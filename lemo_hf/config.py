@@ -107,6 +107,8 @@ class LeMoConfig:
         cuda_graphs: Training by CUDA graphs, on a GPU: from the third batch of a shape on, forward
             and backward are launched as one, so that short rows do not wait for the host. See
             `CudaGraphs` for which batches can.
+        fp8: Products with frozen weights in FP8, forward and gradient of the input; on a Hopper GPU
+            or newer. The FP8 copies take a byte a weight.
         seed: Seed of what is drawn by chance, any integer.
 
     Raises:
@@ -136,6 +138,7 @@ class LeMoConfig:
     offload_gib: float | None = None
     sequence_parallel_size: int = 1
     cuda_graphs: bool = False
+    fp8: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ _CHOICES = {
     "supervise": SUPERVISE,
     "agree_across_layers": (True, False),
     "cuda_graphs": (True, False),
+    "fp8": (True, False),
 }
 _SHARES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "dense_finish": ("[0, 1], or be None", lambda x: 0 <= x <= 1),

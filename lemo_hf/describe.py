@@ -36,6 +36,7 @@ def describe_run(
     mlp = [rule for _, rule in pairs if rule is not None]
     mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
     one = "one kept set for all" if config.agree_across_layers else "a kept set each"
+    products = "Products with frozen weights in FP8. " if config.fp8 else ""
     learned = "" if predictor is None else f" ({predictor})"
     return (
         f"LeMo: {len(sparse)} of {len(rules)} layers ({sparse[0]} to {sparse[-1]}) are sparse, "
@@ -43,6 +44,7 @@ def describe_run(
         f"blocks, {one}. Kept: {_kept(config)}{learned}; always the first and the last block of "
         f"each document and every block with a label where labels cover a part of a row. "
         f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
+        f"{products}"
         "The other layers, evaluation and generation stay dense."
     )
 

@@ -21,6 +21,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.attention import fastest_attention
 from lemo_hf.core.checks import check_adapters, check_intermediate, check_model, check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
+from lemo_hf.core.fp8 import forget, keep_in_fp8
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
@@ -187,6 +188,7 @@ class LeMo:
         check_predictors(config, predictors, rules)
         self.config, self.rules = config, rules
         self._layers = list(layers)
+        self._in_fp8 = keep_in_fp8(self._layers) if config.fp8 else []
         host = None
         if config.offload_gib is not None:
             host = HostMemory(config.offload_gib, last=len(layers) - 1)
@@ -214,6 +216,7 @@ class LeMo:
     def remove(self) -> None:
         """Undo everything but the mark that `remove_lemo` deletes."""
         self.passes.remove()
+        forget(self._in_fp8)
         for layer in self._layers:
             make_stock(layer)
 

@@ -59,6 +59,7 @@ class LeMoMixin(_Mixed):
                 self.args,
                 getattr(self.accelerator, "parallelism_config", None),
                 getattr(self.accelerator.state, "fsdp_plugin", None),
+                lemo_config,
             )
             # All processes form groups together, so before they take turns.
             sequence_group(lemo_config.sequence_parallel_size)

@@ -159,7 +159,7 @@ def test_files_are_short():
 
 
 def test_no_test_imports_another():
-    """What several of them use lies in tests/support/, where scripts of other processes find it too."""
+    """What several of them use lies in tests/support/; scripts of other processes find it there."""
     for path in (ROOT / "tests").rglob("*.py"):
         named = re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(), re.MULTILINE)
         assert not named, f"{path.name} imports {named}"

@@ -123,6 +123,14 @@ def graphed() -> list[Job]:
     ]
 
 
+def in_fp8() -> list[Job]:
+    """Products with frozen weights in FP8, beside the same steps and the same time without."""
+    whole = replace(equal_steps(0), arm="chunks 0.5, dense finish, FP8", lemo=chunks(0.5, fp8=True))
+    lemo = overlap(random_share=0.25, cuda_graphs=True, fp8=True)
+    arm = "overlap 0.3, a quarter random, CUDA graphs, FP8"
+    return seeded([whole, completion(arm, batch=2, lemo=lemo)], SEEDS)
+
+
 def equal_steps(seed: int) -> Job:
     """As many steps as dense takes in `TEXT` seconds, one row a step, the finish included."""
     lemo = chunks(0.5)
@@ -231,7 +239,14 @@ def smoke() -> list[Job]:
     return [replace(job, seconds=4.0) for job in jobs]
 
 
-GROUPS = {"smoke": smoke, "graphed": graphed, "headline": headline, "more": more, "tuning": tuning}
+GROUPS = {
+    "smoke": smoke,
+    "fp8": in_fp8,
+    "graphed": graphed,
+    "headline": headline,
+    "more": more,
+    "tuning": tuning,
+}
 
 
 def jobs_of(

@@ -192,7 +192,9 @@ def check_sharded_head(head: nn.Module) -> None:
         )
 
 
-def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
+def check_trainer(
+    args: Any, parallelism: Any, fsdp: Any = None, lemo: LeMoConfig | None = None
+) -> None:
     """Raises ValueError for ways of using several GPUs that would split or copy a sequence.
 
     Or run a layer again outside its pass, as FSDP's own checkpointing does.
@@ -201,7 +203,13 @@ def check_trainer(args: Any, parallelism: Any, fsdp: Any = None) -> None:
         args: TrainingArguments.
         parallelism: Accelerate's ParallelismConfig, or None.
         fsdp: Accelerate's FullyShardedDataParallelPlugin, or None.
+        lemo: What the run is to keep.
     """
+    if fsdp is not None and lemo is not None and lemo.fp8:
+        raise ValueError(
+            "fp8=True is not supported with FSDP2, which holds a part of each weight: use DDP, or "
+            "leave fp8 unset."
+        )
     if getattr(fsdp, "activation_checkpointing", False):
         raise ValueError(
             "fsdp_activation_checkpointing=True stores the whole stream of each layer and runs "

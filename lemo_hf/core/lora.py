@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lemo_hf.core.fp8 import fp8_weight, has_fp8
 from lemo_hf.kernels.launch import untouched
 
 
@@ -49,7 +50,11 @@ class _Linear(Function):
         ctx.save_for_backward(x if first is not None else None, inner, a, b)
         if not values:
             return x.new_empty(()).expand(len(x), len(weight))
-        out = x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
+        if (eight := fp8_weight(weight, len(x))) is not None:
+            out = eight.product(x)
+            out = out if bias is None else out.add_(bias)
+        else:
+            out = x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
         if inner is not None and b is not None:
             out.addmm_(inner, b.mT)
         return out
@@ -58,7 +63,10 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
-        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            eight = fp8_weight(ctx.weight, len(grad))
+            grad_x = grad @ ctx.weight if eight is None else eight.input_gradient(grad)
         if a is None:
             return grad_x, *[None] * 6
         grad_inner = _product(grad, b, ctx.scaling)
@@ -90,7 +98,7 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
         values: False: the result need not be right, only its gradients.
     """
     base, adapter = _parts(module)
-    if base is None or (values and adapter is None):
+    if base is None or (values and adapter is None and not has_fp8(base.weight)):
         return module
 
     def run(x: Tensor) -> Tensor:

@@ -128,9 +128,8 @@ class LeMoCallback(TrainerCallback):
 def _check(args: TrainingArguments, config: LeMoConfig) -> None:
     """Raises ValueError where a callback sees too little of the training loop."""
     state = AcceleratorState()
-    check_trainer(
-        args, getattr(state, "parallelism_config", None), getattr(state, "fsdp_plugin", None)
-    )
+    parallelism = getattr(state, "parallelism_config", None)
+    check_trainer(args, parallelism, getattr(state, "fsdp_plugin", None), config)
     if any(base.__module__.startswith("trl.") for base in type(args).__mro__):
         raise ValueError(
             f"{type(args).__name__} belongs to a TRL trainer, whose loss LeMoCallback cannot reach."

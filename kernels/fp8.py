@@ -1,0 +1,98 @@
+"""Rows in FP8: quantisation, transposition, and products of them.
+
+Each row of a matrix has a scale of its own, its largest magnitude over the largest FP8 number
+(e4m3, 448). A product takes both operands with their rows along the sum, which is the only order
+that the matrix units of Hopper and later read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lemo_hf.kernels.launch import row_block, use_triton
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+_TINY = 1e-12  # a row of zeros has a scale too
+_TILE = 64
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` in FP8, and the scale of each row.
+
+    Args:
+        x: ``[N, K]``, its rows contiguous.
+        columns: ``[K]`` fp32: each column is multiplied by it first.
+
+    Returns:
+        ``[N, K]`` float8_e4m3fn, and ``[N, 1]`` fp32: ``x * columns`` is about their product.
+    """
+    if not use_triton(x):
+        exact = x.float() if columns is None else x.float() * columns
+        scales = exact.abs().amax(1, keepdim=True).clamp(min=_TINY) / LARGEST
+        return (exact / scales).clamp(-LARGEST, LARGEST).to(FP8), scales
+    rows, width = x.shape
+    values = torch.empty(rows, width, device=x.device, dtype=FP8)
+    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    _quantize[(rows,)](
+        x, columns, values, scales, width, x.stride(0), columns is not None, **row_block(width)
+    )
+    return values, scales
+
+
+@triton.jit
+def _quantize(x, columns, values, scales, width, stride, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < width
+    found = tl.load(x + row * stride + place, mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        found *= tl.load(columns + place, mask=inside, other=0)
+    scale = tl.maximum(tl.max(tl.abs(found)), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    limited = tl.minimum(tl.maximum(found / scale, -448.0), 448.0)
+    tl.store(values + row * width + place, limited.to(tl.float8e4nv), mask=inside)
+
+
+def transposed(values: Tensor) -> Tensor:
+    """``[N, K]`` float8_e4m3fn as ``[K, N]``, contiguous."""
+    if not use_triton(values):
+        return values.view(torch.uint8).mT.contiguous().view(FP8)
+    rows, width = values.shape
+    out = torch.empty(width, rows, device=values.device, dtype=torch.uint8)
+    grid = (triton.cdiv(rows, _TILE), triton.cdiv(width, _TILE))
+    _transpose[grid](values.view(torch.uint8), out, rows, width, _TILE)
+    return out.view(FP8)
+
+
+@triton.jit
+def _transpose(values, out, rows, width, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    tile = tl.load(values + row[:, None] * width + column[None, :], mask=inside)
+    tl.store(out + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def scaled_product(
+    x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor | None], dtype: torch.dtype
+) -> Tensor:
+    """``x @ y.mT`` of two matrices in FP8.
+
+    Args:
+        x: ``[N, K]`` float8_e4m3fn and the scales ``[N, 1]`` fp32 of its rows.
+        y: ``[M, K]`` and ``[M, 1]``; None: its rows have none.
+        dtype: Of the result.
+
+    Returns:
+        ``[N, M]``.
+    """
+    values, scales = y
+    if scales is None:
+        scales = torch.ones(len(values), 1, device=values.device)
+    if values.device.type != "cuda":
+        return ((x[0].float() @ values.float().mT) * x[1] * scales.mT).to(dtype)
+    return torch._scaled_mm(
+        x[0], values.mT, scale_a=x[1], scale_b=scales.mT, out_dtype=dtype, use_fast_accum=True
+    )

@@ -1,0 +1,99 @@
+"""`fp8`: products with frozen weights alone, near those of the model, and gone when LeMo is."""
+
+import pytest
+import torch
+from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from support.trainers import losses, make_trainer
+from torch import nn
+
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.core import fp8
+from lemo_hf.core.checks import check_trainer
+from lemo_hf.core.lora import linear_of
+
+HALF = {"retention": 0.5, "block_size": 8, "policy": "recent"}
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(fp8, "FEWEST_ROWS", 8)
+
+
+def test_a_linear_and_its_gradient():
+    """Against products in fp64 with the numbers that FP8 holds."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 48).requires_grad_(False)
+    (weight,) = fp8.keep_in_fp8([linear])
+    x = torch.randn(64, 32, requires_grad=True)
+    out = linear_of(linear)(x)
+    grad = torch.randn(64, 48)
+    out.backward(grad)
+    exact = x.double() @ weight.double().mT + linear.bias.double()
+    assert 1e-3 < relative_error(out, exact) < 0.05
+    expected = grad.double() @ weight.double()
+    assert 1e-3 < relative_error(x.grad, expected) < 0.06
+    fp8.forget([weight])
+    assert linear_of(linear) is linear
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("options", [{}, {"recompute": "full"}, {"mlp_retention": 0.4}])
+def test_passes_are_near_those_without(family, options):
+    model = with_lora(make_model(family))
+    config = {**HALF, **options}
+    if "mlp_retention" in config and family == "opt":
+        config["policy"] = "random"
+    apply_lemo(model, LeMoConfig(**config))
+    loss, gradients = loss_and_gradients(model, **batch())
+    remove_lemo(model)
+    apply_lemo(model, LeMoConfig(**config, fp8=True))
+    found, others = loss_and_gradients(model, **batch())
+    remove_lemo(model)
+    assert found != loss and found == pytest.approx(loss, rel=5e-3)
+    for name, gradient in gradients.items():
+        cosine = torch.cosine_similarity(gradient.flatten(), others[name].flatten(), dim=0)
+        assert cosine > 0.93, name  # 32 wide: little averages out
+    assert not fp8._copies
+    apply_lemo(model, LeMoConfig(**config))
+    assert loss_and_gradients(model, **batch())[0] == loss
+
+
+def test_copies_follow_the_weights():
+    model = with_lora(make_model("llama"))
+    apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    before = loss_and_gradients(model, **batch())[0]
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(-1)
+    changed = loss_and_gradients(model, **batch())[0]
+    assert changed != before
+    with torch.no_grad():
+        weight.mul_(-1)
+    assert loss_and_gradients(model, **batch())[0] == before
+
+
+def test_few_rows_are_multiplied_as_without(monkeypatch):
+    monkeypatch.setattr(fp8, "FEWEST_ROWS", 10_000)
+    model = with_lora(make_model("llama"))
+    apply_lemo(model, LeMoConfig(**HALF))
+    loss = loss_and_gradients(model, **batch())[0]
+    remove_lemo(model)
+    apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    assert loss_and_gradients(model, **batch())[0] == loss
+
+
+def test_it_trains(tmp_path):
+    config = LeMoConfig(**HALF, fp8=True)
+    plain = losses(make_trainer(tmp_path, LeMoConfig(**HALF)))
+    trainer = make_trainer(tmp_path, config)
+    assert losses(trainer) == pytest.approx(plain, rel=1e-2)
+    assert "Products with frozen weights in FP8." in trainer.lemo.describe()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no decoder layer has a frozen"):
+        apply_lemo(make_model("llama"), LeMoConfig(**HALF, fp8=True))
+    with pytest.raises(ValueError, match="FSDP2"):
+        check_trainer(None, None, object(), LeMoConfig(fp8=True))
+    with pytest.raises(ValueError, match="fp8 must be one of"):
+        LeMoConfig(fp8="yes")
