@@ -246,7 +246,7 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
         if short and policy and not options:
             continue
         name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
-        policy = ", ".join(f"`{OPTIONS[x]}`" for x in options) or policy and f"`{policy}`"
+        policy = ", ".join(f"`{OPTIONS[x]}`" for x in options) or (policy and f"`{policy}`")
         name += policy and f", {policy}"
         cells = [length(row["tokens"]), name]
         if row["status"] == "ok":

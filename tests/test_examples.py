@@ -151,6 +151,7 @@ def test_evaluation(run):
     assert prediction["pred"] and prediction["answers"]
 
 
+@pytest.mark.soak
 def test_several_processes_train_one_adapter(tmp_path):
     """As many as there are GPUs; two CPU processes without any."""
     output = start([EXAMPLES / "multi_gpu.sh", "--steps", 3, "--tokens", 256], tmp_path)

@@ -5,12 +5,12 @@ ours that leaves out half.
 """
 
 from functools import cache
-from itertools import product
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.grids import covering
 from support.models import make_model
 from support.paths import ROOT
 from support.ragged import Padded, ragged
@@ -22,7 +22,7 @@ from lemo_hf.integrations.callback import LeMoCallback
 TRAINERS = ("trainer", "callback", "sft")
 METHODS = {"full": None, "lora": {}, "dora": {"use_dora": True}}
 BATCHES = ("padded", "packed")
-CELLS = list(product(TRAINERS, METHODS, BATCHES, (False, True)))
+CELLS = covering(TRAINERS, METHODS, BATCHES, (False, True))
 ROWS = ragged(6) * 4  # seen four times, so that there is something to learn
 TOKENIZER = ROOT / "examples/demo/model"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.callback_cases import with_callback
+from support.grids import covering
 from support.models import batch, loss_and_gradients, make_model, with_lora
 from support.trainers import SPARSE, adapter, losses, make_trainer
 from transformers import Trainer, TrainerCallback
@@ -62,9 +63,9 @@ def weights(lm):
     return {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
 
 
-@pytest.mark.parametrize("name", NEXT)
-@pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("first", ["LeMoTrainer", "LeMoCallback"])
+@pytest.mark.parametrize(
+    ("first", "before", "name"), covering(["LeMoTrainer", "LeMoCallback"], BEFORE, NEXT)
+)
 def test_the_newest_trainer_holds(tmp_path, caplog, first, before, name):
     """It trains as on a model that nobody has had before."""
     kind, config = NEXT[name]

@@ -99,6 +99,7 @@ def test_the_example_script(tmp_path):
     assert weights and all(p.abs().max() > 0 for p in weights.values())
 
 
+@pytest.mark.soak
 def test_the_demo_predictor_beats_what_needs_no_predictor():
     """On held-out rows: the predictor that the demo uses against rankings without one."""
     setting = runpy.run_path(DEMO / "setting.py")

@@ -52,6 +52,7 @@ class Small(unittest.TestCase):
 """
 
 
+@pytest.mark.soak
 def test_what_differs_is_told(tmp_path):
     (tmp_path / "tests" / "trainer").mkdir(parents=True)
     (tmp_path / "tests" / "trainer" / "test_small.py").write_text(SUITE)

@@ -502,6 +502,7 @@ def test_a_failure_is_no_mistake(lemo, config, monkeypatch):
         lemo("train", "--config", config)
 
 
+@pytest.mark.soak
 def test_accelerate_launch(config, tmp_path):
     """Two processes share the rows; one of them writes."""
     options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")

@@ -188,6 +188,7 @@ def test_an_evaluation_pass_is_one_graph():
         torch.testing.assert_close(whole(**batch(), use_cache=False).loss, expected)
 
 
+@pytest.mark.soak
 def test_by_inductor(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in batch()["input_ids"]]
     found = []
@@ -221,6 +222,7 @@ for engine, settings in (("ddp", {}), ("fsdp", fsdp)):
 """
 
 
+@pytest.mark.soak
 def test_ddp_and_fsdp(tmp_path):
     launch(TWO, tmp_path, processes=(2,))
     for engine in ("ddp", "fsdp"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.batches import CASES, compare, left_padded, packed
 from support.dense_reference import expected_loss, masked_dense, recorded_sets
+from support.grids import covering
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -26,10 +27,10 @@ def test_equals_masked_dense_layers(family, case, monkeypatch):
     compare(model, case(), config, monkeypatch, "fc2" if family == "opt" else "mlp")
 
 
-@pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("agree", [False, True])
-@pytest.mark.parametrize("mlp_retention", [None, 0.3])
-@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "auto", "chunks"])
+@pytest.mark.parametrize(
+    ("policy", "mlp_retention", "agree", "recompute"),
+    covering(["oracle", "pooled", "random", "auto", "chunks"], [None, 0.3], [False, True], LEVELS),
+)
 def test_every_policy_and_way_of_sharing(policy, mlp_retention, agree, recompute, monkeypatch):
     config = LeMoConfig(
         retention=0.4,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.batches import compare, completion_only, left_padded, packed, plain, right_padded
+from support.grids import covering
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -59,10 +60,15 @@ def test_equals_masked_dense_layers(case, monkeypatch):
     compare(with_lora(make_model("llama")), case(), config(1.0), monkeypatch)
 
 
-@pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("agree", [False, True])
-@pytest.mark.parametrize("mlp", [{}, {"mlp_threshold": 1.02}, {"mlp_retention": 0.3}])
-@pytest.mark.parametrize("policy", ["oracle", "pooled", "random", "overlap", "window"])
+@pytest.mark.parametrize(
+    ("policy", "mlp", "agree", "recompute"),
+    covering(
+        ["oracle", "pooled", "random", "overlap", "window"],
+        [{}, {"mlp_threshold": 1.02}, {"mlp_retention": 0.3}],
+        [False, True],
+        LEVELS,
+    ),
+)
 def test_every_policy_and_way_of_sharing(policy, mlp, agree, recompute, monkeypatch):
     settings = config(0.9, policy=policy, agree_across_layers=agree, recompute=recompute, **mlp)
     compare(with_lora(make_model("llama")), left_padded(), settings, monkeypatch)

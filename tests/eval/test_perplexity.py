@@ -353,6 +353,7 @@ open(path, "w").write(json.dumps(results))
 """
 
 
+@pytest.mark.soak
 def test_two_processes_share_the_windows(tmp_path):
     launch(_TWO, tmp_path, processes=[2])
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))

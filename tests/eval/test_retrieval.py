@@ -197,6 +197,7 @@ with open(f"{sys.argv[1]}/{state.process_index}.json", "w") as file:
 """
 
 
+@pytest.mark.soak
 def test_two_processes_share_the_rows_and_get_the_same_result(tmp_path):
     launch(PROCESS, tmp_path, processes=[2])
     (first, passes), (second, other_passes) = (

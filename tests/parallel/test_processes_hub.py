@@ -96,6 +96,7 @@ def test_the_whole_adapter_is_pushed_once(hub, tmp_path):
             torch.testing.assert_close(pushed[key], weight, rtol=0, atol=0)
 
 
+@pytest.mark.soak
 def test_the_first_process_alone_needs_weights(tmp_path):
     make_model("llama").save_pretrained(tmp_path / "saved")
     run(LOAD, tmp_path)

@@ -28,7 +28,7 @@ CASES = {
     },
 }
 ALL = {f"{what}-{name}": {"lora": what == "lora", **case} for name, case in CASES.items()
-       for what in ("lora", "full")}  # fmt: skip
+       for what in (("lora", "full") if "answers" in case.values() else ("lora",))}  # fmt: skip
 # AdamW, whose state must come back as well.
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
 RESUMED = {

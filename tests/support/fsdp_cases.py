@@ -26,7 +26,7 @@ CASES = {
 ALL = {
     f"{what}-{name}": {"lora": what == "lora", **case}
     for name, case in CASES.items()
-    for what in ("lora", "full")
+    for what in (("full",) if name in ("padded", "thresholds") else ("lora", "full"))
 }
 # Only with LoRA: of FSDPLlamaForCausalLM Trainer does not know that labels must be shifted.
 ALL["lora-trainers_loss"] = {

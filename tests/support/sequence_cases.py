@@ -82,7 +82,8 @@ TRAINED = {
 }
 SDPA = {"model_options": {"implementation": "sdpa"}}
 ALL = {f"{what}-{name}": {"lora": what == "lora", **SDPA, **case}
-       for name, case in TRAINED.items() for what in ("lora", "full")}  # fmt: skip
+       for name, case in TRAINED.items()
+       for what in (("lora", "full") if name in ("answers", "lengths") else ("lora",))}  # fmt: skip
 SAVED = {
     **ALL["lora-answers"],
     "max_steps": 4,
