@@ -15,19 +15,16 @@ from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS, UNITS
+from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.kept import Kept, kept_layer
-from lemo_hf.planning.layer import Trained, stock_layer
-from lemo_hf.planning.model import PLANNED, ModelShapes
 from lemo_hf.planning.plan import longest, plan
-from lemo_hf.planning.step import WORKSPACES
-from lemo_hf.tune.measure import saved_bytes
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from plan_table import measured, plan_table, predicted
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3")
 KERNELS = (
     "norm._gather_norm_forward",
     "norm._gather_norm_backward",
@@ -40,20 +37,33 @@ KERNELS = (
 CASES = [(header, row) for header, rows in measured() for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("header", "row"),
-    CASES,
-    ids=[f"{row['model']}-{row['tokens']}-{row['provider']}" for _, row in CASES],
-)
-def test_measured_peaks(header, row):
+# Each once: dense and sparse, every level, what recomputes and offloads, three models.
+FEW = {
+    *(("Llama-3 8B", 16, step) for step in ("hf", "lemo")),
+    *(("Llama-3 8B", 64, f"lemo+{how}") for how in ("checkpointing", "some-offload")),
+    ("Llama-3 8B", 64, "lemo+transformers-offload"),
+    ("Llama-2 7B", 8, "lemo+mlp"),
+    ("OPT-6.7B", 4, "lemo+selective"),
+}
+
+
+def check_case(header, row):
     assert predicted(header, row) == pytest.approx(row["peak_gib"], rel=0.03)
 
 
-def test_the_table_has_every_measured_configuration():
+def test_measured_peaks():
+    found = {(row["model"], row["tokens"] // 1024, row["provider"]): (h, row) for h, row in CASES}
+    for name in FEW:
+        check_case(*found[name])
+
+
+@pytest.mark.soak
+def test_all_measured_peaks_and_their_table():
     assert sum(row["config"] is not None for _, row in CASES) >= 10
-    lines = [line for line in plan_table().splitlines() if line.startswith("| Llama")]
+    lines = [line for line in plan_table().splitlines() if line.startswith(("| Llama", "| OPT"))]
     assert len(lines) == len(CASES)
-    for (_, row), line in zip(CASES, lines, strict=True):
+    for (header, row), line in zip(CASES, lines, strict=True):
+        check_case(header, row)
         assert f"| {row['peak_gib']:.2f} |" in line
 
 
@@ -97,13 +107,10 @@ def launched(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    def attention_backward(model, trained):
-        """The CPU's attention has no fp32 sum and repeats no heads."""
-        return 2 * (model.query + model.key_value) * trained.weight
-
     monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
-    for module in ("layer", "kept"):
-        monkeypatch.setattr(f"lemo_hf.planning.{module}.attention_backward", attention_backward)
+    # What the CPU has not: its attention takes no buffers, and no memory is rounded.
+    monkeypatch.setattr("lemo_hf.planning.dry_run._flash_buffers", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.dry_run.ROUNDED", 1)
     for kernel in KERNELS:
         monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
 
@@ -181,7 +188,7 @@ def check_step(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lemo", [{"retention": 0.5}, None], ids=["lemo", "stock"])
-@pytest.mark.parametrize("family", PLANNED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
     check_step(lemo, family, checkpointing=checkpointing)
 
@@ -227,12 +234,12 @@ def test_what_is_left_out(lemo, checkpointing, launched):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", PLANNED)
-def test_levels_of_recomputation(family, level, launched):
-    check_step({"retention": 0.5, "recompute": level}, family)
+def test_levels_of_recomputation(level, launched):
+    """Of many layers, most of which are not there when the plan runs."""
+    check_step({"retention": 0.5, "recompute": level}, layers=7)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "lemo",
     [
@@ -280,7 +287,7 @@ def test_tiles(rows, targets, level, launched, monkeypatch):
 def test_offload(level, slabs, launched, monkeypatch):
     """Host memory is the CPU's own here, and takes whole slabs."""
     slab = 30011
-    for module in ("memory.offload", "planning.offload", "planning.step"):
+    for module in ("memory.offload", "planning.dry_step"):
         monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
     monkeypatch.setattr("lemo_hf.memory.offload.SMALL", 10000)
     lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}
@@ -288,7 +295,7 @@ def test_offload(level, slabs, launched, monkeypatch):
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
     assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
     # No copy of the CPU's is on its way out while others are made.
-    monkeypatch.setattr("lemo_hf.planning.offload.Offload.going", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.dry_step.LEAVING", 0)
     check_step(lemo, layers=6, existing=planned.pinned)
 
 
@@ -296,39 +303,6 @@ def test_rows_and_lengths(launched):
     check_step({"retention": 0.5}, rows=3)
     check_step({"retention": 0.5}, tokens=500, checkpointing=True)
     check_step(None, tokens=500, rows=2)
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
-@pytest.mark.parametrize("family", PLANNED)
-def test_bytes_saved_by_one_more_layer(family, targets, sparse, launched):
-    """To the byte what autograd's hooks see."""
-    tokens, counts = 256, []
-    for layers in (2, 3):
-        model, config, names = tiny(family, layers, targets)
-        if sparse:
-            apply_lemo(model, LeMoConfig(retention=0.5, policy="recent", block_size=16))
-        ids = torch.randint(64, (1, tokens))
-        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        counts.append(saved_bytes(model, lambda m=model, i=inputs: m(**i).loss))
-    shapes = ModelShapes.of(config)
-    rank = None if names is None else 8
-    trained = Trained.of(shapes, rank, names or (), "bfloat16", "bfloat16", autocast=False)
-    kept = tokens // 2 if sparse else tokens
-    if sparse:
-        layer = kept_layer(shapes, trained, Kept(kept, kept, False, "none", False))
-    else:
-        layer = stock_layer(shapes, trained, kept, False, False)
-    assert counts[1] - counts[0] == sum(layer.saved.values())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", PLANNED)
-def test_parameters(family, tied):
-    biases = {"attention_bias": True, "mlp_bias": True} if family in ("llama", "granite") else {}
-    for extra in ({}, biases):
-        model, config, _ = tiny(family, 2, None, tie_word_embeddings=tied, **extra)
-        assert ModelShapes.of(config).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_adapters():
@@ -357,9 +331,9 @@ def test_more_tokens_and_higher_retention_take_more(checkpointing):
         lemo = LeMoConfig(retention=retention)
         return plan(LLAMA, lemo, tokens, gradient_checkpointing=checkpointing).peak
 
-    by_length = [peak(0.5, tokens) for tokens in range(1000, 40000, 1777)]
+    by_length = [peak(0.5, tokens) for tokens in range(1000, 40000, 7777)]
     assert by_length == sorted(set(by_length))
-    by_share = [peak(share / 10, 32768) for share in range(1, 11)]
+    by_share = [peak(share / 10, 32768) for share in range(1, 11, 3)]
     assert by_share == sorted(by_share) and by_share[0] < by_share[-1]
 
 
@@ -394,12 +368,12 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
     options = {"mlp_retention": mlp_retention, "offload_gib": offload_gib}
     settings = {"gradient_checkpointing": True, "adapter_dtype": "bfloat16", "autocast": False}
     chosen = set()
-    for dense, retention in ((0, 0.3), (4, 0.5), (4, 0.8)):
+    for dense, retention in ((0, 0.3), (4, 0.8)):
         config = LeMoConfig(
             retention=retention, dense_first_layers=dense, agree_across_layers=False, **options
         )
-        for memory in (24, 40, 80, 140):
-            for tokens in (16000, 33000, 65536, 131072, 200000, 262144):
+        for memory in (24, 80):
+            for tokens in (16000, 65536, 131072):
                 found = plan(LLAMA, config, tokens, memory_gib=memory, **settings)
                 chosen.add(found.levels[-1])
                 assert found.levels[-1] == "full" or found.peak <= memory * GIB
@@ -463,9 +437,8 @@ def test_no_row_fits_beside_the_weights_and_windows_bound_them():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("mixtral", {}, "'mixtral' is not predicted"),
-        ("gemma2", {}, "'gemma2' is not predicted"),
-        ("gpt_neox", {}, "'gpt_neox' is not predicted"),
+        ("gemma2", {}, "attn_logit_softcapping=50.0"),
+        ("gpt_neox", {}, "'gpt_neox' is not supported"),
         ("mistral", {"sliding_window": 512}, "sliding_window=512 is shorter than 1024"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
@@ -497,7 +470,7 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
         assert lemo("plan", "--model", tmp_path, "--tokens", 512)[0] == 0
 
 
-@pytest.mark.parametrize("kind", PLANNED)
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_adapters_on_attention_by_default(kind, lemo, tmp_path):
     """Phi has q, k and v in one linear."""
     config = AutoConfig.for_model(kind, attention_dropout=0.0)
