@@ -8,8 +8,8 @@ import torch
 from test_plan import LLAMA, Allocations, launched, tiny  # noqa: F401 - a fixture
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.memory.offload import GIB
+from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.planning.plan import fitting_finish, longest, plan, plans
 
 FULL = {"recompute": "full"}
