@@ -58,10 +58,6 @@ class DryModel:
                 quantize(model, stack, trained.bits, dtype)
             if trained.lora_rank is not None:
                 model = trained.with_adapters(model, self.targets)
-        with self.run:
-            model.to_empty(device="cpu")
-            transformers_model(model).tie_weights()
-            scaled = 0 if trained.bits is None else quantized_bytes(model, dtype)
         self.model, self.base = model.train(), transformers_model(model)
         self.config, self.layers = self.base.config, list(stack)
         self.lists = {
@@ -72,6 +68,11 @@ class DryModel:
         self.looks = [
             (repr(x), *(y[i] for y in self.lists.values())) for i, x in enumerate(self.layers)
         ]
+        # Layers leave the meta device when they run; quantised ones have sizes to count before.
+        with self.run, self.only([] if trained.bits is None else range(len(self.layers))):
+            model.to_empty(device="cpu")
+            self.base.tie_weights()
+            scaled = 0 if trained.bits is None else quantized_bytes(model, dtype)
         self.gradients = sum(x.nbytes for x in model.parameters() if x.requires_grad)
         adapters = 0 if trained.lora_rank is None else self.gradients
         floats = sum(x.nbytes for x in model.parameters() if x.is_floating_point())
@@ -87,7 +88,7 @@ class DryModel:
         self.phases = lru_cache(maxsize=None)(self._phases)
 
     @contextmanager
-    def only(self, chosen: list[int]) -> Iterator[list[nn.Module]]:
+    def only(self, chosen: Sequence[int]) -> Iterator[list[nn.Module]]:
         """The model with these of its layers."""
         above, _, name_of_layers = self.family.layers.rpartition(".")
         stack = self.base.get_submodule(above)
@@ -101,7 +102,12 @@ class DryModel:
             return some
 
         try:
-            yield put(chosen)
+            some = put(chosen)
+            with self.run:
+                for layer in some:
+                    if any(x.is_meta for x in layer.parameters()):
+                        layer.to_empty(device="cpu")
+            yield some
         finally:
             put(range(len(self.layers)))
 
