@@ -12,13 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
+from triton.runtime.jit import KernelInterface
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
 from lemo_hf.core.families import FAMILIES
+from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import WORKSPACES
-from lemo_hf.planning.plan import longest, plan
+from lemo_hf.planning.plan import Planner, longest, plan
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -375,14 +377,14 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
     """The formula is a bound: the plan, which knows every tensor, never says more."""
     options = {"mlp_retention": mlp_retention, "offload_gib": offload_gib}
     settings = {"gradient_checkpointing": True, "adapter_dtype": "bfloat16", "autocast": False}
-    chosen = set()
+    chosen, planner = set(), Planner(LLAMA, **settings)
     for dense, retention in ((0, 0.3), (4, 0.8)):
         config = LeMoConfig(
             retention=retention, dense_first_layers=dense, agree_across_layers=False, **options
         )
         for memory in (24, 80):
-            for tokens in (16000, 65536, 131072):
-                found = plan(LLAMA, config, tokens, memory_gib=memory, **settings)
+            for tokens in (16000, 131072):
+                found = planner.plan(config, tokens, memory * GIB)
                 chosen.add(found.levels[-1])
                 assert found.levels[-1] == "full" or found.peak <= memory * GIB
     assert {"selective", "full"} <= chosen
@@ -390,16 +392,35 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
 
 def test_longest_rows_by_level():
     """Full goes furthest, and is what free memory chooses there."""
+    planner = Planner(LLAMA, gradient_checkpointing=True)
     found = {
-        level: longest(
-            LLAMA, LeMoConfig(policy="recent", recompute=level), 60, gradient_checkpointing=True
-        )
+        level: planner.longest(LeMoConfig(policy="recent", recompute=level), 24 * GIB)
         for level in (*LEVELS, None)
     }
     assert found["none"] < found["mlp"] < found["selective"] < found["lean"] < found["full"]
     assert found["full"] == found[None]
     offloaded = LeMoConfig(policy="recent", recompute="full", offload_gib=1000)
-    assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
+    assert planner.longest(offloaded, 24 * GIB) > 1.5 * found["full"]
+
+
+def test_kernels_launch_again_after_a_plan(monkeypatch):
+    """What a plan alters for its time is as it was, after an error too."""
+
+    def state():
+        return KernelInterface.__getitem__, launch.DEVICES, launch.WIDENING, launch.PLAIN
+
+    before = state()
+    plan(tiny()[1], LeMoConfig(block_size=16), 64)
+    assert state() == before
+    monkeypatch.setattr("lemo_hf.planning.dry_run.DryRun._add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan(tiny()[1], LeMoConfig(block_size=16), 64)
+    assert state() == before
+
+
+def test_steps_of_several_processes_are_refused():
+    with pytest.raises(ValueError, match="sequence_parallel_size=2 is not predicted"):
+        plan(LLAMA, LeMoConfig(sequence_parallel_size=2), 1024)
 
 
 def test_pinned_memory_is_bounded():

@@ -28,6 +28,7 @@ from lemo_hf.planning import quantized
 
 ROUNDED = 512  # bytes: PyTorch's allocator hands out no less
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"  # that of fake tensors
+ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
 INTEGERS = ("aten::arange", "aten::full", "aten::randint")  # are made if no dtype is given
 LOSS, STREAM, GRADIENTS, IN_FLIGHT = "loss", "stream", "gradients", "offload in flight"
 
@@ -133,7 +134,7 @@ class DryRun(FakeTensorMode):
     def _see(self, name: str, args: tuple, out: Any) -> None:
         """Count what an operator has made, and what it took inside."""
         inside, part = quantized.inside(name, args, out), "a dequantised weight"
-        if name == ATTENTION + "_backward":
+        if name == ATTENTION_BACKWARD:
             self._behind, inside, part = True, _flash_buffers(*args[1:3]), "backward"
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
