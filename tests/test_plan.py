@@ -371,8 +371,7 @@ def test_free_memory_chooses_the_level():
         assert levels(needed - 0.5) == (below,) * 32
 
 
-@pytest.mark.parametrize("offload_gib", [None, 30, 100])
-@pytest.mark.parametrize("mlp_retention", [None, 0.5, 1.0])
+@pytest.mark.parametrize(("mlp_retention", "offload_gib"), [(None, None), (0.5, 30), (1.0, 100)])
 def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
     """The formula is a bound: the plan, which knows every tensor, never says more."""
     options = {"mlp_retention": mlp_retention, "offload_gib": offload_gib}
@@ -390,6 +389,7 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
     assert {"selective", "full"} <= chosen
 
 
+@pytest.mark.soak
 def test_longest_rows_by_level():
     """Full goes furthest, and is what free memory chooses there."""
     planner = Planner(LLAMA, gradient_checkpointing=True)

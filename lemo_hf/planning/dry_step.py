@@ -69,9 +69,10 @@ class DryModel:
             (repr(x), *(y[i] for y in self.lists.values())) for i, x in enumerate(self.layers)
         ]
         # Layers leave the meta device when they run; quantised ones have sizes to count before.
-        with self.run, self.only([] if trained.bits is None else range(len(self.layers))):
+        with self.run, self.only([]):
             model.to_empty(device="cpu")
             self.base.tie_weights()
+        with self.run, self.only([] if trained.bits is None else range(len(self.layers))):
             scaled = 0 if trained.bits is None else quantized_bytes(model, dtype)
         self.gradients = sum(x.nbytes for x in model.parameters() if x.requires_grad)
         adapters = 0 if trained.lora_rank is None else self.gradients
