@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from model_shapes import SHAPES, model_config
 
 from lemo_hf import LeMoConfig
-from lemo_hf.planning.model import PLANNED
-from lemo_hf.planning.plan import GIB, plan
+from lemo_hf.planning.plan import GIB, Planner
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_GIB = {"NVIDIA H200": 139.7, "NVIDIA H100 80GB HBM3": 79.1}  # of the device
@@ -16,7 +16,7 @@ CONTEXT_GIB = 0.5
 
 
 def measured() -> Iterator[tuple[dict, list[dict]]]:
-    """Header and measured rows of every ``bench_step.json``, those that the plan knows."""
+    """Header and measured rows of every ``bench_step.json``, those that are planned."""
     for file in sorted(RESULTS.glob("*/bench_step.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         yield content["header"], [row for row in content["rows"] if plannable(row)]
@@ -26,8 +26,7 @@ def plannable(row: dict) -> bool:
     """Whether a row was measured, and is Hugging Face's or LeMo's as the package itself is."""
     known = row["provider"].startswith(("hf", "lemo")) and not row["provider"].endswith("uniform")
     known &= row["config"] is None or "checkpointing" in row  # not before recompute had levels
-    planned = SHAPES[row["model"]].config.model_type in PLANNED
-    return row["status"] == "ok" and known and planned
+    return row["status"] == "ok" and known
 
 
 def predicted(header: dict, row: dict) -> float:
@@ -35,20 +34,31 @@ def predicted(header: dict, row: dict) -> float:
     config = row["config"]
     checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
-    expected = plan(
-        model_config(row["model"]),
-        None if config is None else _as_it_is_now(config),
-        row["tokens"],
-        lora_rank=header["lora"]["r"],
-        lora_targets=header["lora"]["target_modules"],
-        adapter_dtype=header["lora_dtype"],
+    planner = _planner(
+        row["model"],
+        header["lora"]["r"],
+        header["lora_dtype"],
+        checkpointing,
+        row.get("transformers_offload", False),
+    )
+    room = (MEMORY_GIB[header["gpu"]] - CONTEXT_GIB) * GIB
+    lemo = None if config is None else _as_it_is_now(config)
+    return planner.plan(lemo, row["tokens"], room).peak / GIB
+
+
+@cache
+def _planner(
+    title: str, rank: int, adapter_dtype: str, checkpointing: bool, stock_offload: bool
+) -> Planner:
+    return Planner(
+        model_config(title),
+        lora_rank=rank,
+        lora_targets=SHAPES[title].targets,
+        adapter_dtype=adapter_dtype,
         autocast=False,
         gradient_checkpointing=checkpointing,
-        stock_offload=row.get("transformers_offload", False),
-        memory_gib=MEMORY_GIB.get(header["gpu"]),
-        reserve_gib=CONTEXT_GIB,
+        stock_offload=stock_offload,
     )
-    return expected.peak / GIB
 
 
 def _as_it_is_now(config: dict) -> LeMoConfig:

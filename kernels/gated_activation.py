@@ -147,7 +147,10 @@ def _launch(kernel, gate: Tensor, up: Tensor, tensors: tuple[Tensor, ...], activ
 
 def _rows_apart(x: Tensor) -> Tensor:
     """``x`` if its rows are equally spaced and each is contiguous, else a contiguous copy."""
-    spaced = x.stride(-1) == 1 and x.flatten(0, -2).data_ptr() == x.data_ptr()
+    shape, strides = x.shape, x.stride()
+    spaced = strides[-1] == 1 and all(
+        shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 2)
+    )
     return x if spaced else x.contiguous()
 
 

@@ -8,6 +8,8 @@ import triton
 from torch import Tensor, nn
 
 DEVICES = {"cuda"}  # types of device whose tensors take kernels
+WIDENING = {"cuda"}  # those whose products of 16-bit numbers may come out in fp32
+PLAIN = {nn.Parameter}  # types of a weight that is neither sharded nor quantised
 
 
 def use_triton(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lemo_hf.kernels import launch
 from lemo_hf.kernels.launch import sharded, untouched, use_triton
 from lemo_hf.kernels.norm import (
     Norm,
@@ -44,13 +45,13 @@ def plain_weight(
     """
     if type(head) is not nn.Linear or head.bias is not None or not untouched(head):
         return None
-    if type(head.weight) is not nn.Parameter:
+    if type(head.weight) not in launch.PLAIN:
         return None
     autocast = torch.is_autocast_enabled(device.type)
     low = torch.get_autocast_dtype(device.type) if autocast else dtype
     if not head.weight.dtype == dtype == low:
         return None
-    if parameters and (autocast or device.type != "cuda" or dtype.itemsize != 2):
+    if parameters and (autocast or device.type not in launch.WIDENING or dtype.itemsize != 2):
         return None
     return head.weight
 

@@ -33,7 +33,7 @@ IMPORTS = {
     "integrations": "config integrations.callback trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels modes patch predictors storage",
-    "planning": "batch config core kernels memory",
+    "planning": "altered config core kernels memory patch",
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
     "cli": "config describe eval inspection kernels load_predictor planning predictors report "
@@ -47,6 +47,7 @@ ALLOWED = {
     "cli.train_config": {"peft"},
     "cli.train_model": {"peft"},
     "cli.merge": {"peft"},
+    "planning.trained": {"peft"},
     "inspection.layer_plots": {"matplotlib"},
     "inspection.kept_plots": {"matplotlib"},
     "integrations.trl": {"trl"},

@@ -90,18 +90,12 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    from lemo_hf.planning.model import ModelShapes
-    from lemo_hf.planning.plan import fitting_finish, longest, plans
-    from lemo_hf.planning.plan import plan as predict
+    from lemo_hf.planning.plan import Planner
 
-    model_config = prepared_config(model, trust_remote_code=trust_remote_code)
-    targets: Any = lora_target or ModelShapes.of(model_config).attention
-    if list(targets) == ["all-linear"]:
-        targets = "all-linear"
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,
-        "lora_targets": targets,
+        "lora_targets": lora_target,
         "dtype": "bfloat16" if dtype is DType.auto else dtype.value,
         "autocast": autocast and dtype is not DType.float32,
         "load_in_4bit": load_in_4bit,
@@ -109,24 +103,25 @@ def plan(
         "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
-    found = plans(model_config, lemo, tokens, **settings, **room)
-    found["stock"] = predict(model_config, None, tokens, **settings, **room)
+    planner = Planner(prepared_config(model, trust_remote_code=trust_remote_code), **settings)
+    targets = planner.targets
+    settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets
+    room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
+    found = planner.plans(lemo, tokens, room)
+    found["stock"] = planner.plan(None, tokens, room)
     result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
     for name, phase in found.items():
         entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
         entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
-        if memory_gib is not None:
+        if memory_gib is not None and room is not None:
             alone = {"sparse": dataclasses.replace(lemo, dense_finish=0), "stock": None}
             alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
             entry["fits"] = phase.fits(memory_gib - reserve_gib)
-            entry["longest"] = longest(model_config, alone[name], **settings, **room)
+            entry["longest"] = planner.longest(alone[name], room)
         result[COLUMNS[name]] = entry
     fits = {name: result[COLUMNS[name]].get("fits") for name in found}
-    if memory_gib is not None and fits.get("sparse") and fits.get("finish") is False:
-        result["fitting_finish"] = fitting_finish(
-            model_config, lemo, tokens, memory_gib, reserve_gib=reserve_gib, **settings
-        )
+    if room is not None and fits.get("sparse") and fits.get("finish") is False:
+        result["fitting_finish"] = planner.fitting_finish(lemo, tokens, room)
     if as_json:
         print(json.dumps(result))
         return

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lemo_hf.core.fp8 import fp8_weight, has_fp8
+from lemo_hf.kernels import launch
 from lemo_hf.kernels.launch import untouched
 
 
@@ -85,7 +86,7 @@ def _product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
 
 def _product_in(dtype: torch.dtype, x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` in ``dtype``, which is theirs or fp32."""
-    if dtype == x.dtype or x.device.type != "cuda":
+    if dtype == x.dtype or x.device.type not in launch.WIDENING:
         return (x @ y).to(dtype)
     return torch.mm(x, y, out_dtype=dtype)
 
@@ -147,7 +148,7 @@ def _is_frozen(module: nn.Module) -> bool:
         return False
     weight, bias = module.weight, module.bias
     return (
-        type(weight) is nn.Parameter
+        type(weight) in launch.PLAIN
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
     )

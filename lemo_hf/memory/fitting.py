@@ -14,7 +14,7 @@ from lemo_hf.memory.recompute import TILE_BYTES
 
 # Rows of the stream that the backward of an attention holds for each row it works on: rows, their
 # norm, queries, keys, values, output, the gradients of those (keys and values by query head), and
-# the queries' in fp32. Llama-3 8B: 11 (`lemo_hf.planning.layer`).
+# the queries' in fp32. Llama-3 8B: 11 (`lemo plan`).
 WORKING_ROWS = 16
 RESERVE = GIB  # for the segments of the loss, ids and fragmentation
 

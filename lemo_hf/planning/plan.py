@@ -1,19 +1,22 @@
 """The memory plan of a training step: its peak, part by part, from a model's config alone.
 
-Nothing is loaded or run. Each number is the size of tensors that the training path allocates, and
-the peak is taken over the moments of a step at which most of them can be alive.
+Nothing is loaded: the step itself runs without its arithmetic (`lemo_hf.planning.dry_run`), and
+what it allocates is counted.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo_hf.config import LeMoConfig
+from lemo_hf.core.families import family_of
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.layer import BYTES, Trained
-from lemo_hf.planning.model import MEASURE, ModelShapes
-from lemo_hf.planning.step import PlannedStep
+from lemo_hf.planning.dry_step import DryModel
+from lemo_hf.planning.trained import Trained, check_count
+
+# What to do about a model whose memory is not predicted.
+MEASURE = "run a few steps and read lemo/peak_memory_gib in the logs."
 
 
 @dataclass(frozen=True)
@@ -48,147 +51,152 @@ class Plan:
         return self.peak <= gib * GIB
 
 
+class Planner:
+    """Plans of one model and one way to train it.
+
+    They are those of rows without padding and with a label on each token, attention by ``sdpa`` or
+    ``flash_attention_2``, LoRA without dropout, and fused AdamW, on one GPU.
+
+    Args:
+        config: Of a transformers causal LM.
+        batch_size: Rows.
+        **trained: Fields of `Trained`.
+
+    Attributes:
+        targets: Names of the adapted linears, or ``["all-linear"]``.
+
+    Raises:
+        ValueError: A value is wrong, or is one whose memory is not predicted.
+    """
+
+    def __init__(self, config: Any, batch_size: int = 1, **trained: Any):
+        check_count("batch_size", batch_size)
+        how = Trained(**trained)
+        _check_config(config)
+        self._window = _window(config)
+        self._model = DryModel(config, how, batch_size)
+        self.targets = self._model.targets
+
+    def plan(
+        self, lemo: LeMoConfig | None, tokens: int, room: float | None = None, finish: bool = False
+    ) -> Plan:
+        """See `plan`; ``room`` in bytes."""
+        check_count("tokens", tokens)
+        if self._window is not None and self._window < tokens:
+            raise ValueError(
+                f"the config's sliding_window={self._window} is shorter than {tokens} tokens: "
+                "masks of tokens x tokens are not predicted. Plan for rows of at most "
+                f"{self._window} tokens, or {MEASURE}"
+            )
+        later = finish and lemo is not None and lemo.finish < 1
+        lemo = _of_step(lemo, finish)
+        levels = self._model.levels(lemo, tokens, room, later)
+        found, pinned = self._model.phases(lemo, tokens, levels)
+        phases = {phase: parts.total() for phase, parts in found.items()}
+        peak = max(phases, key=lambda phase: phases[phase])
+        parts = {part: size for part, size in found[peak].items() if size}
+        return Plan(parts, peak, phases, levels, pinned)
+
+    def plans(self, lemo: LeMoConfig, tokens: int, room: float | None) -> dict[str, Plan]:
+        """See `plans`."""
+        phases = {"sparse": lemo.finish < 1, "finish": lemo.finish > 0}
+        return {
+            name: self.plan(lemo, tokens, room, name == "finish")
+            for name, there in phases.items()
+            if there
+        }
+
+    def longest(self, lemo: LeMoConfig | None, room: float) -> int:
+        """See `longest`."""
+        size = 64 if lemo is None else lemo.block_size
+
+        def beyond(blocks: int) -> float:
+            if lemo is None:
+                return self.plan(None, blocks * size, room).peak - room
+            found = self.plans(lemo, blocks * size, room)
+            return max(phase.peak for phase in found.values()) - room
+
+        most = math.inf if self._window is None else self._window // size
+        return size * _highest(beyond, most, first=(256, 1024))
+
+    def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
+        """See `fitting_finish`."""
+
+        def beyond(percent: int) -> float:
+            config = replace(lemo, finish_retention=percent / 100)
+            return self.plan(config, tokens, room, finish=True).peak - room
+
+        return _highest(beyond, 100, first=(100, 50)) / 100 or None
+
+
 def plan(
     model_config: Any,
     lemo_config: LeMoConfig | None,
     tokens: int,
     *,
-    batch_size: int = 1,
-    lora_rank: int | None = 8,
-    lora_targets: Sequence[str] | str | None = None,
-    dtype: str = "bfloat16",
-    adapter_dtype: str = "float32",
-    autocast: bool = True,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    kbit_training: bool = True,
-    gradient_checkpointing: bool = False,
-    stock_offload: bool = False,
     memory_gib: float | None = None,
     reserve_gib: float = 0.0,
     finish: bool = False,
+    **settings: Any,
 ) -> Plan:
     """Predict the peak memory of a training step on one GPU: a sparse one, or one of the finish.
-
-    It is that of rows without padding and with a label on each token, attention by ``sdpa`` or
-    ``flash_attention_2``, LoRA without dropout, and fused AdamW.
 
     Args:
         model_config: Of a transformers causal LM.
         lemo_config: What LeMo leaves out; None is the stock model.
         tokens: Length of a row.
-        batch_size: Rows.
-        lora_rank: Rank of PEFT's LoRA; None trains all parameters.
-        lora_targets: Names of the adapted linears, or ``"all-linear"``; None: attention's.
-        dtype: Of the weights: "bfloat16", "float16" or "float32".
-        adapter_dtype: Of the adapters. PEFT makes them fp32 unless it is told
-            ``autocast_adapter_dtype=False``. Its linears then keep a copy of each input, those of
-            LeMo's layers only without autocast.
-        autocast: As ``TrainingArguments(bf16=True)`` sets it: those copies are 16-bit.
-        load_in_4bit: bitsandbytes has quantised the layers' linears: NF4 with double quantisation,
-            which computes in ``dtype``.
-        load_in_8bit: It has by LLM.int8.
-        kbit_training: Then PEFT's ``prepare_model_for_kbit_training`` has made embeddings, head
-            and norms fp32, and with them the stream.
-        gradient_checkpointing: Of the model.
-        stock_offload: It is transformers' with ``offload=True``; the config's ``offload_gib`` comes
-            first.
         memory_gib: Of the card: where the config leaves ``recompute`` to gradient checkpointing,
             free memory decides between ``"selective"`` and ``"full"``. None: there is enough.
         reserve_gib: What of it is not free to PyTorch.
         finish: It is a step of the finish, where rows keep ``finish_retention``.
+        **settings: ``batch_size`` (rows, 1), and fields of `Trained`.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
-
-    Source: the code that runs: transformers' layers, PEFT's ``Linear``, this package's kernels, and
-    PyTorch's formulas of their backwards.
     """
-    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("lora_rank", lora_rank)):
-        if not (name == "lora_rank" and value is None) and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    for name, kind in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-        if kind not in BYTES:
-            raise ValueError(f"{name} must be one of {', '.join(BYTES)}, got {kind!r}.")
-    if finish and lemo_config is None:
-        raise ValueError("finish=True without a lemo_config: the stock model has no finish.")
-    if autocast and dtype == "float32":
-        raise ValueError(
-            "autocast of float32 weights is not predicted: load them in bfloat16, or set "
-            "autocast=False."
-        )
-    bits = _bits(load_in_4bit, load_in_8bit, lora_rank, dtype)
-    model = ModelShapes.of(model_config)
-    if model.window is not None and model.window < tokens:
-        raise ValueError(
-            f"the config's sliding_window={model.window} is shorter than {tokens} tokens: masks of "
-            "tokens x tokens are not predicted. Plan for rows of at most "
-            f"{model.window} tokens, or {MEASURE}"
-        )
-    trained = Trained.of(
-        model, lora_rank, lora_targets, dtype, adapter_dtype, autocast, bits, kbit_training
-    )
-    room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
-    step = PlannedStep(
-        model,
-        trained,
-        lemo_config,
-        batch_size,
-        tokens,
-        gradient_checkpointing,
-        stock_offload,
-        room,
-        finish,
-    )
-    highest: dict[str, dict[str, int]] = {}
-    for phase, parts in step.moments():
-        if sum(parts.values()) > sum(highest.get(phase, {}).values()):
-            highest[phase] = {name: size for name, size in parts.items() if size}
-    phases = {phase: sum(parts.values()) for phase, parts in highest.items()}
-    peak = max(phases, key=lambda phase: phases[phase])
-    levels = () if lemo_config is None else tuple(step.levels)
-    return Plan(highest[peak], peak, phases, levels, step.offload.pinned)
-
-
-def _bits(four: bool, eight: bool, lora_rank: int | None, dtype: str) -> int | None:
-    """Of a quantised weight."""
-    if not (four or eight):
-        return None
-    if four and eight:
-        raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one of them.")
-    if lora_rank is None:
-        raise ValueError("quantised weights cannot be trained: give a lora_rank.")
-    if dtype == "float32":
-        raise ValueError(
-            "dtype='float32' of quantised weights is not predicted: give what they compute in, "
-            "'bfloat16' or 'float16'."
-        )
-    return 4 if four else 8
+    room = _room(memory_gib, reserve_gib)
+    return Planner(model_config, **settings).plan(lemo_config, tokens, room, finish)
 
 
 def plans(
-    model_config: Any, lemo_config: LeMoConfig, tokens: int, **settings: Any
+    model_config: Any,
+    lemo_config: LeMoConfig,
+    tokens: int,
+    *,
+    memory_gib: float | None = None,
+    reserve_gib: float = 0.0,
+    **settings: Any,
 ) -> dict[str, Plan]:
     """The plan of each phase of a run that has steps: of ``"sparse"`` and of ``"finish"``.
 
     Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout, as
-    those of the plan are, have a finish.
-
-    Args:
-        model_config: As for `plan`.
-        lemo_config: What LeMo leaves out, and when.
-        tokens: Length of a row.
-        **settings: Keyword arguments of `plan`.
-
-    Raises:
-        ValueError: As for `plan`.
+    those of the plan are, have a finish. Arguments are those of `plan`.
     """
-    phases = {"sparse": lemo_config.finish < 1, "finish": lemo_config.finish > 0}
-    return {
-        name: plan(model_config, lemo_config, tokens, finish=name == "finish", **settings)
-        for name, there in phases.items()
-        if there
-    }
+    room = _room(memory_gib, reserve_gib)
+    return Planner(model_config, **settings).plans(lemo_config, tokens, room)
+
+
+def longest(
+    model_config: Any,
+    lemo_config: LeMoConfig | None,
+    memory_gib: float,
+    *,
+    reserve_gib: float = 0.0,
+    **settings: Any,
+) -> int:
+    """The longest row that fits: both phases of a run, if it has two (see `plans`).
+
+    Arguments are those of `plan`; the model's ``max_position_embeddings`` is no limit. See `Plan`
+    for what else needs memory.
+
+    Returns:
+        Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window;
+        0 if not even one block fits.
+    """
+    if not math.isfinite(memory_gib - reserve_gib):
+        raise ValueError(f"memory_gib={memory_gib} and reserve_gib={reserve_gib} must be finite.")
+    planner = Planner(model_config, **settings)
+    return planner.longest(lemo_config, (memory_gib - reserve_gib) * GIB)
 
 
 def fitting_finish(
@@ -202,69 +210,98 @@ def fitting_finish(
 ) -> float | None:
     """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does.
 
-    Args:
-        model_config: As for `plan`.
-        lemo_config: As for `plan`, but for its ``finish_retention``.
-        tokens: Length of a row.
-        memory_gib: Of the card.
-        reserve_gib: As for `longest`.
-        **settings: Keyword arguments of `plan`.
-
-    Raises:
-        ValueError: As for `plan`.
+    Arguments are those of `plan`.
     """
-    settings |= {"memory_gib": memory_gib, "reserve_gib": reserve_gib, "finish": True}
-    for percent in range(100, 0, -1):
-        config = replace(lemo_config, finish_retention=percent / 100)
-        if plan(model_config, config, tokens, **settings).fits(memory_gib - reserve_gib):
-            return percent / 100
-    return None
+    planner = Planner(model_config, **settings)
+    return planner.fitting_finish(lemo_config, tokens, (memory_gib - reserve_gib) * GIB)
 
 
-def longest(
-    model_config: Any,
-    lemo_config: LeMoConfig | None,
-    memory_gib: float,
-    *,
-    reserve_gib: float = 0.0,
-    **settings: Any,
-) -> int:
-    """The longest row that fits: both phases of a run, if it has two (see `plans`).
+def _room(memory_gib: float | None, reserve_gib: float) -> float | None:
+    return None if memory_gib is None else (memory_gib - reserve_gib) * GIB
+
+
+def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
+    """A config of which every step is like the one that is planned."""
+    if lemo is None:
+        if finish:
+            raise ValueError("finish=True without a lemo_config: the stock model has no finish.")
+        return None
+    if lemo.sequence_parallel_size > 1:
+        raise ValueError(
+            f"sequence_parallel_size={lemo.sequence_parallel_size} is not predicted, only steps of "
+            f"one GPU: plan with 1, or {MEASURE}"
+        )
+    if finish:
+        own = lemo.mlp_retention is not None or lemo.mlp_threshold is not None
+        by_data = lemo.threshold is not None or lemo.mlp_threshold is not None
+        lemo = replace(
+            lemo,
+            retention=lemo.finish_retention,
+            mlp_retention=lemo.finish_retention if own else None,
+            threshold=None,
+            mlp_threshold=None,
+            policy="recent" if by_data else lemo.policy,
+        )
+    for threshold in (lemo.threshold, lemo.mlp_threshold):
+        if threshold is not None:
+            raise ValueError(
+                f"threshold={threshold} keeps what the data say: plan with the retention that the "
+                "logs show (lemo/attention_retention)."
+            )
+    return replace(lemo, dense_finish=0, finish_retention=1.0)
+
+
+def _check_config(config: Any) -> None:
+    family_of(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "the config is that of quantised weights: give the unquantised model's, and "
+            "load_in_4bit or load_in_8bit."
+        )
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in (None, "sdpa") and "flash" not in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} is not predicted: use 'sdpa', which stores no "
+            "scores."
+        )
+    # Which attention kernels do not have, so that scores are stored.
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"the config's {name}={getattr(config, name)} is not predicted: {MEASURE}"
+            )
+
+
+def _window(config: Any) -> int | None:
+    """The longest row that no sliding window cuts, or None."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _highest(beyond: Callable[[int], float], most: float, first: tuple[int, int]) -> int:
+    """The highest number up to ``most`` that is not ``beyond`` (above 0), 0 if there is none.
+
+    ``beyond`` rises, for the most part in a line: tried is where that would cross zero.
 
     Args:
-        model_config: As for `plan`; its ``max_position_embeddings`` is no limit.
-        lemo_config: As for `plan`.
-        memory_gib: Of the card.
-        reserve_gib: What of it the plan must leave free: see `Plan` for what else needs memory.
-        **settings: Keyword arguments of `plan` but ``finish``.
-
-    Returns:
-        Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window;
-        0 if not even one block fits.
-
-    Raises:
-        ValueError: The memory is no number, or as for `plan`.
+        beyond: By how much a number is.
+        most: A number, or infinity.
+        first: The two to try first.
     """
-    room = memory_gib - reserve_gib
-    settings |= {"memory_gib": memory_gib, "reserve_gib": reserve_gib}
-    if not math.isfinite(room):
-        raise ValueError(f"memory_gib={memory_gib} and reserve_gib={reserve_gib} must be finite.")
-    size = 64 if lemo_config is None else lemo_config.block_size
-    window = ModelShapes.of(model_config).window
-    most = math.inf if window is None else window // size
-
-    def fits(blocks: int) -> bool:
-        if blocks > most:
-            return False
-        if lemo_config is None:
-            return plan(model_config, None, blocks * size, **settings).fits(room)
-        found = plans(model_config, lemo_config, blocks * size, **settings)
-        return all(phase.fits(room) for phase in found.values())
-
-    low, high = 0, 1  # blocks: low fits, high does not
-    while fits(high):
-        low, high = high, 2 * high
+    low, high = 0, most + 1
+    seen: list[tuple[int, float]] = []
+    guess: float
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * size
+        if len(seen) < 2:
+            guess = first[len(seen)]
+        else:
+            (x, y), (last, value) = seen[-2:]
+            slope = (value - y) / (last - x)
+            guess = math.floor(last - value / slope) if slope > 0 else 2 * last
+            if len(seen) > 8 and high < math.inf:  # no line: halves
+                guess = (low + high) // 2
+        tried = int(min(max(guess, low + 1), high - 1, 4 * low + max(first)))
+        seen.append((tried, beyond(tried)))
+        low, high = (tried, high) if seen[-1][1] <= 0 else (low, tried)
+    return low

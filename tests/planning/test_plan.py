@@ -2,131 +2,57 @@
 
 import json
 import sys
-import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from support.models import make_model
+from support.allocations import LLAMA, QKVO, Allocations, launched, tiny  # noqa: F401 - a fixture
 from support.paths import ROOT
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
+from triton.runtime.jit import KernelInterface
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.config import LEVELS, UNITS
+from lemo_hf.config import LEVELS
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.kept import Kept, kept_layer
-from lemo_hf.planning.layer import Trained, stock_layer
-from lemo_hf.planning.model import PLANNED, ModelShapes
-from lemo_hf.planning.plan import longest, plan
-from lemo_hf.planning.step import WORKSPACES
-from lemo_hf.tune.measure import saved_bytes
+from lemo_hf.planning.dry_step import WORKSPACES
+from lemo_hf.planning.plan import Planner, longest, plan
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 from plan_table import measured, plan_table, predicted
 
-QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
-KERNELS = (
-    "norm._gather_norm_forward",
-    "norm._gather_norm_backward",
-    "scatter_add._scatter_kernel",
-    "rotary._rotary_kernel",
-    "gated_activation._gated_forward",
-    "gated_activation._gated_backward",
-    "segment_losses._segment_kernel",
-)
 CASES = [(header, row) for header, rows in measured() for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("header", "row"),
-    CASES,
-    ids=[f"{row['model']}-{row['tokens']}-{row['provider']}" for _, row in CASES],
-)
-def test_measured_peaks(header, row):
+# Each once: dense and sparse, every level, what recomputes and offloads, three models.
+FEW = {
+    *(("Llama-3 8B", 16, step) for step in ("hf", "lemo")),
+    *(("Llama-3 8B", 64, f"lemo+{how}") for how in ("checkpointing", "some-offload")),
+    ("Llama-3 8B", 64, "lemo+transformers-offload"),
+    ("Llama-2 7B", 8, "lemo+mlp"),
+    ("OPT-6.7B", 4, "lemo+selective"),
+}
+
+
+def check_case(header, row):
     assert predicted(header, row) == pytest.approx(row["peak_gib"], rel=0.03)
 
 
-def test_the_table_has_every_measured_configuration():
+def test_measured_peaks():
+    found = {(row["model"], row["tokens"] // 1024, row["provider"]): (h, row) for h, row in CASES}
+    for name in FEW:
+        check_case(*found[name])
+
+
+@pytest.mark.soak
+def test_all_measured_peaks_and_their_table():
     assert sum(row["config"] is not None for _, row in CASES) >= 10
-    lines = [line for line in plan_table().splitlines() if line.startswith("| Llama")]
+    lines = [line for line in plan_table().splitlines() if line.startswith(("| Llama", "| OPT"))]
     assert len(lines) == len(CASES)
-    for (_, row), line in zip(CASES, lines, strict=True):
+    for (header, row), line in zip(CASES, lines, strict=True):
+        check_case(header, row)
         assert f"| {row['peak_gib']:.2f} |" in line
-
-
-class Allocations(TorchDispatchMode):
-    """The most bytes of storages that were alive at once, but for those that exist already."""
-
-    def __init__(self, existing):
-        super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
-        for tensor in existing:
-            self.alive.add(tensor.untyped_storage()._cdata)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The CPU takes the functions of the kernels, whose launches do nothing: sizes are what count.
-
-    What is allocated around a launch is the same as on a GPU.
-    """
-
-    class Nothing:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
-
-    def attention_backward(model, trained):
-        """The CPU's attention has no fp32 sum and repeats no heads."""
-        return 2 * (model.query + model.key_value) * trained.weight
-
-    monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
-    for module in ("layer", "kept"):
-        monkeypatch.setattr(f"lemo_hf.planning.{module}.attention_backward", attention_backward)
-    for kernel in KERNELS:
-        monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
-
-
-def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **options):
-    """A small bf16 model of the proportions of large ones, with LoRA unless ``targets`` is None."""
-    if family == "smollm3":
-        options["no_rope_layers"] = [1, 0, 1][:layers]
-    if family == "mistral":
-        options["sliding_window"] = None
-    if family == "phi3" and targets == QKVO:
-        targets = ("qkv_proj", "o_proj")
-    sizes = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "head_dim": 8}
-    sizes |= {"vocab_size": 64, "tie_word_embeddings": False, "num_hidden_layers": layers}
-    model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
-    config = model.config
-    if targets is not None:
-        settings = LoraConfig(
-            r=8, target_modules=targets if targets == "all-linear" else [*targets]
-        )
-        wide = adapter_dtype == "float32"
-        model = get_peft_model(model, settings, autocast_adapter_dtype=wide).train()
-    return model, config, targets
 
 
 def check_step(
@@ -179,15 +105,19 @@ def check_step(
     return expected
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lemo", [{"retention": 0.5}, None], ids=["lemo", "stock"])
-@pytest.mark.parametrize("family", PLANNED)
+# A sparse step as it is, a stock one with gradient checkpointing.
+WAYS = pytest.mark.parametrize(
+    ("lemo", "checkpointing"), [({"retention": 0.5}, False), (None, True)], ids=["lemo", "stock"]
+)
+
+
+@WAYS
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gemma2"}))  # which stores scores
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
     check_step(lemo, family, checkpointing=checkpointing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lemo", [{"retention": 0.5}, None], ids=["lemo", "stock"])
+@WAYS
 @pytest.mark.parametrize(
     "options",
     [
@@ -208,7 +138,6 @@ def test_what_is_trained(options, lemo, checkpointing, launched):
     check_step(lemo, checkpointing=checkpointing, **options)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "lemo",
     [
@@ -222,17 +151,17 @@ def test_what_is_trained(options, lemo, checkpointing, launched):
     ],
     ids=str,
 )
-def test_what_is_left_out(lemo, checkpointing, launched):
-    check_step(lemo, checkpointing=checkpointing)
+def test_what_is_left_out(lemo, launched):
+    check_step(lemo, checkpointing=True)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", PLANNED)
-def test_levels_of_recomputation(family, level, launched):
-    check_step({"retention": 0.5, "recompute": level}, family)
+def test_levels_of_recomputation(level, launched):
+    """Of many layers, most of which are not there when the plan runs."""
+    check_step({"retention": 0.5, "recompute": level}, layers=7)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["none", "selective"])
 @pytest.mark.parametrize(
     "lemo",
     [
@@ -251,9 +180,8 @@ def test_levels_and_what_is_left_out(lemo, level, launched):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
-def test_levels_and_what_is_trained(targets, level, launched):
-    check_step({"retention": 0.5, "recompute": level}, targets=targets)
+def test_levels_and_what_is_trained(level, launched):
+    check_step({"retention": 0.5, "recompute": level}, targets=None)
 
 
 @pytest.mark.parametrize(
@@ -266,21 +194,22 @@ def test_a_level_for_each_layer(levels, launched):
     assert expected.levels == levels
 
 
-@pytest.mark.parametrize("level", LEVELS[1:])
-@pytest.mark.parametrize("targets", [QKVO, None], ids=["lora", "full"])
-@pytest.mark.parametrize("rows", [64, 128])  # the plan takes the last tile for a whole one
-def test_tiles(rows, targets, level, launched, monkeypatch):
+@pytest.mark.parametrize(
+    ("level", "targets", "rows"), [("mlp", None, 64), ("selective", QKVO, 100), ("full", None, 128)]
+)
+def test_tiles(level, targets, rows, launched, monkeypatch):
     monkeypatch.setattr("lemo_hf.memory.recompute.LEAST_ROWS", rows)
     monkeypatch.setattr("lemo_hf.memory.recompute.TILE_BYTES", 0)
     check_step({"retention": 0.5, "recompute": level}, targets=targets)
 
 
-@pytest.mark.parametrize("level", UNITS)
-@pytest.mark.parametrize("slabs", [2, 5, 1000])
+@pytest.mark.parametrize(
+    ("level", "slabs"), [("selective", 2), ("lean", 5), ("selective", 1000), ("full", 1000)]
+)
 def test_offload(level, slabs, launched, monkeypatch):
     """Host memory is the CPU's own here, and takes whole slabs."""
     slab = 30011
-    for module in ("memory.offload", "planning.offload", "planning.step"):
+    for module in ("memory.offload", "planning.dry_step"):
         monkeypatch.setattr(f"lemo_hf.{module}.SLAB", slab)
     monkeypatch.setattr("lemo_hf.memory.offload.SMALL", 10000)
     lemo = {"retention": 0.5, "recompute": level, "offload_gib": slabs * slab / GIB}
@@ -288,7 +217,7 @@ def test_offload(level, slabs, launched, monkeypatch):
     planned = plan(tiny(layers=6)[1], LeMoConfig(block_size=16, **lemo), 512, autocast=False)
     assert 0 < planned.pinned <= slabs * slab and planned.pinned % slab == 0
     # No copy of the CPU's is on its way out while others are made.
-    monkeypatch.setattr("lemo_hf.planning.offload.Offload.going", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.dry_step.LEAVING", 0)
     check_step(lemo, layers=6, existing=planned.pinned)
 
 
@@ -298,48 +227,12 @@ def test_rows_and_lengths(launched):
     check_step(None, tokens=500, rows=2)
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("targets", ["all-linear", None], ids=["lora", "full"])
-@pytest.mark.parametrize("family", PLANNED)
-def test_bytes_saved_by_one_more_layer(family, targets, sparse, launched):
-    """To the byte what autograd's hooks see."""
-    tokens, counts = 256, []
-    for layers in (2, 3):
-        model, config, names = tiny(family, layers, targets)
-        if sparse:
-            apply_lemo(model, LeMoConfig(retention=0.5, policy="recent", block_size=16))
-        ids = torch.randint(64, (1, tokens))
-        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        counts.append(saved_bytes(model, lambda m=model, i=inputs: m(**i).loss))
-    shapes = ModelShapes.of(config)
-    rank = None if names is None else 8
-    trained = Trained.of(shapes, rank, names or (), "bfloat16", "bfloat16", autocast=False)
-    kept = tokens // 2 if sparse else tokens
-    if sparse:
-        layer = kept_layer(shapes, trained, Kept(kept, kept, False, "none", False))
-    else:
-        layer = stock_layer(shapes, trained, kept, False, False)
-    assert counts[1] - counts[0] == sum(layer.saved.values())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", PLANNED)
-def test_parameters(family, tied):
-    biases = {"attention_bias": True, "mlp_bias": True} if family in ("llama", "granite") else {}
-    for extra in ({}, biases):
-        model, config, _ = tiny(family, 2, None, tie_word_embeddings=tied, **extra)
-        assert ModelShapes.of(config).parameters == sum(p.numel() for p in model.parameters())
-
-
 def test_adapters():
     for family in ("llama", "phi3"):
         model, config, _ = tiny(family, targets="all-linear")
         expected = plan(config, None, 64, lora_targets="all-linear", autocast=False)
         adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert expected.parts["adapters"] == 4 * adapters
-
-
-LLAMA = AutoConfig.for_model("llama")
 
 
 def test_parts_add_up_and_name_the_highest_phase():
@@ -357,9 +250,9 @@ def test_more_tokens_and_higher_retention_take_more(checkpointing):
         lemo = LeMoConfig(retention=retention)
         return plan(LLAMA, lemo, tokens, gradient_checkpointing=checkpointing).peak
 
-    by_length = [peak(0.5, tokens) for tokens in range(1000, 40000, 1777)]
+    by_length = [peak(0.5, tokens) for tokens in range(1000, 40000, 7777)]
     assert by_length == sorted(set(by_length))
-    by_share = [peak(share / 10, 32768) for share in range(1, 11)]
+    by_share = [peak(share / 10, 32768) for share in range(1, 11, 3)]
     assert by_share == sorted(by_share) and by_share[0] < by_share[-1]
 
 
@@ -387,37 +280,56 @@ def test_free_memory_chooses_the_level():
         assert levels(needed - 0.5) == (below,) * 32
 
 
-@pytest.mark.parametrize("offload_gib", [None, 30, 100])
-@pytest.mark.parametrize("mlp_retention", [None, 0.5, 1.0])
+@pytest.mark.parametrize(("mlp_retention", "offload_gib"), [(None, None), (0.5, 30), (1.0, 100)])
 def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
     """The formula is a bound: the plan, which knows every tensor, never says more."""
     options = {"mlp_retention": mlp_retention, "offload_gib": offload_gib}
     settings = {"gradient_checkpointing": True, "adapter_dtype": "bfloat16", "autocast": False}
-    chosen = set()
-    for dense, retention in ((0, 0.3), (4, 0.5), (4, 0.8)):
+    chosen, planner = set(), Planner(LLAMA, **settings)
+    for dense, retention in ((0, 0.3), (4, 0.8)):
         config = LeMoConfig(
             retention=retention, dense_first_layers=dense, agree_across_layers=False, **options
         )
-        for memory in (24, 40, 80, 140):
-            for tokens in (16000, 33000, 65536, 131072, 200000, 262144):
-                found = plan(LLAMA, config, tokens, memory_gib=memory, **settings)
+        for memory in (24, 80):
+            for tokens in (16000, 131072):
+                found = planner.plan(config, tokens, memory * GIB)
                 chosen.add(found.levels[-1])
                 assert found.levels[-1] == "full" or found.peak <= memory * GIB
     assert {"selective", "full"} <= chosen
 
 
+@pytest.mark.soak
 def test_longest_rows_by_level():
     """Full goes furthest, and is what free memory chooses there."""
+    planner = Planner(LLAMA, gradient_checkpointing=True)
     found = {
-        level: longest(
-            LLAMA, LeMoConfig(policy="recent", recompute=level), 60, gradient_checkpointing=True
-        )
+        level: planner.longest(LeMoConfig(policy="recent", recompute=level), 24 * GIB)
         for level in (*LEVELS, None)
     }
     assert found["none"] < found["mlp"] < found["selective"] < found["lean"] < found["full"]
     assert found["full"] == found[None]
     offloaded = LeMoConfig(policy="recent", recompute="full", offload_gib=1000)
-    assert longest(LLAMA, offloaded, 60) > 1.5 * found["full"]
+    assert planner.longest(offloaded, 24 * GIB) > 1.5 * found["full"]
+
+
+def test_kernels_launch_again_after_a_plan(monkeypatch):
+    """What a plan alters for its time is as it was, after an error too."""
+
+    def state():
+        return KernelInterface.__getitem__, launch.DEVICES, launch.WIDENING, launch.PLAIN
+
+    before = state()
+    plan(tiny()[1], LeMoConfig(block_size=16), 64)
+    assert state() == before
+    monkeypatch.setattr("lemo_hf.planning.dry_run.DryRun._add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan(tiny()[1], LeMoConfig(block_size=16), 64)
+    assert state() == before
+
+
+def test_steps_of_several_processes_are_refused():
+    with pytest.raises(ValueError, match="sequence_parallel_size=2 is not predicted"):
+        plan(LLAMA, LeMoConfig(sequence_parallel_size=2), 1024)
 
 
 def test_pinned_memory_is_bounded():
@@ -463,9 +375,8 @@ def test_no_row_fits_beside_the_weights_and_windows_bound_them():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("mixtral", {}, "'mixtral' is not predicted"),
-        ("gemma2", {}, "'gemma2' is not predicted"),
-        ("gpt_neox", {}, "'gpt_neox' is not predicted"),
+        ("gemma2", {}, "attn_logit_softcapping=50.0"),
+        ("gpt_neox", {}, "'gpt_neox' is not supported"),
         ("mistral", {"sliding_window": 512}, "sliding_window=512 is shorter than 1024"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
@@ -497,7 +408,7 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
         assert lemo("plan", "--model", tmp_path, "--tokens", 512)[0] == 0
 
 
-@pytest.mark.parametrize("kind", PLANNED)
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_adapters_on_attention_by_default(kind, lemo, tmp_path):
     """Phi has q, k and v in one linear."""
     config = AutoConfig.for_model(kind, attention_dropout=0.0)

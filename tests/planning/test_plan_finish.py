@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from test_plan import LLAMA, Allocations, launched, tiny  # noqa: F401 - a fixture
+from support.allocations import LLAMA, Allocations, launched, tiny  # noqa: F401 - a fixture
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
+from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.planning.plan import fitting_finish, longest, plan, plans
-from lemo_hf.planning.step import WORKSPACES
 
 FULL = {"recompute": "full"}
 

@@ -1,0 +1,100 @@
+"""Every allocation of a tiny step, and what a plan of it says."""
+
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+
+from support.models import make_model
+
+KERNELS = (
+    "norm._gather_norm_forward",
+    "norm._gather_norm_backward",
+    "scatter_add._scatter_kernel",
+    "rotary._rotary_kernel",
+    "gated_activation._gated_forward",
+    "gated_activation._gated_backward",
+    "segment_losses._segment_kernel",
+)
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of storages that were alive at once, but for those that exist already."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+        for tensor in existing:
+            self.alive.add(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The CPU takes the functions of the kernels, whose launches do nothing: sizes are what count.
+
+    What is allocated around a launch is the same as on a GPU.
+    """
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
+    # What the CPU has not: its attention takes no buffers, and no memory is rounded.
+    monkeypatch.setattr("lemo_hf.planning.dry_run._flash_buffers", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.dry_run.ROUNDED", 1)
+    for kernel in KERNELS:
+        monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
+
+
+def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **options):
+    """A small bf16 model of the proportions of large ones, with LoRA unless ``targets`` is None."""
+    if family == "smollm3":
+        options["no_rope_layers"] = [1, 0, 1][:layers]
+    if family == "mistral":
+        options["sliding_window"] = None
+    if family == "gemma3_text":  # no row is as long as its windows
+        kinds = ["sliding_attention", "full_attention"] * layers
+        options |= {"layer_types": kinds[:layers], "sliding_window": 4096}
+    if family == "phi3" and targets == QKVO:
+        targets = ("qkv_proj", "o_proj")
+    if family == "opt" and targets == QKVO:
+        targets = (*QKVO[:3], "out_proj")
+    sizes = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "head_dim": 8}
+    sizes |= {"vocab_size": 64, "tie_word_embeddings": False, "num_hidden_layers": layers}
+    model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
+    config = model.config
+    if targets is not None:
+        settings = LoraConfig(
+            r=8, target_modules=targets if targets == "all-linear" else [*targets]
+        )
+        wide = adapter_dtype == "float32"
+        model = get_peft_model(model, settings, autocast_adapter_dtype=wide).train()
+    return model, config, targets
+
+
+LLAMA = AutoConfig.for_model("llama")
