@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support.allocations import LLAMA, QKVO, Allocations, launched, tiny  # noqa: F401 - a fixture
+from support.allocations import LLAMA, QKVO, Allocations, tiny
 from support.paths import ROOT
 from transformers import AutoConfig
 from triton.runtime.jit import KernelInterface

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.allocations import LLAMA, Allocations, launched, tiny  # noqa: F401 - a fixture
+from support.allocations import LLAMA, Allocations, tiny
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
@@ -26,7 +26,7 @@ FULL = {"recompute": "full"}
     ],
     ids=str,
 )
-def test_every_allocation_of_a_step_of_the_finish(options, share, launched):  # noqa: F811
+def test_every_allocation_of_a_step_of_the_finish(options, share, launched):
     model, config, _ = tiny()
     policy = "pooled" if "threshold" in options else "recent"
     how = LeMoConfig(

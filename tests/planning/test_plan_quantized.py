@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from support.allocations import LLAMA, QKVO, Allocations, launched, tiny  # noqa: F401 - a fixture
+from support.allocations import LLAMA, QKVO, Allocations, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
@@ -91,7 +91,7 @@ def test_every_allocation_of_a_4_bit_step(
     targets,
     way,
     tmp_path,
-    launched,  # noqa: F811
+    launched,
     monkeypatch,
 ):
     # PEFT's quantised linears ask about the GPU's autocast alone.
