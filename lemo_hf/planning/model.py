@@ -77,7 +77,7 @@ class ModelShapes:
         _check(config)
         kind, heads = config.model_type, config.num_attention_heads
         hidden, inner = config.hidden_size, config.intermediate_size
-        family = family_of(kind)
+        family = family_of(config)
         head = getattr(config, "head_dim", None) or hidden // heads
         query, key_value = heads * head, (config.num_key_value_heads or heads) * head
         bias = getattr(config, "attention_bias", False)
