@@ -89,6 +89,8 @@ EXTRA = {
 }
 
 
+# transformers has no other attention for them: soft caps, sinks, and code of their own.
+EAGER = ("gemma2", "vaultgemma", "granite_swa", "bloom", "gptj", "codegen")
 # Layers of a family that its config shapes: the family, and that config.
 VARIANTS = {
     "falcon-rw": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False}),
@@ -107,7 +109,7 @@ def make_model(name: str, implementation: str = "eager", **overrides) -> nn.Modu
 
     Args:
         name: A model type, or one of `VARIANTS`. What transformers does not have skips the test.
-        implementation: Of its attention.
+        implementation: Of its attention, if the family is none of `EAGER`.
         **overrides: Of its config.
     """
     model_type, variant = VARIANTS.get(name, (name, {}))
@@ -115,8 +117,10 @@ def make_model(name: str, implementation: str = "eager", **overrides) -> nn.Modu
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     settings = {**SIZES, **EXTRA.get(model_type, {}), **variant, **overrides}
     settings = {name: value for name, value in settings.items() if value is not NO_SETTING}
+    for by_layer in {"layer_types", "no_rope_layers"} & settings.keys():
+        settings[by_layer] = settings[by_layer][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(model_type, **settings)
-    config._attn_implementation = implementation
+    config._attn_implementation = "eager" if model_type in EAGER else implementation
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

@@ -4,14 +4,11 @@ import copy
 
 import pytest
 import torch
-from models import VARIANTS, batch, loss_and_gradients, make_model, relative_error, with_lora
+from models import EAGER, VARIANTS, batch, loss_and_gradients, make_model, relative_error, with_lora
 from torch.nn.functional import cross_entropy
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.families import FAMILIES, family_of
-
-# Their soft caps and code of their own need eager attention, says transformers.
-EAGER = ("gemma2", "vaultgemma", "granite_swa", "bloom", "gptj", "codegen")
 
 
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])
@@ -47,9 +44,7 @@ def test_retention_1_is_the_stock_model(family):
         model.set_attn_implementation(attention)
         if not run:
             model.gradient_checkpointing_enable()
-        config = LeMoConfig(
-            retention=1.0, block_size=16, segment_size=29, policy="recent", **run
-        )
+        config = LeMoConfig(retention=1.0, block_size=16, segment_size=29, policy="recent", **run)
         lemo = apply_lemo(model, config)
         assert list(model.state_dict()) == keys
         found = loss_and_gradients(model, **batch())
@@ -89,7 +84,7 @@ def test_remove_gives_the_stock_model_back(family):
 
 
 def test_evaluation_and_generation_are_the_stock_model(family):
-    model = make_model(family, "eager" if family in EAGER else "sdpa").eval()
+    model = make_model(family, "sdpa").eval()
     ids = batch()["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=ids).logits

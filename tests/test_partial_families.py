@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from models import VARIANTS, loss_and_gradients, make_model, relative_error, with_lora
-from test_families import EAGER
+from models import EAGER, VARIANTS, loss_and_gradients, make_model, relative_error, with_lora
 from test_sparse_layer import compare, completion_only, left_padded, packed
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo

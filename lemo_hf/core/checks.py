@@ -140,14 +140,15 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
     """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
     if family.own_attention and config.policy in ("oracle", "pooled"):
         raise ValueError(
-            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its queries "
-            "and keys to itself, so that they cannot be compared. Use policy='auto'."
+            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
+            "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
         )
     for name in ("mlp_retention", "mlp_threshold"):
         if family.parallel and getattr(config, name) is not None:
             raise ValueError(
-                f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the same "
-                f"rows and add to them at once, so that they keep the same blocks. Set {name}=None."
+                f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the "
+                "same rows and add to them at once, so that they keep the same blocks. Set "
+                f"{name}=None."
             )
     if config.policy not in ("oracle", "pooled") or family.intermediate is not None:
         return

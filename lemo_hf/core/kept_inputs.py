@@ -61,9 +61,14 @@ def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
 
 
 def kept_alibi(alibi: Tensor, kept: KeptSet) -> Tensor:
-    """What is added to scores by the place of a key, at kept keys: ``[..., 1, T]`` to ``[..., 1, K]``.
+    """ALiBi, which is added to scores by the place of a key, at kept keys.
 
-    Its other dimensions are rows and heads, as one or as two.
+    Args:
+        alibi: ``[B * heads, 1, T]`` or ``[B, heads, 1, T]``.
+        kept: The set.
+
+    Returns:
+        The same with K in place of T.
     """
     index = kept.index[:, None, None]
     by_row = alibi.view(len(index), -1, 1, alibi.shape[-1])

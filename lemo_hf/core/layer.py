@@ -201,7 +201,13 @@ def _sparse_forward(
 
     def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
         inputs = kept_attention_inputs(
-            kept, sparse_pass, setup.family, attention_mask, position_ids, kwargs.get("alibi"), flash
+            kept,
+            sparse_pass,
+            setup.family,
+            attention_mask,
+            position_ids,
+            kwargs.get("alibi"),
+            flash,
         )
         positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, setup.family.attention)

@@ -121,7 +121,7 @@ def run_sublayers(
         Rows ``[B, K, H]`` and the update still to be added to them, or None.
     """
     if sublayers[-1].beside:
-        return _run_beside(*sublayers, rows, unit, hidden)
+        return _run_beside(sublayers[0], sublayers[1], rows, unit, hidden)
     update = None
     for sublayer in sublayers:
         if sublayer.again and hidden is None:
