@@ -48,6 +48,15 @@ EXTRA = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 24,
     },
+    "youtu": {  # latent attention
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+    },
     "vaultgemma": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "granite_swa": {
         **SLIDING,

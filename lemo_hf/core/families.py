@@ -143,6 +143,7 @@ FAMILIES = {
     "diffllama": _LLAMA,
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
+    "youtu": Family(half_rotary=False),
     "bitnet": _UP_DOWN,  # a norm stands before the MLP's last linear
     "arcee": _UP_DOWN,
     "helium": Family(half_rotary=False),
