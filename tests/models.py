@@ -56,6 +56,7 @@ EXTRA = {
         "v_head_dim": 8,
         "head_dim": 4,
         "num_key_value_heads": 4,
+        "pad_token_id": None,  # transformers clears its row, and with it the head's, on loading
     },
     "vaultgemma": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "granite_swa": {
@@ -113,15 +114,16 @@ VARIANTS = {
 }
 
 
-def make_model(name: str, implementation: str = "eager", **overrides) -> nn.Module:
+def make_model(model_type: str, implementation: str = "eager", **overrides) -> nn.Module:
     """A tiny fp32 model in training mode, its weights far from a near-zero initialisation.
 
     Args:
-        name: A model type, or one of `VARIANTS`. What transformers does not have skips the test.
+        model_type: As in a config, or one of `VARIANTS`; one that transformers does not have skips
+            the test.
         implementation: Of its attention, if the family is none of `EAGER`.
         **overrides: Of its config.
     """
-    model_type, variant = VARIANTS.get(name, (name, {}))
+    model_type, variant = VARIANTS.get(model_type, (model_type, {}))
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     settings = {**SIZES, **EXTRA.get(model_type, {}), **variant, **overrides}

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.families import FAMILIES, family_of
+from lemo_hf.tune.looked_at import LookedAt
 
 
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])
@@ -121,11 +122,15 @@ def test_what_a_config_can_ask_and_layers_cannot(name):
         assert family_of(model.config).parallel == (name == "stablelm-parallel")
 
 
-def test_layers_that_read_once_keep_one_set():
+def test_what_a_family_does_not_let_lemo_do():
     model = make_model("phi")
     with pytest.raises(ValueError, match="mlp_retention=0.5: .*'phi' read the same rows"):
         apply_lemo(model, LeMoConfig(block_size=8, mlp_retention=0.5))
     with pytest.raises(ValueError, match="policy='pooled': .*'gptj' keeps its queries"):
         apply_lemo(make_model("gptj"), LeMoConfig(block_size=8, policy="pooled"))
+    falcon = make_model("falcon").eval()
+    looked = {"input_ids": batch()["input_ids"], "attention_mask": None, "targets": None}
+    with pytest.raises(ValueError, match="FalconAttention of transformers keeps its queries"):
+        LookedAt(falcon, LeMoConfig(policy="oracle", block_size=8), looked, [3])
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         apply_lemo(make_model("gpt2", add_cross_attention=True), LeMoConfig(block_size=8))

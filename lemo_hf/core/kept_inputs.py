@@ -124,7 +124,8 @@ def kept_attention_inputs(
     documents = sparse_pass.documents
     if family.reads_positions and position_ids is not None:
         inputs["position_ids"] = position_ids.expand(len(kept.index), -1).gather(1, kept.index)
-        documents = torch.zeros_like(kept.index) if documents is None else documents
+        if documents is None:  # flash attention must not look for them in these positions
+            documents = position_ids.new_zeros(1, 1).expand(sparse_pass.batch, sparse_pass.tokens)
     if alibi is not None:
         inputs["alibi"] = kept_alibi(alibi, kept)
     if flash and documents is not None:

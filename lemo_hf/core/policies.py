@@ -99,7 +99,17 @@ def oracle(inputs: ScoreInputs) -> Tensor:
 
 
 def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
-    """What each asking block gives each block by the layer's attention; see `asked_shares`."""
+    """What each asking block gives each block by the layer's attention; see `asked_shares`.
+
+    Raises:
+        ValueError: The family's attention shows its queries and keys to nobody.
+    """
+    if inputs.family.own_attention:
+        raise ValueError(
+            f"{type(_attention(inputs)).__name__} of transformers keeps its queries and keys to "
+            "itself, so that nobody can see what it looks at: no predictor can be trained, and no "
+            "recall measured, for this family. Use policy='auto'."
+        )
     sparse_pass = inputs.sparse_pass
     captured = query_key(
         _attention(inputs),
