@@ -7,7 +7,7 @@ rotary embedding. The module itself stays as it is but for its ``forward``, for 
 call, so that hooks on its call run.
 """
 
-from inspect import signature
+from inspect import CO_VARKEYWORDS
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -56,10 +56,10 @@ def call_attention(
         own.__kwdefaults__ = forward.__kwdefaults__
         stand_in = Altered(attention, {**_linears(attention, unread), **others})
         others = {"forward": MethodType(own, stand_in)}
+        if not code.co_flags & CO_VARKEYWORDS:
+            taken = code.co_varnames[: code.co_argcount]
+            kwargs = {name: value for name, value in kwargs.items() if name in taken}
     # Else the forward is somebody else's, who may read the module itself.
-    taken = signature(forward).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        kwargs = {name: value for name, value in kwargs.items() if name in taken}
     with altering(attention, **others):
         return attention(**kwargs)[0]
 
