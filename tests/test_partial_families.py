@@ -18,7 +18,7 @@ CONFIG = LeMoConfig(
 @pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 def test_equals_masked_dense_layers(family, monkeypatch):
     """Padding, packing and rows that keep different numbers of blocks, each layer its own set."""
-    model = with_lora(make_model(family))
+    model = with_lora(make_model(family, num_hidden_layers=2))
     for case in (left_padded, packed, completion_only):
         if case is not packed or family not in NO_DOCUMENTS:
             compare(model, case(), CONFIG, monkeypatch, "fc2" if family == "opt" else "mlp")
@@ -27,7 +27,7 @@ def test_equals_masked_dense_layers(family, monkeypatch):
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *VARIANTS) if name not in EAGER])
 def test_sdpa_is_eager(family):
     """Also with checkpointing, where it follows the model's, and with one set for all layers."""
-    model = make_model(family)
+    model = make_model(family, num_hidden_layers=2)
     inputs = left_padded()
     found = []
     for attention in ("eager", "sdpa", "sdpa"):

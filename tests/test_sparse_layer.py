@@ -9,7 +9,7 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.batch.selection import kept_set
 from lemo_hf.config import LEVELS
 from lemo_hf.core import kept_inputs
-from lemo_hf.core.families import family_of
+from lemo_hf.core.families import FAMILIES, family_of
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.patch import transformers_model
 
@@ -256,7 +256,9 @@ def test_no_mask_answers_for_another(monkeypatch):
     kept = kept_set(torch.arange(32)[None] < 16, torch.arange(4)[None] < 2, 16, True, shared=True)
     for number in range(20):  # freed masks would get each other's memory
         mask = torch.full((1, 1, 32, 32), float(number))
-        found = kept_inputs.kept_attention_inputs(kept, sparse_pass, mask, None, False)
+        found = kept_inputs.kept_attention_inputs(
+            kept, sparse_pass, FAMILIES["llama"], mask, None, None, False
+        )
         assert found["attention_mask"].eq(number).all()
         del mask
     assert len(seen) == 20
