@@ -30,8 +30,7 @@ PUBLISHED = [
                 "mscale_all_dim": 1.0,
                 "original_max_position_embeddings": 8192,
                 "llama_4_scaling_beta": 0.1,
-            },
-            "tie_word_embeddings": False,
+            }
         },
     ),
     (
