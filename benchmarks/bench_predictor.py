@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lemo_hf import LeMoConfig
-from lemo_hf.core.families import family_of
+from lemo_hf.core.families import FAMILIES
 from lemo_hf.core.policies import POLICIES, ScoreInputs
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.predictors.block_predictor import BlockPredictor
@@ -100,7 +100,7 @@ def cost(tokens: int, device: torch.device) -> list[dict]:
             lemo = LeMoConfig(policy=policy)
             sparse_pass = SparsePass(lemo, (1, tokens), device, input_ids=ids, targets=targets)
             inputs = ScoreInputs(
-                layer, family_of("llama"), 0, "attention", x, positions, sparse_pass, network
+                layer, FAMILIES["llama"], 0, "attention", x, positions, sparse_pass, network
             )
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

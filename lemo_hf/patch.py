@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.attention import fastest_attention
-from lemo_hf.core.checks import check_adapters, check_intermediate, check_model, check_predictors
+from lemo_hf.core.attention import fastest_attention, implementation_of
+from lemo_hf.core.checks import check_adapters, check_family, check_model, check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
 from lemo_hf.core.fp8 import forget, keep_in_fp8
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
@@ -177,7 +177,7 @@ class LeMo:
         family = check_model(model)
         layers = cast(nn.ModuleList, model.get_submodule(family.layers))
         rules = config.layer_rules(len(layers))
-        check_intermediate(config, family, model.config.model_type)
+        check_family(config, family, model.config.model_type)
         if predictors is None and config.predictor is not None:
             predictors = load_predictor(config, BaseModel.of_model(model))
         self.predictor: LeMoPredictor | None = None
@@ -235,7 +235,7 @@ class LeMo:
         attention = getattr(layer, self.passes.family.attention)
         weight = next(layer.parameters())
         kernels = fastest_attention(attention, weight.device, weight.dtype)
-        name = attention.config._attn_implementation
+        name = implementation_of(attention)
         return f"{name} ({kernels[0].name.lower()})" if kernels else name
 
     @contextmanager

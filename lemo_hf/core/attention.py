@@ -30,13 +30,19 @@ def fastest_attention(
         device: Where it runs.
         dtype: Of its queries.
     """
-    config: Any = module.config  # transformers', whose fields differ by family
-    if device.type != "cuda" or config._attn_implementation != "sdpa" or dtype.itemsize != 2:
+    if device.type != "cuda" or implementation_of(module) != "sdpa" or dtype.itemsize != 2:
         return None
+    config: Any = module.config  # transformers', whose fields differ by family
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(module, "head_dim", None) or config.hidden_size // heads
     return _tried(heads, keys, size, device, dtype)
+
+
+def implementation_of(module: nn.Module) -> str:
+    """Name of the attention that an attention module runs; without a config it has but one."""
+    config: Any = getattr(module, "config", None)
+    return "eager" if config is None else config._attn_implementation
 
 
 def using(backends: tuple[SDPBackend, ...] | None) -> AbstractContextManager:

@@ -7,6 +7,7 @@ rotary embedding. The module itself stays as it is but for its ``forward``, for 
 call, so that hooks on its call run.
 """
 
+from inspect import CO_VARKEYWORDS
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -26,6 +27,7 @@ def call_attention(
     positions: tuple[KeptRotary, KeptRotary] | None,
     share: Share | None = None,
     unread: str | None = None,
+    halves: bool = True,
     **kwargs: Any,
 ) -> Tensor:
     """Output of the attention module for kept rows.
@@ -35,7 +37,8 @@ def call_attention(
         positions: cos and sin at the kept positions, or None.
         share: Who works on which of the rows; None where this process works on all.
         unread: Name of a projection of whose result nobody reads the values.
-        **kwargs: Of its forward, ``position_embeddings`` excepted.
+        halves: It rotates the two halves of a head, if it rotates.
+        **kwargs: Of its layer's forward, ``position_embeddings`` excepted.
     """
     others = {} if share is None else {"config": shared_config(attention.config, share)}
     forward = type(attention).forward
@@ -43,7 +46,7 @@ def call_attention(
     known = "forward" not in vars(attention) and code is not None
     names = forward.__globals__ if known else {}
     if positions is not None:
-        if known and _ROTARY in code.co_names:
+        if known and halves and _ROTARY in code.co_names:
             names = {**names, _ROTARY: rotary}
             kwargs["position_embeddings"] = positions
         else:
@@ -53,6 +56,9 @@ def call_attention(
         own.__kwdefaults__ = forward.__kwdefaults__
         stand_in = Altered(attention, {**_linears(attention, unread), **others})
         others = {"forward": MethodType(own, stand_in)}
+        if not code.co_flags & CO_VARKEYWORDS:
+            taken = code.co_varnames[: code.co_argcount]
+            kwargs = {name: value for name, value in kwargs.items() if name in taken}
     # Else the forward is somebody else's, who may read the module itself.
     with altering(attention, **others):
         return attention(**kwargs)[0]

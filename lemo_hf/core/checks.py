@@ -22,7 +22,7 @@ def check_model(model: nn.Module) -> Family:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"LeMo needs a transformers causal LM, got {type(model).__name__}.")
-    family = family_of(config.model_type)
+    family = family_of(config)
     if cast("PreTrainedModel", model).get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
@@ -37,6 +37,11 @@ def check_model(model: nn.Module) -> Family:
         raise ValueError(
             f"layerdrop={config.layerdrop} is not supported: set model.config.layerdrop=0 before "
             "the model is made."
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "add_cross_attention=True is not supported: a layer that attends to an encoder has "
+            "more than two sublayers. Set config.add_cross_attention=False for a causal LM alone."
         )
     check_attention(config)
     return family
@@ -131,8 +136,20 @@ def _way_to_dense(layer: int, head: Sequence) -> str:
     )
 
 
-def check_intermediate(config: LeMoConfig, family: Family, model_type: str) -> None:
-    """Raises ValueError if an MLP is to be scored by an activation that it does not have."""
+def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
+    """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
+    if family.own_attention and config.policy in ("oracle", "pooled"):
+        raise ValueError(
+            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
+            "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
+        )
+    for name in ("mlp_retention", "mlp_threshold"):
+        if family.parallel and getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the "
+                "same rows and add to them at once, so that they keep the same blocks. Set "
+                f"{name}=None."
+            )
     if config.policy not in ("oracle", "pooled") or family.intermediate is not None:
         return
     for name in ("mlp_retention", "mlp_threshold"):

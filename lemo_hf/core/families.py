@@ -4,21 +4,33 @@ To add a family, add a row. `tests/core/test_families.py` takes it up by itself 
 retention 1 the loss and every gradient are the stock model's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lemo_hf.core.unsupported import why_not
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names of a pre-norm decoder layer; the defaults are Llama's.
+    """Attribute names of a decoder layer; the defaults are Llama's.
 
     ``attention_output`` names the last projection inside ``attention``.
     ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
     and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
-    of all norms, as `lemo_hf.kernels.norm.KINDS` names it. ``intermediate`` names the Linear
+    of all norms, as `lemo_hf.kernels.norm.KINDS` names it, or "own": then they are called.
+    ``intermediate`` names the Linear
     whose input is the MLP's intermediate activation, None where experts have no single one.
     ``final_norm`` is what the stream goes through before the head, if nothing else is.
     ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
-    addition.
+    addition. In a ``parallel`` layer the MLP reads the rows that attention reads, and both updates
+    are added at once; where ``mlp_norm`` is ``attention_norm``, it is taken once.
+    ``half_rotary``: if attention rotates, then the two halves of a head, as Llama does.
+    ``reads_positions``: attention reads ``position_ids``, besides cos and sin.
+    ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
+    its queries and keys cannot be looked at.
+    ``adds_residual``: attention and MLP are handed the residual and add it themselves.
+    ``returns_tuple``: the layer returns its stream as the first of two.
     """
 
     layers: str = "model.layers"
@@ -38,37 +50,140 @@ class Family:
     final_norm: str = "model.norm"
     pre_norm_flag: str | None = None
     residual_scale: str | None = None
-    logits_divisor: str | None = None  # in the model's config
-    logits_softcap: str | None = None  # in the model's config
+    parallel: bool = False
+    half_rotary: bool = True
+    reads_positions: bool = False
+    own_attention: bool = False
+    adds_residual: bool = False
+    returns_tuple: bool = False
+    logits_divisor: str | None = None  # in the model's config, and so are these
+    logits_factor: str | None = None
+    logits_softcap: str | None = None
+
+    def divisor(self, config: Any) -> float:
+        """What logits are divided by."""
+        if self.logits_factor is not None:
+            return 1 / getattr(config, self.logits_factor)
+        return 1.0 if self.logits_divisor is None else getattr(config, self.logits_divisor)
+
+    def softcap(self, config: Any) -> float | None:
+        """The soft cap of logits, if there is one."""
+        return None if self.logits_softcap is None else getattr(config, self.logits_softcap)
 
 
 _LLAMA = Family()
 _MOE = Family(intermediate=None, gate=())
-_GEMMA = Family(
-    norm="rms_plus_one",
+_GEMMA = Family(norm="rms_plus_one", logits_softcap="final_logit_softcapping")
+_GEMMA_2 = replace(
+    _GEMMA,
     attention_output_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
-    logits_softcap="final_logit_softcapping",
+)
+_OLMO_2 = Family(
+    attention_norm=None,
+    attention_output_norm="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_output_norm="post_feedforward_layernorm",
+)
+_GRANITE = Family(residual_scale="residual_multiplier", logits_divisor="logits_scaling")
+_GLM = Family(gate=("gate_up_proj",), activation="activation_fn", half_rotary=False)
+_COHERE = Family(
+    norm="layer",
+    mlp_norm="input_layernorm",
+    parallel=True,
+    half_rotary=False,
+    logits_factor="logit_scale",
+)
+_UP_DOWN = Family(gate=())  # an MLP without a gate
+_GPT_2 = Family(
+    layers="transformer.h",
+    attention="attn",
+    attention_output="c_proj",
+    attention_norm="ln_1",
+    norm="layer",
+    gate=(),
+    mlp_norm="ln_2",
+    intermediate="mlp.c_proj",
+    final_norm="transformer.ln_f",
+)
+_GPT_J = replace(
+    _GPT_2,
+    attention_output="out_proj",
+    mlp_norm="ln_1",
+    intermediate="mlp.fc_out",
+    parallel=True,
+    reads_positions=True,
+    own_attention=True,
+    returns_tuple=True,
+)
+_FALCON = replace(
+    _GPT_2,
+    attention="self_attention",
+    attention_output="dense",
+    attention_norm="input_layernorm",
+    mlp_norm="input_layernorm",
+    intermediate="mlp.dense_4h_to_h",
+    parallel=True,
+    own_attention=True,
+    returns_tuple=True,
 )
 
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": Family(reads_positions=True),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "smollm3": _LLAMA,
+    "seed_oss": Family(gate=()),  # a dropout stands behind the MLP's last linear, inside it
+    "hunyuan_v1_dense": _LLAMA,
+    "cwm": _LLAMA,
+    "diffllama": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "youtu": Family(half_rotary=False),
+    "bitnet": _UP_DOWN,  # a norm stands before the MLP's last linear
+    "arcee": _UP_DOWN,
+    "helium": Family(half_rotary=False),
+    "ernie4_5": Family(half_rotary=False),
     "mixtral": _MOE,
+    "qwen2_moe": _MOE,
     "qwen3_moe": _MOE,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "granite": Family(residual_scale="residual_multiplier", logits_divisor="logits_scaling"),
-    "olmo2": Family(
-        attention_norm=None,
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm=None,
-        mlp_output_norm="post_feedforward_layernorm",
+    "gemma": replace(_GEMMA, logits_softcap=None),
+    "gemma2": _GEMMA_2,
+    "gemma3_text": _GEMMA_2,
+    "vaultgemma": replace(_GEMMA, mlp_norm="pre_feedforward_layernorm"),
+    "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "hyperclovax": Family(
+        attention_output_norm="post_norm1",
+        mlp_output_norm="post_norm2",
+        residual_scale="residual_multiplier",
+        logits_factor="logits_scaling",
     ),
+    "glm": _GLM,
+    "glm4": replace(
+        _GLM, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"
+    ),
+    "olmo": Family(norm="own"),  # without a weight
+    "olmo2": _OLMO_2,
+    "olmo3": _OLMO_2,
+    "exaone4": _OLMO_2,
+    "apertus": replace(
+        _UP_DOWN, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"
+    ),
+    "nanochat": replace(
+        _UP_DOWN,
+        norm="own",  # without a weight
+        intermediate="mlp.fc2",
+        half_rotary=False,  # it turns the other way round
+        logits_softcap="final_logit_softcapping",
+    ),
+    "jais2": replace(_UP_DOWN, norm="layer"),
+    "nemotron": replace(_UP_DOWN, norm="own"),
+    "starcoder2": replace(_UP_DOWN, norm="layer", intermediate="mlp.c_proj"),
     "phi3": Family(
         attention_dropout="resid_attn_dropout",
         gate=("gate_up_proj",),
@@ -89,25 +204,109 @@ FAMILIES = {
         final_norm="model.decoder.final_layer_norm",
         pre_norm_flag="do_layer_norm_before",
     ),
+    "gpt2": _GPT_2,
+    "gpt_bigcode": _GPT_2,
+    "bloom": replace(
+        _FALCON,
+        mlp_norm="post_attention_layernorm",
+        parallel=False,
+        adds_residual=True,
+    ),
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "gptj": _GPT_J,
+    "codegen": _GPT_J,
+    "falcon": _FALCON,
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        attention="attention",
+        attention_output="dense",
+        attention_dropout="post_attention_dropout",
+        norm="layer",
+        gate=(),
+        mlp_dropout="post_mlp_dropout",
+        intermediate="mlp.dense_4h_to_h",
+        final_norm="gpt_neox.final_layer_norm",
+    ),
+    "phi": Family(
+        attention_output="dense",
+        attention_dropout="resid_dropout",
+        norm="layer",
+        gate=(),
+        mlp_norm="input_layernorm",
+        mlp_dropout="resid_dropout",
+        intermediate="mlp.fc2",
+        final_norm="model.final_layernorm",
+        parallel=True,
+    ),
+    "stablelm": Family(norm="layer", mlp_dropout="dropout"),
+    "persimmon": Family(
+        attention_output="dense",
+        norm="layer",
+        gate=(),
+        mlp_dropout="dropout",
+        intermediate="mlp.dense_4h_to_h",
+        final_norm="model.final_layernorm",
+    ),
 }
 
-# Attention and MLP read the same normed input here: a token's MLP cannot wait for its attention.
-PARALLEL_RESIDUAL = ("gpt_neox", "gptj", "cohere", "cohere2", "falcon", "phi", "codegen")
+
+def _falcon(row: Family, config: Any) -> Family:
+    if config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1:
+        row = replace(row, attention_norm="ln_attn", mlp_norm="ln_mlp")
+    elif not (config.new_decoder_architecture or config.parallel_attn):
+        return replace(
+            row,
+            attention_dropout="attention_dropout",
+            mlp_norm="post_attention_layernorm",
+            mlp_dropout="hidden_dropout",
+            parallel=False,
+        )
+    if config.hidden_dropout:
+        raise ValueError(
+            f"hidden_dropout={config.hidden_dropout} of Falcon drops of the sum of attention and "
+            "MLP, which LeMo does not: set model.config.hidden_dropout=0 before the model is made."
+        )
+    return row
 
 
-def family_of(model_type: str) -> Family:
-    """The row of ``config.model_type``.
+def _stablelm(row: Family, config: Any) -> Family:
+    if config.use_parallel_residual:
+        return replace(row, mlp_norm="input_layernorm", parallel=True)
+    return row
+
+
+def _bloom(row: Family, config: Any) -> Family:
+    if config.apply_residual_connection_post_layernorm:
+        raise ValueError(
+            "apply_residual_connection_post_layernorm=True is not supported: BLOOM then adds to "
+            "the normed stream, and tokens that are left out have none."
+        )
+    return row
+
+
+# What depends on the model's config besides its type.
+_BY_CONFIG: dict[str, Callable[[Family, Any], Family]] = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "gpt_neox": lambda row, config: replace(row, parallel=config.use_parallel_residual),
+    "stablelm": _stablelm,
+}
+
+
+def family_of(config: Any) -> Family:
+    """The row of a model's ``config``.
 
     Raises:
-        ValueError: There is none; the message says what works and how to add a row.
+        ValueError: There is none; the message says why, or how to add a row.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    why = (
-        "its attention and MLP run in parallel on one residual, which LeMo does not cover"
-        if model_type in PARALLEL_RESIDUAL
-        else "lemo_hf/core/families.py has no row for it; if its layers fit, add one"
-    )
-    raise ValueError(
-        f"model_type {model_type!r} is not supported: {why}. Supported: {', '.join(FAMILIES)}."
-    )
+    name = config.model_type
+    if name not in FAMILIES:
+        why = why_not(name) or (
+            "lemo_hf/core/families.py has no row for it; if its layers fit, add one"
+        )
+        raise ValueError(
+            f"model_type {name!r} is not supported: {why}. Supported: {', '.join(FAMILIES)}."
+        )
+    row = FAMILIES[name]
+    return _BY_CONFIG[name](row, config) if name in _BY_CONFIG else row

@@ -15,7 +15,7 @@ from lemo_hf.core.families import Family
 from lemo_hf.core.lora import linear_of
 from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.launch import sharded, untouched
-from lemo_hf.kernels.norm import Norm
+from lemo_hf.kernels.norm import KINDS, Norm
 
 _ACTIVATIONS = {
     type(ACT2FN[name]): kernel
@@ -33,8 +33,8 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
     """What the kernels need of a norm module; None if the module itself must be called."""
     if module is None or not untouched(module) or getattr(module, "weight", None) is None:
         return None
-    known = type(module) is nn.LayerNorm if kind == "layer" else _of_transformers(module)
-    if not known:
+    pytorchs = kind == "layer" and type(module) is nn.LayerNorm
+    if kind not in KINDS or not (pytorchs or _of_transformers(module)):
         return None
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     weight = cast(Tensor, module.weight)

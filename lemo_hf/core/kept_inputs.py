@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo_hf.batch.selection import KeptSet
+from lemo_hf.core.families import Family
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.rotary import KeptRotary
 
@@ -59,6 +60,22 @@ def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
     return mask.contiguous()
 
 
+def kept_alibi(alibi: Tensor, kept: KeptSet) -> Tensor:
+    """ALiBi, which is added to scores by the place of a key, at kept keys.
+
+    Args:
+        alibi: ``[B * heads, 1, T]`` or ``[B, heads, 1, T]``.
+        kept: The set.
+
+    Returns:
+        The same with K in place of T.
+    """
+    index = kept.index[:, None, None]
+    by_row = alibi.view(len(index), -1, 1, alibi.shape[-1])
+    found = by_row.gather(3, index.expand(-1, by_row.shape[1], -1, -1))
+    return found.view(*alibi.shape[:-1], -1)
+
+
 def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
     """Document boundaries among kept tokens, as flash attention's variable-length arguments.
 
@@ -85,24 +102,34 @@ def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
 def kept_attention_inputs(
     kept: KeptSet,
     sparse_pass: SparsePass,
+    family: Family,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
+    alibi: Tensor | None,
     flash: bool,
 ) -> dict[str, Any]:
     """Keyword arguments of the attention module for the kept rows, but their rotary positions.
 
-    Where tokens are left out, so are ``position_ids``: only flash attention reads them, and it
-    takes gaps between kept positions for document boundaries. It is given the real ones instead.
+    Where tokens are left out, so are ``position_ids`` that only flash attention reads: it takes
+    gaps between kept positions for document boundaries. It is given the real ones instead.
     """
+    own: dict[str, Any] = {"residual": 0.0} if family.adds_residual else {}
     if kept.whole:
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        return {"attention_mask": attention_mask, **positions}
+        own |= {} if position_ids is None else {"position_ids": position_ids}
+        return {"attention_mask": attention_mask, **own}
     key = "mask", id(attention_mask)
     if kept.cache is not None and key in kept.cache:
         return kept.cache[key][1]
-    inputs: dict[str, Any] = {"attention_mask": kept_mask(attention_mask, kept)}
-    if flash and sparse_pass.documents is not None:
-        inputs |= kept_documents(sparse_pass.documents, kept)
+    inputs = {"attention_mask": kept_mask(attention_mask, kept), **own}
+    documents = sparse_pass.documents
+    if family.reads_positions and position_ids is not None:
+        inputs["position_ids"] = position_ids.expand(len(kept.index), -1).gather(1, kept.index)
+        if documents is None:  # flash attention must not look for them in these positions
+            documents = position_ids.new_zeros(1, 1).expand(sparse_pass.batch, sparse_pass.tokens)
+    if alibi is not None:
+        inputs["alibi"] = kept_alibi(alibi, kept)
+    if flash and documents is not None:
+        inputs |= kept_documents(documents, kept)
     if kept.cache is not None:
         # The mask is held, or another one might get its place in memory, and with it its id.
         kept.cache[key] = attention_mask, inputs

@@ -9,6 +9,7 @@ attribute outside the module tree.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lemo_hf.batch.selection import KeptSet
 from lemo_hf.config import UNITS, KeepRule
-from lemo_hf.core.attention import fastest_attention, using
+from lemo_hf.core.attention import fastest_attention, implementation_of, using
 from lemo_hf.core.attention_call import call_attention
 from lemo_hf.core.families import Family
 from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions
@@ -33,6 +34,7 @@ from lemo_hf.parallel.sequence_parallel import Share
 from lemo_hf.predictors.block_predictor import BlockPredictor
 
 _SETUP = "_lemo_setup"
+_CACHES = ("past_key_values", "layer_past")
 
 
 @dataclass
@@ -70,11 +72,13 @@ else:
 class SparseLayer(_Mixed):
     """Mixed in before a decoder layer's class; see the module's docstring."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         setup: LayerSetup = self.__dict__[_SETUP]
         sparse_pass = setup.passes.current
+        names = list(signature(super().forward).parameters)[1:] if args else ()
+        kwargs |= zip(names, args, strict=False)  # GPT-2 gives some by place
         if sparse_pass is None:
-            cached = kwargs.get("past_key_values") is not None
+            cached = any(kwargs.get(name) is not None for name in _CACHES)
             stray = not (cached or setup.passes.plain or setup.passes.resting)
             if self.training and torch.is_grad_enabled() and stray:
                 raise RuntimeError(
@@ -83,7 +87,8 @@ class SparseLayer(_Mixed):
                     "call model.eval() or remove_lemo(model) first."
                 )
             return super().forward(hidden_states, **kwargs)
-        return _sparse_forward(self, setup, sparse_pass, hidden_states, **kwargs)
+        x = _sparse_forward(self, setup, sparse_pass, hidden_states, **kwargs)
+        return (x, None) if setup.family.returns_tuple else x
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
@@ -155,7 +160,6 @@ def _sparse_forward(
     attention_mask: Tensor | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -173,6 +177,7 @@ def _sparse_forward(
                     sublayer=sublayer,
                     x=x.detach(),
                     position_embeddings=position_embeddings,
+                    position_ids=position_ids if setup.family.reads_positions else None,
                     sparse_pass=sparse_pass,
                     # Where the stream is: layers may lie on several devices.
                     predictor=None if setup.predictor is None else setup.predictor.to(x.device),
@@ -195,18 +200,29 @@ def _sparse_forward(
     kernels = fastest_attention(getattr(layer, setup.family.attention), x.device, dtype)
 
     def attend(hidden: Tensor, unread: str | None = None) -> Tensor:
-        inputs = kept_attention_inputs(kept, sparse_pass, attention_mask, position_ids, flash)
+        inputs = kept_attention_inputs(
+            kept,
+            sparse_pass,
+            setup.family,
+            attention_mask,
+            position_ids,
+            kwargs.get("alibi"),
+            flash,
+        )
         positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, setup.family.attention)
-        inputs = {"hidden_states": hidden, "past_key_values": None, **kwargs, **inputs}
+        halves = setup.family.half_rotary
+        inputs = {"hidden_states": hidden, **kwargs, **inputs}
         with using(kernels):
-            return call_attention(module, positions, share, unread, **inputs)
+            return call_attention(module, positions, share, unread, halves, **inputs)
 
     level = setup.recompute or _level(layer, setup, sparse_pass, x)
     attention = attention_sublayer(layer, setup.family, attend)
     mlp = mlp_sublayer(layer, setup.family, again=level != "none")
     if level == "mlp" and not mlp.again:
         level = "selective"  # an MLP that cannot run again alone does so with the layer
+    if level == "selective" and mlp.beside:
+        level = "lean"  # the sum that "selective" keeps does not exist
     update = partial(_update, layer, setup, level)
     x = update(x, kept, share, [attention, mlp] if shares else [attention])
     if setup.mlp_rule is not None:
@@ -272,7 +288,7 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
 
 def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bool:
     attention = getattr(layer, family.attention)
-    implementation = attention.config._attn_implementation
+    implementation = implementation_of(attention)
     if "flash" not in implementation:
         return False
     window = getattr(attention.config, "sliding_window", None)

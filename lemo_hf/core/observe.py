@@ -68,13 +68,15 @@ def observe(
                     x = args[0] if args else kwargs["hidden_states"]
                     if at == "attention":
                         pos["embeddings"] = kwargs.get("position_embeddings")
+                        pos["ids"] = kwargs.get("position_ids") if family.reads_positions else None
                     if at not in sublayers or looking:
                         return
                     x = x.view(*input_ids.shape, x.shape[-1])  # OPT's MLP sees rows alone
                     looking.append(at)  # scoring calls the very norm that is hooked
                     see(
                         ScoreInputs(
-                            layer, family, index, at, x, pos["embeddings"], sparse_pass, None
+                            *(layer, family, index, at, x, pos["embeddings"], sparse_pass, None),
+                            position_ids=pos["ids"],
                         )
                     )
                     looking.pop()
@@ -87,6 +89,8 @@ def observe(
 
 def _mlp_start(layer: nn.Module, family: Family) -> nn.Module:
     """The module that reads the stream first on the way into the MLP."""
+    if family.parallel:
+        return layer
     post_norm = family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)
     first = family.mlp[0] if family.mlp_norm is None or post_norm else family.mlp_norm
     return getattr(layer, first)

@@ -154,8 +154,8 @@ class OwnLoss:
             hidden,
             module,
             self._head,
-            getattr(config, family.logits_divisor) if family.logits_divisor else None,
-            getattr(config, family.logits_softcap) if family.logits_softcap else None,
+            family.divisor(config),
+            family.softcap(config),
             torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)),
         )
         self._logits = Logits(make, TOO_LATE)
@@ -189,13 +189,13 @@ def _make_logits(
     hidden: Tensor,
     norm: nn.Module | None,
     head: nn.Module,
-    divisor: float | None,
+    divisor: float,
     softcap: float | None,
     autocast: torch.autocast,
 ) -> Tensor:
     with autocast:
         logits = head(hidden if norm is None else norm(hidden))
-        logits = logits if divisor is None else logits / divisor
+        logits = logits if divisor == 1 else logits / divisor
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         # Of a model under mixed precision outputs are fp32: accelerate sees to those it finds.
         return logits.float() if torch.is_autocast_enabled(hidden.device.type) else logits

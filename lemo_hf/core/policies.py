@@ -13,6 +13,7 @@ from transformers.utils import logging
 from lemo_hf.core.families import Family
 from lemo_hf.core.query_key import query_key
 from lemo_hf.core.sparse_pass import SparsePass
+from lemo_hf.core.sublayer import mlp_calls
 from lemo_hf.kernels.replayed import Replayed
 from lemo_hf.predictors.asked_shares import asked_shares, asking_index
 from lemo_hf.predictors.block_predictor import BlockPredictor, Projected
@@ -50,6 +51,7 @@ class ScoreInputs:
         position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
         sparse_pass: The batch's padding, documents and seeds.
         predictor: Of this layer and sublayer, or None.
+        position_ids: ``[B or 1, T]`` where the family's attention reads them, or None.
     """
 
     layer: nn.Module
@@ -60,6 +62,7 @@ class ScoreInputs:
     position_embeddings: tuple[Tensor, Tensor] | None
     sparse_pass: SparsePass
     predictor: BlockPredictor | None
+    position_ids: Tensor | None = None
 
 
 def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
@@ -96,10 +99,23 @@ def oracle(inputs: ScoreInputs) -> Tensor:
 
 
 def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
-    """What each asking block gives each block by the layer's attention; see `asked_shares`."""
+    """What each asking block gives each block by the layer's attention; see `asked_shares`.
+
+    Raises:
+        ValueError: The family's attention shows its queries and keys to nobody.
+    """
+    if inputs.family.own_attention:
+        raise ValueError(
+            f"{type(_attention(inputs)).__name__} of transformers keeps its queries and keys to "
+            "itself, so that nobody can see what it looks at: no predictor can be trained, and no "
+            "recall measured, for this family. Use policy='auto'."
+        )
     sparse_pass = inputs.sparse_pass
     captured = query_key(
-        _attention(inputs), sublayer_input(inputs, inputs.x), inputs.position_embeddings
+        _attention(inputs),
+        sublayer_input(inputs, inputs.x),
+        inputs.position_embeddings,
+        inputs.position_ids,
     )
     return asked_shares(
         captured.query,
@@ -129,7 +145,10 @@ def pooled(inputs: ScoreInputs) -> Tensor:
     if positions is not None:
         cos, sin = (torch.take_along_dim(x, sparse_pass.middles[..., None], 1) for x in positions)
         positions = (cos, sin)
-    captured = query_key(_attention(inputs), means, positions)
+    places = inputs.position_ids
+    if places is not None:
+        places = torch.take_along_dim(places, sparse_pass.middles, 1)
+    captured = query_key(_attention(inputs), means, positions, places)
     return _summed(
         asked_shares(
             captured.query,
@@ -300,13 +319,13 @@ def rank(inputs: ScoreInputs) -> Tensor:
 def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
     """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``."""
     seen: list[Tensor] = []
-    assert inputs.family.intermediate is not None  # see `check_intermediate`
+    assert inputs.family.intermediate is not None  # see `check_family`
     down = inputs.layer.get_submodule(inputs.family.intermediate)
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         hidden = rows if normed else sublayer_input(inputs, rows)
-        for name in inputs.family.mlp:
-            hidden = getattr(inputs.layer, name)(hidden)
+        for call in mlp_calls(inputs.layer, inputs.family):
+            hidden = call(hidden)
     finally:
         handle.remove()
     return seen[0].float().abs().mean(-1)

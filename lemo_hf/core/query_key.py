@@ -53,12 +53,23 @@ AttentionInterface.register(_CAPTURE, _capture)
 
 
 def query_key(
-    attention: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor] | None
+    attention: nn.Module,
+    hidden: Tensor,
+    positions: tuple[Tensor, Tensor] | None,
+    position_ids: Tensor | None = None,
 ) -> QueryKey:
-    """Queries and keys of ``hidden [B, T, H]`` exactly as the attention module makes them."""
+    """Queries and keys of ``hidden [B, T, H]`` exactly as the attention module makes them.
+
+    Args:
+        attention: Of a family whose attention is transformers' `AttentionInterface`'s.
+        hidden: What it reads.
+        positions: Rotary cos and sin of the rows, or None.
+        position_ids: Of the rows, if it reads them besides.
+    """
     own: Any = copy.copy(attention.config)
     own._attn_implementation = _CAPTURE
-    extra = {} if positions is None else {"position_embeddings": positions}
+    given = {"position_embeddings": positions, "position_ids": position_ids}
+    extra: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         with altering(attention, config=own):
             attention(hidden_states=hidden, attention_mask=None, **extra)

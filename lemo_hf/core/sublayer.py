@@ -38,6 +38,7 @@ class Sublayer:
         again: Store nothing of it but its rows, and run it again in the backward.
         again_run: In place of ``run`` where nobody reads the result: the same gradients. None:
             ``run`` itself.
+        beside: It reads the rows that the sublayer before it has read, without its update.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ class Sublayer:
     width: int | None = None
     again: bool = False
     again_run: Callable[[Tensor], Tensor] | None = None
+    beside: bool = False
 
     @property
     def plain(self) -> bool:
@@ -118,6 +120,8 @@ def run_sublayers(
     Returns:
         Rows ``[B, K, H]`` and the update still to be added to them, or None.
     """
+    if sublayers[-1].beside:
+        return _run_beside(sublayers[0], sublayers[1], rows, unit, hidden)
     update = None
     for sublayer in sublayers:
         if sublayer.again and hidden is None:
@@ -132,6 +136,25 @@ def run_sublayers(
     return rows, update
 
 
+def _run_beside(
+    attention: Sublayer, mlp: Sublayer, rows: Tensor, unit: Unit | None, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`run_sublayers` of a parallel layer: both read the same rows, and one update is pending."""
+    if hidden is None:
+        rows, hidden = attention.enter(rows, None)
+    if unit is not None and unit.again:  # what it returns is read by nobody
+        attention = attention.unread()
+    rows, update = attention.apply(rows, hidden)
+    if mlp.again:
+        rows, other = mlp.rerun(rows, None, unit)
+    else:
+        if mlp.norm is not attention.norm:
+            rows, hidden = mlp.enter(rows, None)
+        rows, other = mlp.apply(rows, hidden)
+    assert update is not None and other is not None  # no norm stands behind the addition
+    return rows, update + other
+
+
 def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., Tensor]) -> Sublayer:
     """The attention of ``layer``, called by ``attend(rows, unread=projection)``, see there."""
     names = (family.attention_norm, family.attention_output_norm, family.attention_dropout)
@@ -144,6 +167,7 @@ def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., T
 def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     """The MLP of ``layer``; ``again`` as for `Sublayer`, False if its calls gather weights."""
     parts = tuple(getattr(layer, name) for name in family.mlp)
+    calls = mlp_calls(layer, family)
     # ZeRO-3 leaves nothing of a weight between calls, so `rerun_rows` could hand no gradient on,
     # and processes with more tiles would wait for the others forever.
     again = again and not any(map(sharded, parts))
@@ -151,8 +175,8 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     names = (family.mlp_norm, family.mlp_output_norm, family.mlp_dropout)
     first = gated_activations(layer, family)
     if first is None and inner is parts[-1]:
-        first = partial(_chain, parts[:-1])
-    run: Callable[[Tensor], Tensor] = partial(_chain, parts)
+        first = partial(_chain, calls[:-1])
+    run: Callable[[Tensor], Tensor] = partial(_chain, calls)
     if first is not None and inner is not None:
         run = partial(_chain, (first, linear_of(inner)))
     mlp = _sublayer(layer, family, run, parts, *names)
@@ -161,7 +185,13 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     if first is not None and inner is not None and mlp.plain:
         again_run = partial(_chain, (first, linear_of(inner, values=False)))
     width = getattr(inner, "in_features", None)
-    return replace(mlp, again=again, again_run=again_run, width=width)
+    return replace(mlp, again=again, again_run=again_run, width=width, beside=family.parallel)
+
+
+def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tensor]]:
+    """The MLP of ``layer``: what to call, one after the other."""
+    parts = [getattr(layer, name) for name in family.mlp]
+    return [partial(part, residual=0.0) for part in parts] if family.adds_residual else parts
 
 
 def _chain(modules: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -> Tensor:
@@ -194,7 +224,7 @@ def _sublayer(
 
 
 def _dropout(layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    drop = getattr(layer, name)
+    drop = getattr(layer, name) if hasattr(layer, name) else getattr(layer.config, name)
     if isinstance(drop, nn.Module):
         return drop
     return lambda hidden: nn.functional.dropout(hidden, p=drop, training=layer.training)

@@ -120,7 +120,7 @@ class LossRise:
     def _token_losses(self, row: dict[str, Tensor]) -> Tensor:
         """Nats of each token's target, ``[1, T]`` fp32; the head runs on a segment at a time."""
         inner = transformers_model(self.model)
-        head, family = inner.get_output_embeddings(), family_of(inner.config.model_type)
+        head, family = inner.get_output_embeddings(), family_of(inner.config)
         losses: list[Tensor] = []
 
         def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -128,9 +128,8 @@ class LossRise:
             pairs = zip(args[0].split(SEGMENT, 1), _targets(row).split(SEGMENT, 1), strict=True)
             for hidden, targets in pairs:
                 logits = head(hidden).float()
-                if family.logits_divisor:
-                    logits = logits / getattr(inner.config, family.logits_divisor)
-                softcap = family.logits_softcap and getattr(inner.config, family.logits_softcap)
+                logits = logits / family.divisor(inner.config)
+                softcap = family.softcap(inner.config)
                 if softcap:
                     logits = (logits / softcap).tanh() * softcap
                 losses.append(nn.functional.cross_entropy(logits.mT, targets, reduction="none"))

@@ -6,24 +6,14 @@ import pytest
 import torch
 from support.models import batch, make_model
 from support.trainers import dataset, make_trainer
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.checks import check_trainer
-from lemo_hf.core.families import PARALLEL_RESIDUAL
 
 pytestmark = pytest.mark.oldest
 
 CONFIG = LeMoConfig(block_size=8)
-
-
-@pytest.mark.parametrize("model_type", PARALLEL_RESIDUAL)
-def test_parallel_residuals_are_refused(model_type):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
-    named = f"'{model_type}' is not supported.*parallel.*Supported: llama"
-    with pytest.raises(ValueError, match=named):
-        apply_lemo(model, CONFIG)
 
 
 def test_models_that_do_not_fit():

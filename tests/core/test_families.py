@@ -4,17 +4,25 @@ import copy
 
 import pytest
 import torch
-from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from support.models import (
+    EAGER,
+    VARIANTS,
+    batch,
+    loss_and_gradients,
+    make_model,
+    relative_error,
+    with_lora,
+)
 from torch.nn.functional import cross_entropy
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.config import LEVELS
-from lemo_hf.core.families import FAMILIES, PARALLEL_RESIDUAL, family_of
+from lemo_hf.core.families import FAMILIES, family_of
+from lemo_hf.tune.looked_at import LookedAt
 
 pytestmark = pytest.mark.oldest
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *VARIANTS])
 def family(request):
     return request.param
 
@@ -28,66 +36,78 @@ def exact_gradients(model, input_ids, labels):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("mlp_retention", [None, 1.0])
-def test_retention_1_is_the_stock_model(family, mlp_retention, recompute):
-    model = with_lora(make_model(family))
+def test_retention_1_is_the_stock_model(family):
+    """One stock reference; at each level of recomputation, with each attention, checkpointed."""
+    model = with_lora(make_model(family, num_hidden_layers=2))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.requires_grad_()
     keys = list(model.state_dict())
     loss, gradients = loss_and_gradients(model, **batch())
     exact = exact_gradients(model, **batch())
-    config = LeMoConfig(
-        retention=1.0,
-        mlp_retention=mlp_retention,
-        block_size=16,
-        segment_size=29,
-        policy="recent",
-        recompute=recompute,
-    )
-    lemo = apply_lemo(model, config)
-    assert list(model.state_dict()) == keys
-    sparse_loss, sparse_gradients = loss_and_gradients(model, **batch())
-    assert lemo.report()["kept_tokens"] == 2 * 70
-    assert sparse_loss == pytest.approx(loss, rel=1e-6)
-    assert sparse_gradients.keys() == gradients.keys() == exact.keys()
-    error, stock = (
-        max(relative_error(found[name], exact[name]) for name in exact)
-        for found in (sparse_gradients, gradients)
-    )
-    assert error <= 2 * stock < 1e-5
+    worst = max(relative_error(gradients[name], exact[name]) for name in moved(exact))
+    parallel = family_of(model.get_base_model().config).parallel
+    runs = [{"recompute": "none"}, {"recompute": "mlp"}]
+    runs += [{"recompute": "full", "mlp_retention": None if parallel else 1.0}, {}]
+    runs += [] if family in EAGER else [{"attention": "sdpa"}]
+    for run in runs:
+        attention = run.pop("attention", "eager")
+        model.set_attn_implementation(attention)
+        if not run:
+            model.gradient_checkpointing_enable()
+        config = LeMoConfig(retention=1.0, block_size=16, segment_size=29, policy="recent", **run)
+        lemo = apply_lemo(model, config)
+        assert list(model.state_dict()) == keys
+        found = loss_and_gradients(model, **batch())
+        assert lemo.report()["kept_tokens"] == 2 * 70
+        remove_lemo(model)
+        model.gradient_checkpointing_disable()
+        if attention == "sdpa" and family == "falcon-rw":
+            continue  # transformers adds its ALiBi twice where it is eager, and once by sdpa
+        assert found[0] == pytest.approx(loss, rel=1e-6), run
+        assert found[1].keys() == gradients.keys() == exact.keys()
+        error = max(relative_error(found[1][name], exact[name]) for name in moved(exact))
+        assert error <= (2 * worst if attention == "eager" else 1e-5) and worst < 1e-5, run
+
+
+def moved(gradients):
+    """Names of gradients that are more than rounding: keys' biases move no softmax."""
+    most = max(gradient.norm() for gradient in gradients.values())
+    return [name for name, gradient in gradients.items() if gradient.norm() > 1e-6 * most]
 
 
 def test_remove_gives_the_stock_model_back(family):
-    model = make_model(family)
+    """And a copy of a model with LeMo runs on its own."""
+    model = make_model(family, num_hidden_layers=2)
     classes = [type(module) for module in model.modules()]
     before = loss_and_gradients(model, **batch())
     apply_lemo(model, LeMoConfig(block_size=16))
-    assert loss_and_gradients(model, **batch())[0] != before[0]
+    twin = copy.deepcopy(model)
+    sparse = loss_and_gradients(model, **batch())[0]
+    assert sparse != before[0]
     remove_lemo(model)
     after = loss_and_gradients(model, **batch())
     assert [type(module) for module in model.modules()] == classes
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert after[0] == before[0]
     assert all(torch.equal(after[1][name], before[1][name]) for name in before[1])
+    assert loss_and_gradients(twin, **batch())[0] == sparse
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_evaluation_and_generation_are_the_stock_model(family, implementation):
-    if family == "gemma2" and implementation == "sdpa":
-        pytest.skip("Gemma 2's soft cap needs eager attention")
-    model = make_model(family, implementation).eval()
+def test_evaluation_and_generation_are_the_stock_model(family):
+    model = make_model(family, "sdpa", num_hidden_layers=2).eval()
     ids = batch()["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        text = model.generate(ids[:, :9], max_new_tokens=5, do_sample=False)
+        text = model.generate(ids[:, :9], max_new_tokens=4, do_sample=False)
         apply_lemo(model, LeMoConfig(block_size=16))
         assert torch.equal(model(input_ids=ids).logits, logits)
-        assert torch.equal(model.generate(ids[:, :9], max_new_tokens=5, do_sample=False), text)
         model.train()  # generation in training mode fills a cache, so it stays dense too
-        assert torch.equal(model.generate(ids[:, :9], max_new_tokens=5, do_sample=False), text)
+        assert torch.equal(model.generate(ids[:, :9], max_new_tokens=4, do_sample=False), text)
 
 
 def test_saved_model_loads_without_lemo(family, tmp_path):
-    model = make_model(family)
+    model = make_model(family, num_hidden_layers=2)
     apply_lemo(model, LeMoConfig(block_size=16))
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(
@@ -100,19 +120,27 @@ def test_saved_model_loads_without_lemo(family, tmp_path):
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
-def test_a_copy_of_the_model_runs_on_its_own(family):
-    model = make_model(family)
-    apply_lemo(model, LeMoConfig(block_size=16))
-    twin = copy.deepcopy(model)
-    loss = loss_and_gradients(model, **batch())
-    assert loss_and_gradients(twin, **batch())[0] == loss[0]
-    remove_lemo(model)
-    assert loss_and_gradients(twin, **batch())[0] == loss[0]
+@pytest.mark.parametrize("name", ["falcon", "falcon-rw", "stablelm-parallel", "bloom"])
+def test_what_a_config_can_ask_and_layers_cannot(name):
+    model = make_model(name)
+    model.config.hidden_dropout = 0.1
+    model.config.apply_residual_connection_post_layernorm = True
+    if name in ("falcon", "bloom"):
+        with pytest.raises(ValueError, match="hidden_dropout=0.1|post_layernorm=True"):
+            family_of(model.config)
+    else:
+        assert family_of(model.config).parallel == (name == "stablelm-parallel")
 
 
-def test_unknown_families_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"'bloom' is not supported.*add one.*llama"):
-        family_of("bloom")
-    for model_type in PARALLEL_RESIDUAL:
-        with pytest.raises(ValueError, match=f"'{model_type}' is not supported.*parallel"):
-            family_of(model_type)
+def test_what_a_family_does_not_let_lemo_do():
+    model = make_model("phi")
+    with pytest.raises(ValueError, match="mlp_retention=0.5: .*'phi' read the same rows"):
+        apply_lemo(model, LeMoConfig(block_size=8, mlp_retention=0.5))
+    with pytest.raises(ValueError, match="policy='pooled': .*'gptj' keeps its queries"):
+        apply_lemo(make_model("gptj"), LeMoConfig(block_size=8, policy="pooled"))
+    falcon = make_model("falcon").eval()
+    looked = {"input_ids": batch()["input_ids"], "attention_mask": None, "targets": None}
+    with pytest.raises(ValueError, match="FalconAttention of transformers keeps its queries"):
+        LookedAt(falcon, LeMoConfig(policy="oracle", block_size=8), looked, [3])
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        apply_lemo(make_model("gpt2", add_cross_attention=True), LeMoConfig(block_size=8))

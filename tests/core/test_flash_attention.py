@@ -75,6 +75,10 @@ def one_packed_row():
     return {name: value[2:] for name, value in packed().items()}
 
 
+def one_plain_row():
+    return {name: value[:1] for name, value in plain().items()}
+
+
 def collated_row():
     """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds."""
     inputs = one_packed_row()
@@ -98,6 +102,18 @@ def test_flash_attention_equals_eager(flash_model, case, agree):
     assert loss == pytest.approx(expected, rel=2e-6)
     for name, gradient in expected_gradients.items():
         assert relative_error(gradients[name], gradient) < 2e-5, name
+
+
+@pytest.mark.parametrize("family", ["ministral3", "glm4", "cohere", "gpt_neox"])
+def test_flash_attention_of_other_families(flash_model, family):
+    """Ministral 3 reads positions, whose gaps flash attention would take for documents."""
+    config = LeMoConfig(retention=0.5, block_size=8, policy="random", agree_across_layers=False)
+    for inputs in (one_plain_row(), left_padded(), one_packed_row()):
+        found = []
+        for model in (flashing(family), make_model(family)):
+            apply_lemo(model, config)
+            found.append(loss_and_gradients(model, **inputs)[0])
+        assert found[0] == pytest.approx(found[1], rel=2e-6)
 
 
 def test_document_bounds_of_the_collator_are_gathered(flash_model):

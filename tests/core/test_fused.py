@@ -10,13 +10,9 @@ from lemo_hf.core.families import FAMILIES
 from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.kernels.norm import Norm
 
-TINY = {"num_hidden_layers": 2}
-LAYERED = {"gemma2", "gemma3_text", "smollm3"}  # whose configs list their layers
-
 
 def tiny(family, **overrides):
-    attention = "eager" if family == "gemma2" else "sdpa"
-    return make_model(family, attention, **({} if family in LAYERED else TINY), **overrides)
+    return make_model(family, "sdpa", num_hidden_layers=2, **overrides)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +41,9 @@ def test_what_each_family_lets_kernels_do(family):
     layer = model.get_submodule(FAMILIES[family].layers)[0]
     row = FAMILIES[family]
     for name in (row.attention_norm, row.mlp_norm, row.attention_output_norm):
-        assert name is None or isinstance(norm_of(getattr(layer, name), row.norm), Norm)
-    gated = family not in ("mixtral", "qwen3_moe", "opt")
-    assert (gated_activations(layer, row) is not None) == gated
+        found = None if name is None else norm_of(getattr(layer, name), row.norm)
+        assert name is None or isinstance(found, Norm) == (row.norm != "own")
+    assert (gated_activations(layer, row) is not None) == bool(row.gate)
 
 
 def test_hooks_and_replaced_forwards_are_respected():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lemo_hf import apply_lemo, remove_lemo
-from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.families import family_of
 from lemo_hf.patch import transformers_model
 from support.dense_reference import expected_loss, masked_dense, recorded_sets
 from support.models import batch, loss_and_gradients, relative_error
@@ -57,7 +57,7 @@ def compare(model, inputs, config, monkeypatch, mlp_output="mlp"):
     report = lemo.report()
     remove_lemo(model)
 
-    family = FAMILIES[transformers_model(model).config.model_type]
+    family = family_of(transformers_model(model).config)
     layers = transformers_model(model).get_submodule(family.layers)
     attention = [mask for name, mask in chosen if name == "attention"]
     mlp = [mask for name, mask in chosen if name == "mlp"] or attention
@@ -82,7 +82,7 @@ def compare(model, inputs, config, monkeypatch, mlp_output="mlp"):
     labels = inputs["labels"]
     rest = {k: v for k, v in inputs.items() if k != "labels"}
     model.zero_grad()
-    with masked_dense(layers, sets, mlp_output):
+    with masked_dense(layers, sets, mlp_output, family.attention):
         expected = expected_loss(model(**rest, use_cache=False).logits, labels, supervised, real)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=2e-6)

@@ -32,13 +32,15 @@ def recorded_sets(monkeypatch):
 
 
 @contextmanager
-def masked_dense(layers, sets, mlp_output):
+def masked_dense(layers, sets, mlp_output, attention_name="self_attn"):
     """Make the stock ``layers`` behave as if they kept ``sets``.
 
     Args:
         layers: Decoder layers, all of them sparse.
         sets: ``(attention keep_mask, MLP keep_mask)`` a layer, ``[B, T]`` bool each.
         mlp_output: Name of the module whose output is the MLP's update.
+        attention_name: Of the attention of a layer. Where it and the MLP are handed the residual
+            and add it themselves (BLOOM), what is left of their output is the residual.
     """
     handles = []
     for layer, (attention, mlp) in zip(layers, sets, strict=True):
@@ -52,13 +54,16 @@ def masked_dense(layers, sets, mlp_output):
             return args, kwargs
 
         def zero_attention(_, args, output, keep=attention):
-            return (output[0] * keep[..., None], *output[1:])
+            rest = args[1] if len(args) == 2 else 0
+            return (torch.where(keep[..., None], output[0], rest), *output[1:])
 
         def zero_mlp(_, args, output, keep=mlp):
-            return output * keep.reshape(*output.shape[:-1], 1)
+            rest = args[1] if len(args) == 2 else 0
+            return torch.where(keep.reshape(*output.shape[:-1], 1), output, rest)
 
-        handles.append(layer.self_attn.register_forward_pre_hook(hide_keys, with_kwargs=True))
-        handles.append(layer.self_attn.register_forward_hook(zero_attention))
+        module = getattr(layer, attention_name)
+        handles.append(module.register_forward_pre_hook(hide_keys, with_kwargs=True))
+        handles.append(module.register_forward_hook(zero_attention))
         handles.append(layer.get_submodule(mlp_output).register_forward_hook(zero_mlp))
     try:
         yield

@@ -1,9 +1,11 @@
 """Tiny random models of every supported family, and what tests measure on them."""
 
+import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 SIZES = {
     "vocab_size": 97,
@@ -20,11 +22,69 @@ SIZES = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+NO_SETTING = object()
+GPT = {"n_positions": 512, "n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXTRA = {
     "mistral": {"sliding_window": 24},
     "gemma2": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
     "granite": {"residual_multiplier": 0.3, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    "ministral": {**SLIDING},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False, "residual_dropout": 0.0},
+    "cwm": {**SLIDING},
+    "internlm3": {"bias": True, "qkv_bias": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "youtu": {  # latent attention
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": None,  # transformers clears its row, and with it the head's, on loading
+    },
+    "vaultgemma": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "granite_swa": {
+        **SLIDING,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+    },
+    "hyperclovax": {"residual_multiplier": 0.3, "logits_scaling": 0.5, "use_post_norm": True},
+    "glm": {"attention_bias": True},
+    "glm4": {"attention_bias": True},
+    "olmo": {"clip_qkv": 4.0},
+    "olmo3": {**SLIDING},
+    "exaone4": {**SLIDING, "sliding_window_pattern": 2},
+    "nanochat": {"final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {**SLIDING, "logit_scale": 0.25},
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "codegen": {**GPT, "rotary_dim": 4},
+    "bloom": {"hidden_dropout": 0.0},
+    "falcon": {"hidden_dropout": 0.0, "multi_query": True, "head_dim": NO_SETTING},
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "partial_rotary_factor": 0.5},
+    "gpt_neox": {"hidden_dropout": 0.0, "rotary_pct": 0.5},
+    "stablelm": {"hidden_dropout": 0.0, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": 24},
+    "persimmon": {"hidden_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -39,11 +99,39 @@ EXTRA = {
 }
 
 
+# transformers has no other attention for them: soft caps, sinks, and code of their own.
+EAGER = ("gemma2", "vaultgemma", "granite_swa", "bloom", "gptj", "codegen")
+# Layers of a family that its config shapes: the family, and that config.
+VARIANTS = {
+    "falcon-rw": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False}),
+    "falcon-11b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+}
+
+
 def make_model(model_type: str, implementation: str = "eager", **overrides) -> nn.Module:
-    """A tiny fp32 model in training mode, its weights far from a near-zero initialisation."""
-    settings = {**SIZES, **EXTRA.get(model_type, {}), **overrides}
+    """A tiny fp32 model in training mode, its weights far from a near-zero initialisation.
+
+    Args:
+        model_type: As in a config, or one of `VARIANTS`; one that transformers does not have skips
+            the test.
+        implementation: Of its attention, if the family is none of `EAGER`.
+        **overrides: Of its config.
+    """
+    model_type, variant = VARIANTS.get(model_type, (model_type, {}))
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    settings = {**SIZES, **EXTRA.get(model_type, {}), **variant, **overrides}
+    settings = {name: value for name, value in settings.items() if value is not NO_SETTING}
+    for by_layer in {"layer_types", "no_rope_layers"} & settings.keys():
+        settings[by_layer] = settings[by_layer][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(model_type, **settings)
-    config._attn_implementation = implementation
+    config._attn_implementation = "eager" if model_type in EAGER else implementation
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

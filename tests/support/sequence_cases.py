@@ -38,6 +38,9 @@ PASSES = {
     "granite": ("granite", {**EACH, "recompute": "full"}),
     "olmo2": ("olmo2", EACH),
     "phi3": ("phi3", EACH),
+    "glm4": ("glm4", EACH),
+    "cohere": ("cohere", {**EACH, "recompute": "full"}),
+    "gpt_neox": ("gpt_neox", EACH),
     "qwen3_moe": ("qwen3_moe", {**EACH, "recompute": "selective"}),
 }  # fmt: skip
 
@@ -127,6 +130,7 @@ REFUSED = {
     "short": ({}, {}, {"tokens": 8}, "8 tokens has fewer blocks"),
     "padding": ({}, {}, {"padding": 5}, "padding and masks"),
     "packed": ({}, {}, {"document": 30}, "packed documents"),
+    "positions": ({"model_type": "ministral3"}, {}, {}, "reads more than its rows"),
     "window": ({"model_type": "mistral"}, {}, {}, "a sliding window of 24"),
     "no_labels": ({}, {}, {"labels": False}, "labels that it is given"),
 }
