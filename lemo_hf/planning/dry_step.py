@@ -44,7 +44,7 @@ class DryModel:
     """
 
     def __init__(self, config: Any, trained: Trained, batch: int):
-        self.trained, self.batch, self.family = trained, batch, family_of(config.model_type)
+        self.trained, self.batch, self.family = trained, batch, family_of(config)
         self.config = copy.deepcopy(config)
         self.config.use_cache = False
         dtype, self.run = getattr(torch, trained.dtype), DryRun()

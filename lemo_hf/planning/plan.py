@@ -252,7 +252,7 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
 
 
 def _check_config(config: Any) -> None:
-    family_of(config.model_type)
+    family_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "the config is that of quantised weights: give the unquantised model's, and "

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from support.allocations import LLAMA, QKVO, Allocations, tiny
+from support.models import EAGER
 from support.paths import ROOT
 from transformers import AutoConfig
 from triton.runtime.jit import KernelInterface
@@ -106,13 +107,21 @@ def check_step(
 
 
 # A sparse step as it is, a stock one with gradient checkpointing.
+KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "youtu")
 WAYS = pytest.mark.parametrize(
     ("lemo", "checkpointing"), [({"retention": 0.5}, False), (None, True)], ids=["lemo", "stock"]
 )
 
 
 @WAYS
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gemma2"}))  # which stores scores
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in KINDS else pytest.mark.soak)
+        for family in FAMILIES
+        if family not in EAGER  # which stores scores
+    ],
+)
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
     check_step(lemo, family, checkpointing=checkpointing)
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from support.models import make_model
+from support.models import EXTRA, make_model
 
 KERNELS = (
     "norm._gather_norm_forward",
@@ -20,6 +20,18 @@ KERNELS = (
     "gated_activation._gated_backward",
     "segment_losses._segment_kernel",
 )
+# Projections of attentions that name them otherwise.
+ATTENTIONS = {
+    "phi3": ("qkv_proj", "o_proj"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense"),
+    "falcon": ("query_key_value", "dense"),
+    "gpt_neox": ("query_key_value", "dense"),
+    "persimmon": ("query_key_value", "dense"),
+    "gpt2": None,  # its linears are transformers' Conv1D, whose adapters are not planned
+    "gpt_bigcode": ("c_attn",),
+    "youtu": ("q_a_proj", "kv_b_proj", "o_proj"),
+}
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -75,17 +87,17 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
     """A small bf16 model of the proportions of large ones, with LoRA unless ``targets`` is None."""
     if family == "smollm3":
         options["no_rope_layers"] = [1, 0, 1][:layers]
-    if family == "mistral":
+    if family in ("mistral", "starcoder2"):
         options["sliding_window"] = None
-    if family == "gemma3_text":  # no row is as long as its windows
+    if "layer_types" in EXTRA.get(family, {}):  # no row is as long as its windows
         kinds = ["sliding_attention", "full_attention"] * layers
         options |= {"layer_types": kinds[:layers], "sliding_window": 4096}
-    if family == "phi3" and targets == QKVO:
-        targets = ("qkv_proj", "o_proj")
-    if family == "opt" and targets == QKVO:
-        targets = (*QKVO[:3], "out_proj")
+    if targets == QKVO:
+        targets = ATTENTIONS.get(family, QKVO)
     sizes = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "head_dim": 8}
     sizes |= {"vocab_size": 64, "tie_word_embeddings": False, "num_hidden_layers": layers}
+    if family in ("falcon", "youtu"):  # heads have widths of their own
+        del sizes["head_dim"]
     model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
     config = model.config
     if targets is not None:
