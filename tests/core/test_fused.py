@@ -10,7 +10,6 @@ from lemo_hf.core.families import FAMILIES
 from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.kernels.norm import Norm
 
-
 # All kinds of norms, gates and rotary positions; the other families have one of these.
 KINDS = ("llama", "gemma3_text", "granite", "olmo2", "phi3", "opt", "glm", "cohere", "mixtral")
 REST = pytest.mark.soak

@@ -106,8 +106,8 @@ def check_step(
     return expected
 
 
-# A sparse step as it is, a stock one with gradient checkpointing.
 KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "youtu")
+# A sparse step as it is, a stock one with gradient checkpointing.
 WAYS = pytest.mark.parametrize(
     ("lemo", "checkpointing"), [({"retention": 0.5}, False), (None, True)], ids=["lemo", "stock"]
 )

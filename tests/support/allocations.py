@@ -98,6 +98,7 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
     sizes |= {"vocab_size": 64, "tie_word_embeddings": False, "num_hidden_layers": layers}
     if family in ("falcon", "youtu"):  # heads have widths of their own
         del sizes["head_dim"]
+        sizes["num_key_value_heads"] = 8
     model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
     config = model.config
     if targets is not None:
