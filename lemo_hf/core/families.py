@@ -30,7 +30,8 @@ class Family:
     ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
     its queries and keys cannot be looked at.
     ``adds_residual``: attention and MLP are handed the residual and add it themselves.
-    ``returns_tuple``: the layer returns its stream as the first of two.
+    ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
+    as the first of two.
     """
 
     layers: str = "model.layers"
@@ -55,6 +56,7 @@ class Family:
     reads_positions: bool = False
     own_attention: bool = False
     adds_residual: bool = False
+    mlp_returns_tuple: bool = False
     returns_tuple: bool = False
     logits_divisor: str | None = None  # in the model's config, and so are these
     logits_factor: str | None = None
@@ -151,6 +153,20 @@ FAMILIES = {
     "mixtral": _MOE,
     "qwen2_moe": _MOE,
     "qwen3_moe": _MOE,
+    "olmoe": _MOE,
+    "glm4_moe": _MOE,
+    "dots1": _MOE,
+    "minimax_m2": _MOE,
+    "ernie4_5_moe": replace(_MOE, half_rotary=False),
+    "phimoe": replace(_MOE, norm="layer"),
+    "granitemoe": replace(
+        _MOE,
+        mlp=("block_sparse_moe",),
+        residual_scale="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    # cos and sin are half as wide as a head
+    "gpt_oss": replace(_MOE, half_rotary=False, mlp_returns_tuple=True),
     "gemma": replace(_GEMMA, logits_softcap=None),
     "gemma2": _GEMMA_2,
     "gemma3_text": _GEMMA_2,

@@ -296,6 +296,7 @@ def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bo
     if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa'."
+            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa', "
+            "or 'eager' where transformers has no 'sdpa' for the model."
         )
     return True

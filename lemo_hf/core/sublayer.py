@@ -7,6 +7,7 @@ of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,8 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
 def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tensor]]:
     """The MLP of ``layer``: what to call, one after the other."""
     parts = [getattr(layer, name) for name in family.mlp]
+    if family.mlp_returns_tuple:
+        parts.append(itemgetter(0))
     return [partial(part, residual=0.0) for part in parts] if family.adds_residual else parts
 
 
