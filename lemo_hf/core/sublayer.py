@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lemo_hf.core.families import Family
 from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.core.lora import linear_of
+from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
@@ -187,6 +188,16 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
         again_run = partial(_chain, (first, linear_of(inner, values=False)))
     width = getattr(inner, "in_features", None)
     return replace(mlp, again=again, again_run=again_run, width=width, beside=family.parallel)
+
+
+def balanced(
+    mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad | None, counted: Tensor | None
+) -> Sublayer:
+    """``mlp`` whose router, if it has one, tells ``load`` what it chooses for ``counted`` rows."""
+    router = getattr(getattr(layer, family.mlp[0]), family.router or "", None)
+    if load is None or router is None:
+        return mlp
+    return replace(mlp, run=partial(load.run, mlp.run, router, counted))
 
 
 def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tensor]]:
