@@ -1,8 +1,9 @@
-"""Damaged files of a model: what transformers, tokenizers and safetensors raise, in one line."""
+"""A model's files: damaged ones told in one line, and weights that they do not hold refused."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lemo_hf.shown import shortened
 
@@ -26,3 +27,25 @@ def loading(name: str) -> Iterator[None]:
         raise ValueError(
             f"model {name!r} cannot be loaded, a file of it may be damaged ({what}): get it again."
         ) from error
+
+
+def load_causal_lm(name: str, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, which would draw weights that no file holds.
+
+    Raises:
+        ValueError: There are such weights. A head that is tied to the embeddings is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        count = "1 weight" if len(missing) == 1 else f"{len(missing)} weights"
+        raise ValueError(
+            f"model {name!r} has no values for {count} of {type(model).__name__}, which would be "
+            f"random: {shortened(', '.join(missing))}. Name a checkpoint of this class. A "
+            "multimodal checkpoint holds its language model under other names: name one of the "
+            "text model alone."
+        )
+    return model

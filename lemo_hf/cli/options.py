@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lemo_hf.cli.loading import loading
+from lemo_hf.cli.loading import load_causal_lm, loading
 from lemo_hf.cli.positions import change_positions
 from lemo_hf.shown import shortened
 from lemo_hf.storage.files import parse_json
@@ -85,7 +85,7 @@ class ModelOptions:
     def _load(self, length: int | None) -> tuple[Any, Any]:
         import torch
         from accelerate import PartialState
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         trust = {"trust_remote_code": self.trust_remote_code}
         config = prepared_config(
@@ -106,9 +106,7 @@ class ModelOptions:
         except RuntimeError as error:
             raise ValueError(f"--device {device!r}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(self.model, **trust)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            self.model, config=config, dtype=self.dtype.value, **trust
-        )
+        model = load_causal_lm(self.model, config=config, dtype=self.dtype.value, **trust)
         if self.adapter is not None:
             from lemo_hf.cli.adapter import load_adapter
 

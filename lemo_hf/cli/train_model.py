@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lemo_hf.cli.loading import loading
+from lemo_hf.cli.loading import load_causal_lm, loading
 from lemo_hf.cli.options import prepared_config
 from lemo_hf.cli.train_config import ModelSection, Run
 
@@ -19,7 +19,7 @@ def load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
 
 
 def _load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     shared = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     config = prepared_config(
@@ -35,9 +35,7 @@ def _load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
         if section.attn_implementation is None
         else {"attn_implementation": section.attn_implementation}
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        section.name, config=config, dtype=section.dtype, **shared, **more
-    )
+    model = load_causal_lm(section.name, config=config, dtype=section.dtype, **shared, **more)
     return model, AutoTokenizer.from_pretrained(section.name, **shared)
 
 

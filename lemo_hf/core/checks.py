@@ -27,12 +27,6 @@ def check_model(model: nn.Module) -> Family:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
         )
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            "output_router_logits=True is not supported: sparse layers route kept tokens only, "
-            "which the auxiliary loss does not expect. Set model.config.output_router_logits=False "
-            "(with TRL: SFTConfig(router_aux_loss_coef=0.0))."
-        )
     if getattr(config, "layerdrop", 0):
         raise ValueError(
             f"layerdrop={config.layerdrop} is not supported: set model.config.layerdrop=0 before "
@@ -186,13 +180,46 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
             "lemo_hf.integrations.trl.LeMoSFTTrainer. Trainers that compare with a reference model "
             "(DPO, KTO, GRPO) are not supported: call remove_lemo(model) first."
         )
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+    for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name) or (kwargs.get(name) is None and getattr(model.config, name, False)):
             raise ValueError(
                 f"{name}=True is not supported in a sparse training pass: the stream is updated in "
                 "place and eliminated tokens have no such output. Call model.eval() first, or "
                 f"leave {name} unset."
             )
+
+
+def asks_for_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for routers' logits, and with them for the loss of their balance."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+
+
+def check_router_loss(model: nn.Module, own: bool, config: LeMoConfig) -> None:
+    """Raises ValueError where kept tokens cannot stand in that loss for all of them.
+
+    Args:
+        model: The causal LM.
+        own: The loss of the pass is the model class's, which LeMo stands in for.
+        config: The user's choice.
+    """
+    way_out = "Set model.config.output_router_logits=False."
+    if not hasattr(model, "router_aux_loss_coef"):
+        raise ValueError(
+            f"output_router_logits=True: {type(model).__name__} has no auxiliary loss, and "
+            f"eliminated tokens have no router logits. {way_out}"
+        )
+    if not own:
+        raise ValueError(
+            "output_router_logits=True needs the model's own loss, made from labels: LeMo adds the "
+            "auxiliary loss of kept tokens to it, and another loss would find no router logits. "
+            f"{way_out}"
+        )
+    if config.sequence_parallel_size > 1:
+        raise ValueError(
+            "output_router_logits=True is not supported with sequence_parallel_size="
+            f"{config.sequence_parallel_size}: each process routes a part of the tokens. {way_out}"
+        )
 
 
 def check_sharded_head(head: nn.Module) -> None:

@@ -21,6 +21,7 @@ class Family:
     of all norms, as `lemo_hf.kernels.norm.KINDS` names it, or "own": then they are called.
     ``intermediate`` names the Linear
     whose input is the MLP's intermediate activation, None where experts have no single one.
+    ``router`` names the router inside an ``mlp`` of experts.
     ``final_norm`` is what the stream goes through before the head, if nothing else is.
     ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
     addition. In a ``parallel`` layer the MLP reads the rows that attention reads, and both updates
@@ -30,7 +31,8 @@ class Family:
     ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
     its queries and keys cannot be looked at.
     ``adds_residual``: attention and MLP are handed the residual and add it themselves.
-    ``returns_tuple``: the layer returns its stream as the first of two.
+    ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
+    as the first of two.
     """
 
     layers: str = "model.layers"
@@ -42,6 +44,7 @@ class Family:
     norm: str = "rms"
     mlp: tuple[str, ...] = ("mlp",)
     gate: tuple[str, ...] = ("gate_proj", "up_proj")
+    router: str | None = None
     activation: str = "act_fn"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
@@ -55,6 +58,7 @@ class Family:
     reads_positions: bool = False
     own_attention: bool = False
     adds_residual: bool = False
+    mlp_returns_tuple: bool = False
     returns_tuple: bool = False
     logits_divisor: str | None = None  # in the model's config, and so are these
     logits_factor: str | None = None
@@ -72,7 +76,7 @@ class Family:
 
 
 _LLAMA = Family()
-_MOE = Family(intermediate=None, gate=())
+_MOE = Family(intermediate=None, gate=(), router="gate")
 _GEMMA = Family(norm="rms_plus_one", logits_softcap="final_logit_softcapping")
 _GEMMA_2 = replace(
     _GEMMA,
@@ -151,6 +155,21 @@ FAMILIES = {
     "mixtral": _MOE,
     "qwen2_moe": _MOE,
     "qwen3_moe": _MOE,
+    "olmoe": _MOE,
+    "glm4_moe": _MOE,
+    "dots1": _MOE,
+    "minimax_m2": _MOE,
+    "ernie4_5_moe": replace(_MOE, half_rotary=False),
+    "phimoe": replace(_MOE, norm="layer", router="router"),
+    "granitemoe": replace(
+        _MOE,
+        mlp=("block_sparse_moe",),
+        router="router",
+        residual_scale="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    # cos and sin are half as wide as a head
+    "gpt_oss": replace(_MOE, router="router", half_rotary=False, mlp_returns_tuple=True),
     "gemma": replace(_GEMMA, logits_softcap=None),
     "gemma2": _GEMMA_2,
     "gemma3_text": _GEMMA_2,

@@ -25,7 +25,13 @@ from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import deep_copy, pickled_as
 from lemo_hf.core.policies import ScoreInputs, rank
 from lemo_hf.core.sparse_pass import SparsePass
-from lemo_hf.core.sublayer import Sublayer, attention_sublayer, mlp_sublayer, run_sublayers
+from lemo_hf.core.sublayer import (
+    Sublayer,
+    attention_sublayer,
+    balanced,
+    mlp_sublayer,
+    run_sublayers,
+)
 from lemo_hf.kernels.gather_norm import gather_norm
 from lemo_hf.kernels.rows import add_update, close_stream, open_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
@@ -224,10 +230,14 @@ def _sparse_forward(
     if level == "selective" and mlp.beside:
         level = "lean"  # the sum that "selective" keeps does not exist
     update = partial(_update, layer, setup, level)
-    x = update(x, kept, share, [attention, mlp] if shares else [attention])
+
+    def routed(kept: KeptSet) -> Sublayer:
+        return balanced(mlp, layer, setup.family, sparse_pass.load, sparse_pass.counted(kept))
+
+    x = update(x, kept, share, [attention, routed(kept)] if shares else [attention])
     if setup.mlp_rule is not None:
         mlp_kept = sparse_pass.choose(setup.index, "mlp", setup.mlp_rule, partial(score, "mlp"))
-        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [mlp])
+        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [routed(mlp_kept)])
     return close_stream(x) if setup.closes and not sparse_pass.owns_gradient else x
 
 
@@ -296,6 +306,7 @@ def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bo
     if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa'."
+            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa', "
+            "or 'eager' where transformers has no 'sdpa' for the model."
         )
     return True

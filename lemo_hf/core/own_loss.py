@@ -115,6 +115,9 @@ class OwnLoss:
     def give(self, output: ModelOutput) -> ModelOutput:
         """The model's ``output`` with the loss, and logits for who asks."""
         assert self._loss is not None  # the head has been called
+        load = self._sparse_pass.load
+        if load is not None:
+            self._loss, output["aux_loss"] = load.added_to(self._loss), load.loss()
         if self._logits is not None:
             return with_logits(output, self._loss, self._logits)
         output["loss"], output["logits"] = self._loss, None

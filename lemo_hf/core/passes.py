@@ -22,12 +22,13 @@ from lemo_hf.batch.facts import position_ids_of
 from lemo_hf.batch.row_counts import RowCounts
 from lemo_hf.batch.tally import Seen, Tally
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.checks import check_call
+from lemo_hf.core.checks import asks_for_router_logits, check_call, check_router_loss
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.families import Family
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
+from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.core.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,
@@ -166,6 +167,11 @@ class Passes:
         check_call(model, kwargs, outside is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
+        load = None
+        if asks_for_router_logits(model, kwargs):
+            check_router_loss(model, own, self.config)
+            load = RouterLoad(model)
+            kwargs["output_router_logits"] = False
         shards = None
         if self.group is not None:
             check_sequence_call(self.config, self._layers, self.family, kwargs, main)
@@ -186,6 +192,7 @@ class Passes:
             shards=shards,
             rows=self.rows,
             retention=self.retention,
+            load=load,
         )
         if shards is not None:
             kwargs = shards.take(kwargs)

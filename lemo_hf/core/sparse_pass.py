@@ -18,6 +18,7 @@ from lemo_hf.batch.selection import (
 )
 from lemo_hf.batch.tally import Seen
 from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.parallel.sequence_parallel import Shards, Share
 
 
@@ -33,6 +34,7 @@ class SparsePass(BatchFacts):
             have to, and scoring gathers parameters that all of them hold parts of.
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
         retention: Of the `Budget`.
+        load: Of the routers, where the loss asks for its balance.
         **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
             ``vocabulary`` and ``rows``, see `BatchFacts`.
     """
@@ -50,6 +52,7 @@ class SparsePass(BatchFacts):
         score_always: bool = False,
         shards: Shards | None = None,
         retention: float | None = None,
+        load: RouterLoad | None = None,
         **facts: Any,
     ):
         super().__init__(config.block_size, shape, device, **facts)
@@ -57,6 +60,7 @@ class SparsePass(BatchFacts):
         self.global_step = global_step
         self.score_always = score_always
         self.shards = shards
+        self.load = load
         self.budget = Budget(config, retention)
         self.agreed: dict[str, KeptSet] = {}
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -75,6 +79,14 @@ class SparsePass(BatchFacts):
     def seen(self) -> Seen:
         """What layers have kept, once all have chosen."""
         return Seen(self.real_tokens, self.real, self.kept_tokens, self.kept_blocks)
+
+    def counted(self, kept: KeptSet) -> Tensor | None:
+        """Slots of ``kept`` that hold a token, ``[B * K]`` bool; None if all of them do."""
+        found = kept.slot_mask
+        if self.valid is not None:
+            real = self.valid.gather(1, kept.index)
+            found = real if found is None else found & real
+        return None if found is None else found.flatten()
 
     def share(self, kept: KeptSet) -> Share | None:
         """Who works on which rows of ``kept``; None where no other process does."""

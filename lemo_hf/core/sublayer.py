@@ -7,6 +7,7 @@ of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lemo_hf.core.families import Family
 from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.core.lora import linear_of
+from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.kernels.gather_norm import add_norm
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.kernels.norm import Norm
@@ -188,9 +190,21 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     return replace(mlp, again=again, again_run=again_run, width=width, beside=family.parallel)
 
 
+def balanced(
+    mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad | None, counted: Tensor | None
+) -> Sublayer:
+    """``mlp`` whose router, if it has one, tells ``load`` what it chooses for ``counted`` rows."""
+    router = getattr(getattr(layer, family.mlp[0]), family.router or "", None)
+    if load is None or router is None:
+        return mlp
+    return replace(mlp, run=partial(load.run, mlp.run, router, counted))
+
+
 def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tensor]]:
     """The MLP of ``layer``: what to call, one after the other."""
     parts = [getattr(layer, name) for name in family.mlp]
+    if family.mlp_returns_tuple:
+        parts.append(itemgetter(0))
     return [partial(part, residual=0.0) for part in parts] if family.adds_residual else parts
 
 

@@ -16,11 +16,10 @@ WHY_NOT = {
         axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4
     """,
     "no one has tried its experts yet: a row in lemo_hf/core/families.py may be all it needs": """
-        afmoe aria_text axk1 cohere2_moe dbrx deepseek_v2 deepseek_v3 dots1 ernie4_5_moe
-        exaone_moe flex_olmo flint glm4_moe glm4_moe_lite gpt_oss granitemoe
-        granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe kolibri1 laguna
-        llama4_text longcat_flash mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text
-        olmoe phimoe solar_open
+        afmoe aria_text axk1 cohere2_moe dbrx deepseek_v2 deepseek_v3 exaone_moe
+        flex_olmo flint glm4_moe_lite granitemoe_swa granitemoeshared hunyuan_v1_moe
+        hy_v3 jetmoe kolibri1 laguna llama4_text longcat_flash mellum mimo_v2_flash
+        minimax_m3_vl_text solar_open
     """,
     "its layers read more than the stream: keys and values of other layers, or more inputs": """
         gemma3n_text gemma4_assistant gemma4_text gemma4_unified_assistant

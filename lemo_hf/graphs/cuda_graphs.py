@@ -285,6 +285,8 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
         return "its weights are in parts on several processes"
     if not any(p.requires_grad for p in weights):
         return "no weight is trained"
+    if getattr(model.config, "output_router_logits", False):
+        return "the auxiliary loss of experts is made outside the graph"
     attention = model.config._attn_implementation
     if attention != "sdpa":
         return f"{attention} attention asks the host; take attn_implementation='sdpa'"

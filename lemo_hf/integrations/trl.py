@@ -26,6 +26,12 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
         if args is not None and kwargs.get("lemo_config") is not None:
             _check(args)
         super().__init__(model, args, *more, **kwargs)
+        if kwargs.get("lemo_config") is not None and getattr(self, "aux_loss_enabled", False):
+            raise ValueError(
+                "the experts' auxiliary loss is not supported in TRL, which makes its loss outside "
+                "the model: set SFTConfig(router_aux_loss_coef=0.0), or use LeMoTrainer, which "
+                "takes it over kept tokens."
+            )
 
     def _loss_is_outside(self) -> bool:
         return True

@@ -17,6 +17,8 @@ from lemo_hf.core.families import FAMILIES
 
 # Which build their causal mask without position ids: the stock model knows no documents.
 NO_DOCUMENTS = ("opt", "falcon", "falcon-rw", "falcon-11b", "falcon-40b", "bloom")
+# Whose output is the update, where it is not "mlp".
+UPDATE = {"opt": "fc2", "granitemoe": "block_sparse_moe", "gpt_oss": "mlp.experts"}
 CONFIG = LeMoConfig(
     retention=0.5, block_size=8, policy="random", agree_across_layers=False, segment_size=50
 )
@@ -28,7 +30,7 @@ def test_equals_masked_dense_layers(family, monkeypatch):
     model = with_lora(make_model(family, num_hidden_layers=2))
     for case in (left_padded, packed, completion_only):
         if case is not packed or family not in NO_DOCUMENTS:
-            compare(model, case(), CONFIG, monkeypatch, "fc2" if family == "opt" else "mlp")
+            compare(model, case(), CONFIG, monkeypatch, UPDATE.get(family, "mlp"))
 
 
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *VARIANTS) if name not in EAGER])

@@ -36,6 +36,7 @@ OPEN = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "helium": {"head_dim": 8},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2},
     "youtu": {"head_dim": 64, "num_key_value_heads": 4},
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

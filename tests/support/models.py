@@ -22,6 +22,12 @@ SIZES = {
     "eos_token_id": 2,
 }
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
 NO_SETTING = object()
 GPT = {"n_positions": 512, "n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXTRA = {
@@ -88,6 +94,34 @@ EXTRA = {
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 4.0},
+    "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "use_qk_norm": True},
+    "dots1": {**EXPERTS, "n_routed_experts": 4, **SLIDING},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "use_bias": True,
+    },
+    "phimoe": {  # the router draws no expert by chance, so that fp64 routes alike
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.0,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": None,
+    },
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+    },
+    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "opt": {
         "ffn_dim": 48,
@@ -100,7 +134,7 @@ EXTRA = {
 
 
 # transformers has no other attention for them: soft caps, sinks, and code of their own.
-EAGER = ("gemma2", "vaultgemma", "granite_swa", "bloom", "gptj", "codegen")
+EAGER = ("gemma2", "gpt_oss", "vaultgemma", "granite_swa", "bloom", "gptj", "codegen")
 # Layers of a family that its config shapes: the family, and that config.
 VARIANTS = {
     "falcon-rw": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False}),
@@ -146,6 +180,8 @@ def make_model(model_type: str, implementation: str = "eager", **overrides) -> n
 def with_lora(model: nn.Module, **options) -> nn.Module:
     """LoRA on every linear, with a B that is not zero, so that every gradient is tested."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
+    if model.config.model_type == "phimoe":  # its router is a Linear that returns three tensors
+        settings["exclude_modules"] = ["router"]
     model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

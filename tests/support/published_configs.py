@@ -91,4 +91,52 @@ PUBLISHED = [
             "parallel_attn": False,
         },
     ),
+    (
+        "gpt_oss",
+        "openai/gpt-oss-20b",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "attention_bias": True,
+            "swiglu_limit": 7.0,
+        },
+    ),
+    (
+        "glm4_moe",
+        "zai-org/GLM-4.5",
+        {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1_000_000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    (
+        "phimoe",
+        "microsoft/Phi-3.5-MoE-instruct",
+        {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.01,
+            "input_jitter_noise": 0.01,
+        },
+    ),
+    (
+        "dots1",
+        "rednote-hilab/dots.llm1.inst",
+        {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    ),
 ]
