@@ -144,15 +144,6 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
                 "same rows and add to them at once, so that they keep the same blocks. Set "
                 f"{name}=None."
             )
-    if config.policy not in ("oracle", "pooled") or family.intermediate is not None:
-        return
-    for name in ("mlp_retention", "mlp_threshold"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(config, name)} with policy={config.policy!r}: the experts of "
-                f"{model_type!r} have no single intermediate activation to score. Leave {name} "
-                "unset (the MLP keeps what attention keeps), or use policy 'random' or 'recent'."
-            )
 
 
 def check_block_size(config: LeMoConfig, longest: int) -> None:

@@ -160,6 +160,8 @@ FAMILIES = {
     "dots1": _MOE,
     "minimax_m2": _MOE,
     "ernie4_5_moe": replace(_MOE, half_rotary=False),
+    "deepseek_v3": replace(_MOE, half_rotary=False),
+    "glm4_moe_lite": replace(_MOE, half_rotary=False),
     "phimoe": replace(_MOE, norm="layer", router="router"),
     "granitemoe": replace(
         _MOE,

@@ -4,6 +4,7 @@ Each maps a `ScoreInputs` to block scores ``[B, N]`` without gradient; higher is
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,8 @@ def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
 def oracle(inputs: ScoreInputs) -> Tensor:
     """How much blocks that ask attend to a block, by the layer's real queries and keys.
 
-    An MLP that chooses for itself keeps the blocks with its largest activations.
+    An MLP that chooses for itself keeps the blocks with its largest activations; one of experts
+    those with its largest updates.
     """
     sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
     if inputs.sublayer == "attention":
@@ -317,15 +319,17 @@ def rank(inputs: ScoreInputs) -> Tensor:
 
 
 def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
-    """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``."""
+    """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``.
+
+    Experts have no single one: of theirs, that of the update which they make together.
+    """
     seen: list[Tensor] = []
-    assert inputs.family.intermediate is not None  # see `check_family`
-    down = inputs.layer.get_submodule(inputs.family.intermediate)
-    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
+    with ExitStack() as hooks:
+        if inputs.family.intermediate is not None:
+            down = inputs.layer.get_submodule(inputs.family.intermediate)
+            handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hooks.callback(handle.remove)
         hidden = rows if normed else sublayer_input(inputs, rows)
         for call in mlp_calls(inputs.layer, inputs.family):
             hidden = call(hidden)
-    finally:
-        handle.remove()
-    return seen[0].float().abs().mean(-1)
+    return (seen[0] if seen else hidden).float().abs().mean(-1)

@@ -16,8 +16,8 @@ WHY_NOT = {
         axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4
     """,
     "no one has tried its experts yet: a row in lemo_hf/core/families.py may be all it needs": """
-        afmoe aria_text axk1 cohere2_moe dbrx deepseek_v2 deepseek_v3 exaone_moe
-        flex_olmo flint glm4_moe_lite granitemoe_swa granitemoeshared hunyuan_v1_moe
+        afmoe aria_text axk1 cohere2_moe dbrx deepseek_v2 exaone_moe
+        flex_olmo flint granitemoe_swa granitemoeshared hunyuan_v1_moe
         hy_v3 jetmoe kolibri1 laguna llama4_text longcat_flash mellum mimo_v2_flash
         minimax_m3_vl_text solar_open
     """,

@@ -21,6 +21,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
 EXPERTS = {
     "num_experts_per_tok": 2,
@@ -97,6 +106,8 @@ EXTRA = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 4.0},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "use_qk_norm": True},
     "dots1": {**EXPERTS, "n_routed_experts": 4, **SLIDING},
+    "deepseek_v3": {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+    "glm4_moe_lite": {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {
         "moe_num_experts": 4,
