@@ -210,7 +210,7 @@ def _count_rows(
         ids.device,
         attention_mask=mask,
         targets=targets,
-        vocabulary=model.config.vocab_size,
+        vocabulary=model.config.get_text_config().vocab_size,
     )
     facts.check_labels(targets)
     return facts.rows
