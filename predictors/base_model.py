@@ -67,17 +67,18 @@ class BaseModel:
     @classmethod
     def from_config(cls, config: Any) -> "BaseModel":
         """The facts in a transformers config."""
-        heads = config.num_attention_heads
+        text = config.get_text_config()
+        heads = text.num_attention_heads
         name = getattr(config, "_name_or_path", None) or None
         if name is not None and os.path.isdir(name):
             name = None
         return cls(
             model_type=config.model_type,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            vocab_size=config.vocab_size,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            vocab_size=text.vocab_size,
             name=name,
             commit=getattr(config, "_commit_hash", None) or None,
         )

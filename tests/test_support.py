@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.core.families import FAMILIES, family_of
+from lemo_hf.core.families import FAMILIES, MULTIMODAL, family_of
 from lemo_hf.core.unsupported import WHY_NOT, why_not
 
 PAGE = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def rows(title):
 
 def supported(name):
     """Whether a model that AutoModelForCausalLM makes of this type has a row."""
-    return name in FAMILIES or CONFIG_MAPPING[name].model_type in FAMILIES
+    return name in (*FAMILIES, *MULTIMODAL) or CONFIG_MAPPING[name].model_type in FAMILIES
 
 
 def test_no_causal_lm_is_forgotten():
@@ -38,12 +38,12 @@ def test_no_causal_lm_is_forgotten():
     for name in CAUSAL:
         assert supported(name) != (name in REASONS), name
     assert len(REASONS) == sum(len(types.split()) for types in WHY_NOT.values())
-    assert not REASONS.keys() & FAMILIES.keys()
+    assert not REASONS.keys() & {*FAMILIES, *MULTIMODAL}
 
 
 def test_the_page_names_every_type():
     found = [name for types in rows("Models").values() for name in types]
-    assert sorted(found) == sorted({*FAMILIES, "gpt-sw3"})
+    assert sorted(found) == sorted({*FAMILIES, *MULTIMODAL, "gpt-sw3"})
     assert rows("Models that are refused") == {
         reason: types.split() for reason, types in WHY_NOT.items()
     }

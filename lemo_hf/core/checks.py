@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
-from lemo_hf.core.families import Family, family_of
+from lemo_hf.core.families import MULTIMODAL, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ def check_model(model: nn.Module) -> Family:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM."
         )
+    config = config.get_text_config()
     if getattr(config, "layerdrop", 0):
         raise ValueError(
             f"layerdrop={config.layerdrop} is not supported: set model.config.layerdrop=0 before "
@@ -163,7 +164,9 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
         kwargs: Of the call.
         promised: The Trainer has shown LeMo the labels of its loss.
     """
-    check_attention(model.config)
+    model_config: Any = model.config
+    check_attention(model_config.get_text_config())
+    _check_text_alone(model, model_config.model_type, kwargs)
     if kwargs.get("fused_lm_head") and not promised and torch.is_grad_enabled():
         raise ValueError(
             "fused_lm_head=True: a TRL trainer asks for the log-probability of each token, and a "
@@ -178,6 +181,34 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
                 "place and eliminated tokens have no such output. Call model.eval() first, or "
                 f"leave {name} unset."
             )
+
+
+def _check_text_alone(model: nn.Module, model_type: str, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for images and sound, of which a part would be left out."""
+    given = [
+        name
+        for name, value in kwargs.items()
+        if value is not None
+        and ("pixel" in name or "image" in name or "video" in name or name == "mm_encoder_outputs")
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: sparse passes of {type(model).__name__} take text alone, since "
+            "blocks could leave out a part of an image. Train on text, or call remove_lemo(model) "
+            "for batches with images."
+        )
+    kinds = kwargs.get("token_type_ids")
+    if model_type in MULTIMODAL and kinds is not None and bool(kinds.any()):
+        raise ValueError(
+            "token_type_ids other than 0 mark images, and sparse passes of "
+            f"{type(model).__name__} take text alone. Leave token_type_ids out."
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() > 2:
+        raise ValueError(
+            f"position_ids of {positions.dim()} dimensions are places in images; text has "
+            "[B, T]. Leave position_ids out: the model makes them."
+        )
 
 
 def asks_for_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:

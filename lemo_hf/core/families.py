@@ -152,13 +152,9 @@ FAMILIES = {
     "arcee": _UP_DOWN,
     "helium": Family(half_rotary=False),
     "ernie4_5": Family(half_rotary=False),
-    "mixtral": _MOE,
-    "qwen2_moe": _MOE,
-    "qwen3_moe": _MOE,
-    "olmoe": _MOE,
-    "glm4_moe": _MOE,
-    "dots1": _MOE,
-    "minimax_m2": _MOE,
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2"), _MOE
+    ),
     "ernie4_5_moe": replace(_MOE, half_rotary=False),
     "deepseek_v3": replace(_MOE, half_rotary=False),
     "glm4_moe_lite": replace(_MOE, half_rotary=False),
@@ -272,6 +268,11 @@ FAMILIES = {
 }
 
 
+# Whose language model is one of the above, by the type of its own config: (here, there).
+_TEXT_TYPES = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
+
+
 def _falcon(row: Family, config: Any) -> Family:
     if config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1:
         row = replace(row, attention_norm="ln_attn", mlp_norm="ln_mlp")
@@ -322,12 +323,28 @@ def family_of(config: Any) -> Family:
         ValueError: There is none; the message says why, or how to add a row.
     """
     name = config.model_type
+    if name in MULTIMODAL:
+        return _inside(family_of(config.get_text_config()))
+    name = _TEXT_TYPES.get(name, name)
     if name not in FAMILIES:
         why = why_not(name) or (
             "lemo_hf/core/families.py has no row for it; if its layers fit, add one"
         )
         raise ValueError(
-            f"model_type {name!r} is not supported: {why}. Supported: {', '.join(FAMILIES)}."
+            f"model_type {name!r} is not supported: {why}. "
+            f"Supported: {', '.join((*FAMILIES, *MULTIMODAL))}."
         )
     row = FAMILIES[name]
     return _BY_CONFIG[name](row, config) if name in _BY_CONFIG else row
+
+
+def _inside(row: Family) -> Family:
+    """``row`` of a language model inside a multimodal one, whose head does not scale logits."""
+    return replace(
+        row,
+        layers="model.language_model." + row.layers.partition(".")[2],
+        final_norm="model.language_model." + row.final_norm.partition(".")[2],
+        logits_divisor=None,
+        logits_factor=None,
+        logits_softcap=None,
+    )

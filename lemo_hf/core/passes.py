@@ -186,7 +186,7 @@ class Passes:
             attention_mask=kwargs.get("attention_mask"),
             position_ids=position_ids_of(kwargs, main.shape[1]),
             targets=None if labels is None else labels.targets(),
-            vocabulary=model.config.vocab_size,
+            vocabulary=model.config.get_text_config().vocab_size,
             global_step=self.global_step,
             score_always=sharded(self.last),
             shards=shards,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.families import Family
+from lemo_hf.core.families import MULTIMODAL, Family
 
 ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -15,6 +15,11 @@ def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Fam
     """Raises ValueError for models and policies whose sequences cannot be shared."""
     size = config.sequence_parallel_size
     prefix = f"sequence_parallel_size={size}"
+    if model.config.model_type in MULTIMODAL:
+        raise ValueError(
+            f"{prefix} is not supported for {type(model).__name__}, whose language model stands "
+            "inside another: use one process a sequence."
+        )
     heads = model.config.num_attention_heads
     if heads % size:
         raise ValueError(

@@ -26,7 +26,7 @@ WHY_NOT = {
         gemma4_unified_text
     """,
     "it reads more than text (images, sound)": """
-        cohere_compass_text dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified
+        cohere_compass_text dots3_note emu3 fuyu gemma3n gemma4 gemma4_unified
         git got_ocr2 llama4 moshi moss_transcribe_diarize phi4_multimodal
     """,
     "it is the decoder of an encoder-decoder, whose layers attend to the encoder": """

@@ -210,7 +210,7 @@ def _count_rows(
         ids.device,
         attention_mask=mask,
         targets=targets,
-        vocabulary=model.config.vocab_size,
+        vocabulary=model.config.get_text_config().vocab_size,
     )
     facts.check_labels(targets)
     return facts.rows
@@ -287,7 +287,7 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
         return "no weight is trained"
     if getattr(model.config, "output_router_logits", False):
         return "the auxiliary loss of experts is made outside the graph"
-    attention = model.config._attn_implementation
+    attention = model.config.get_text_config()._attn_implementation
     if attention != "sdpa":
         return f"{attention} attention asks the host; take attn_implementation='sdpa'"
     if any("dynamic" in kind or kind == "longrope" for kind in _rope_types(model)):
@@ -315,7 +315,7 @@ def _draws(model: PreTrainedModel) -> bool:
     """Whether a pass may draw random numbers: dropout, a router's jitter."""
     named = any(
         ("drop" in name or "jitter" in name) and bool(value)
-        for name, value in model.config.to_dict().items()
+        for name, value in model.config.get_text_config().to_dict().items()
     )
     layers = (part for part in model.modules() if "Dropout" in type(part).__name__)
     return named or any(getattr(part, "p", 1) for part in layers)

@@ -142,7 +142,7 @@ def _model_facts(model: nn.Module, inner: PreTrainedModel) -> dict[str, Any]:
     return {
         "name": inner.config._name_or_path or type(inner).__name__,
         "type": inner.config.model_type,
-        "layers": inner.config.num_hidden_layers,
+        "layers": inner.config.get_text_config().num_hidden_layers,
         "parameters": total,
         "trained": trained,
         "dtype": str(inner.dtype).removeprefix("torch."),

@@ -51,7 +51,7 @@ class LookedAt:
     ):
         self.streams: dict[int, ScoreInputs] = {}
         self.index = self.asks = self.target = torch.empty(0)
-        lowest = model.config.num_hidden_layers // 2
+        lowest = model.config.get_text_config().num_hidden_layers // 2
         ids = cast(Tensor, batch["input_ids"])
         mask = batch["attention_mask"]
         self.rare = rarity(ids, None if mask is None else mask.bool())

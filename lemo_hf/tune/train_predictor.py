@@ -197,7 +197,7 @@ class _Run:
         self.depth = len(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.networks = nn.ModuleDict()
         for layer in how.of_model(self.depth):
-            hidden = model.config.hidden_size
+            hidden = model.config.get_text_config().hidden_size
             network = BlockPredictor(hidden, how.block_size, min(how.rank, hidden))
             network.init_weights(generator)
             self.networks[str(layer)] = network

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error
+from transformers import TrainingArguments
 
-from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
 from lemo_hf.core.families import FAMILIES
 from lemo_hf.core.sparse_pass import SparsePass
 
@@ -124,6 +125,30 @@ def test_a_factor_of_the_loss_is_one_of_the_auxiliary_loss():
         (factor * model(**batch()).loss).backward()
         gradients.append(model.model.layers[1].mlp.gate.weight.grad.clone())
     assert relative_error(gradients[1], 0.25 * gradients[0]) < 1e-5
+
+
+def test_lemo_trainer_logs_what_trainer_logs(tmp_path):
+    """Over accumulated batches, with checkpointing; half of the tokens give another loss."""
+    text = batch(8, 32)["input_ids"]
+    rows = [{"input_ids": ids, "labels": ids} for ids in text]
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": "none"}
+    found = []
+    for retention in (None, 1.0, 0.5):
+        arguments = TrainingArguments(
+            str(tmp_path), gradient_checkpointing=retention is not None, **settings
+        )
+        lemo = retention and LeMoConfig(retention=retention, block_size=8, policy="random")
+        trainer = LeMoTrainer(
+            experts("mixtral"), arguments, train_dataset=rows, lemo_config=lemo or None
+        )
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        found.append([(log["loss"], log["grad_norm"]) for log in logs])
+    assert len(found[0]) == 2
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert found[2][0][0] != pytest.approx(found[0][0][0], rel=1e-3)
 
 
 def test_what_cannot_have_it():
