@@ -29,7 +29,7 @@ IMPORTS = {
     "patch": "config core describe graphs kernels load_predictor memory predictors",
     "integrations.callback": "announce config core kernels patch",
     "trainer": "announce config core integrations.callback parallel patch predictors storage",
-    "integrations": "config integrations.callback trainer",
+    "integrations": "config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels modes patch predictors storage",
     "planning": "batch config core kernels memory",
@@ -49,6 +49,7 @@ ALLOWED = {
     "inspection.layer_plots": {"matplotlib"},
     "inspection.kept_plots": {"matplotlib"},
     "integrations.trl": {"trl"},
+    "integrations.trl_dpo": {"trl"},
 }
 
 

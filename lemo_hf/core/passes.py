@@ -28,6 +28,7 @@ from lemo_hf.core.families import Family
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
+from lemo_hf.core.pair_sets import PairSets
 from lemo_hf.core.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,
@@ -65,6 +66,7 @@ class Passes:
             says.
         asked: A training step is under way, whose passes are sparse without labels too.
         announced: Labels of losses outside the model.
+        pairs: What passes over pairs of answers share with their reference's; None: there are none.
         rows: Counts of the rows of the next pass, where the host knows them already.
         tally: What passes that ended have kept.
         deliver: Is given what a pass has kept; `Tally.add`, unless it is not to be counted.
@@ -95,6 +97,7 @@ class Passes:
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
+        self.pairs: PairSets | None = None
         self.announced = AnnouncedLabels()
         self.tally = Tally()
         self.deliver: Callable[[Seen], None] = self.tally.add
@@ -145,9 +148,11 @@ class Passes:
         self.plain = False
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-        if not model.training or kwargs.get("past_key_values") is not None:
+        pairs = self.pairs or PairSets()
+        of_reference = pairs.are_asked()
+        if not (model.training or of_reference) or kwargs.get("past_key_values") is not None:
             return (), kwargs
-        if self.resting:
+        if self.resting and not of_reference:
             self.plain = True
             return (), kwargs
         ids = kwargs.get("input_ids")
@@ -163,7 +168,7 @@ class Passes:
         if labels is None and not refused and not self._asked_without_labels():
             self.plain = True
             return (), kwargs
-        check_call(model, kwargs, outside is not None)
+        check_call(model, kwargs, outside is not None or self.pairs is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
         shards = None
@@ -172,6 +177,7 @@ class Passes:
             check_sequence_loss(self.config, labels is not None, own)
             kwargs["attention_mask"] = None
             shards = Shards(self.group, main.shape[1], self.config.block_size)
+        leader = pairs.latest if of_reference else None
         self.current = SparsePass(
             self.config,
             tuple(main.shape[:2]),
@@ -181,11 +187,13 @@ class Passes:
             position_ids=position_ids_of(kwargs, main.shape[1]),
             targets=None if labels is None else labels.targets(),
             vocabulary=model.config.vocab_size,
-            global_step=self.global_step,
+            global_step=0 if pairs.fixed else self.global_step,
             score_always=sharded(self.last),
             shards=shards,
-            rows=self.rows,
+            rows=leader.rows if leader is not None else self.rows,
             retention=self.retention,
+            leader=leader,
+            pairs=self.pairs is not None,
         )
         if shards is not None:
             kwargs = shards.take(kwargs)
@@ -239,6 +247,10 @@ class Passes:
         self.drop()
         if ended is None or output is None:
             return output
+        if self.pairs is not None:
+            if not torch.is_grad_enabled():
+                return output  # the reference's: nothing is trained by it
+            self.pairs.latest = ended
         if ended.exceeded:
             said = f"{ended.exceeded}. Said once; the logged retention shows how often."
             self._say_once("exceeded", said)
