@@ -247,9 +247,13 @@ class Passes:
         self.drop()
         if ended is None or output is None:
             return output
+        if self.pairs is None or torch.is_grad_enabled():  # a reference's pass trains nothing
+            self._count(ended)
+        return output if own is None else own.give(output)
+
+    def _count(self, ended: SparsePass) -> None:
+        """Count a pass that trains, and say what is to be said of it."""
         if self.pairs is not None:
-            if not torch.is_grad_enabled():
-                return output  # the reference's: nothing is trained by it
             self.pairs.latest = ended
         if ended.exceeded:
             said = f"{ended.exceeded}. Said once; the logged retention shows how often."
@@ -257,7 +261,6 @@ class Passes:
         if ended.budget.retention is None:  # a run may go on within its finish
             self.tally.note_first(ended.rows, ended.row_slots)
         self.deliver(ended.seen())
-        return output if own is None else own.give(output)
 
     def _say_once(self, subject: str, message: str) -> None:
         """Warn, once for a subject."""

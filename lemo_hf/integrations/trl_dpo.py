@@ -120,10 +120,15 @@ def _alone(model: nn.Module, config: LeMoConfig) -> Iterator[None]:
 def _following(config: LeMoConfig) -> LeMoConfig:
     """``config`` for a model that chooses nothing and trains nothing."""
     policy = "pooled" if config.policy == "predictor" else config.policy
-    chance = None if policy == "pooled" else config.random_share
-    nothing = {"predictor": None, "predictor_revision": None, "offload_gib": None}
     return replace(
-        config, policy=policy, random_share=chance, cuda_graphs=False, recompute=None, **nothing
+        config,
+        policy=policy,
+        random_share=None if policy == "pooled" else config.random_share,
+        predictor=None,
+        predictor_revision=None,
+        recompute=None,
+        offload_gib=None,
+        cuda_graphs=False,
     )
 
 

@@ -25,7 +25,7 @@ from lemo_hf import LeMoConfig  # noqa: E402
 from lemo_hf.patch import lemo_of  # noqa: E402
 
 FULL = LeMoConfig(retention=1.0, block_size=8)
-HALF = LeMoConfig(retention=0.5, block_size=8)
+HALF = LeMoConfig(retention=0.5, block_size=8, chunk_size=16)
 
 
 def other():
@@ -300,7 +300,9 @@ def test_a_pass_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     """Ctrl-C in the reference's pass: the next evaluation is dense."""
     trainer = make_trainer(tmp_path, HALF, **other())
     layer = trainer.ref_model.model.layers[2]
-    handle = layer.mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    handle = layer.mlp.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         one_step(trainer)
     handle.remove()

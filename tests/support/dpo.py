@@ -8,9 +8,9 @@ from support.dense_reference import masked_dense
 trl = pytest.importorskip("trl", minversion="1.16")
 
 from datasets import Dataset  # noqa: E402
-from support.sft import TEXT, model, tokenizer  # noqa: E402
 
 from lemo_hf.integrations.trl_dpo import LeMoDPOTrainer  # noqa: E402
+from support.sft import TEXT, model, tokenizer  # noqa: E402
 
 BETA = 0.1
 
