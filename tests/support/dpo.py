@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from support.dense_reference import masked_dense
+from support.training_cases import let_fsdp_begin
 
 trl = pytest.importorskip("trl", minversion="1.16")
 
@@ -53,10 +54,12 @@ def make_trainer(tmp_path, config=None, cls=LeMoDPOTrainer, **arguments):
     for name in ("ref_model", "peft_config", "eval_dataset", "callbacks"):
         if name in arguments:
             options[name] = arguments.pop(name)
-    if cls is LeMoDPOTrainer:
+    if issubclass(cls, LeMoDPOTrainer):
         options["lemo_config"] = config
+    args = trl.DPOConfig(**{**settings, **arguments})
+    let_fsdp_begin(args)
     return cls(
-        args=trl.DPOConfig(**{**settings, **arguments}),
+        args=args,
         processing_class=tokenizer(),
         **options,
     )
