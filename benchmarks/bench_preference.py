@@ -1,6 +1,6 @@
 """DPO steps of long prompts with two completions: TRL, TRL with Liger's kernels, and LeMo.
 
-Needs TRL (``pip install "trl>=1.16"``) and takes Liger where liger_kernel is installed. Trainers are
+Needs TRL (``pip install "trl>=1.16"``); takes Liger where liger_kernel is installed. Trainers are
 TRL's own, with LoRA, gradient checkpointing and the reference by the model without its adapter.
 They take turns; each turn is a process of its own, since Liger patches transformers for good.
 """

@@ -23,11 +23,11 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def book_as_pairs(path: Path) -> Dataset:
-    """Prompts of six paragraphs, and what comes after them or somewhere else."""
+    """Prompts of four paragraphs, and what comes after them or somewhere else."""
     parts = [part for part in path.read_text(encoding="utf-8").split("\n\n") if len(part) > 80]
     rows = []
-    for i in range(6, len(parts) // 2, 7):
-        prompt = "\n\n".join(parts[i - 6 : i]) + "\n\n"
+    for i in range(4, len(parts) // 2, 5):
+        prompt = "\n\n".join(parts[i - 4 : i]) + "\n\n"
         rows.append({"prompt": prompt, "chosen": parts[i], "rejected": parts[-i]})
     return Dataset.from_list(rows)
 
@@ -42,9 +42,9 @@ def main() -> None:
     args = parser.parse_args()
 
     gpu = torch.cuda.is_available()
-    settings = {"max_length": None, "bf16": gpu, "per_device_train_batch_size": 1 if gpu else 4}
+    settings = {"max_length": None, "bf16": gpu, "per_device_train_batch_size": 1 if gpu else 2}
     settings["model_init_kwargs"] = {"dtype": "bfloat16" if gpu else "float32"}
-    settings |= {"max_steps": args.steps, "learning_rate": 1e-3, "logging_steps": 3}
+    settings |= {"max_steps": args.steps, "learning_rate": 2e-3, "logging_steps": 3}
     data = book_as_pairs(DEMO / "text/train-alice-adams.txt")
     trainer = LeMoDPOTrainer(
         model=args.model,

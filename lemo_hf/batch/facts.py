@@ -192,20 +192,23 @@ class BatchFacts:
     def check_pairs(self) -> None:
         """Raises ValueError if the rows of a pair have other prompts; the host waits for nothing
         that it would not wait for anyway."""
-        for index, row in enumerate(self.rows[: self.batch // 2]):
+        for index, row in enumerate(self.rows):
             if row.apart:
                 raise ValueError(
-                    f"rows {index} and {self.batch // 2 + index} of the batch are a pair, and "
-                    f"{row.apart} tokens of their prompts differ. They must be the same, in the "
-                    "same place: pad on the right, and cut rows with truncation_mode='keep_start'."
+                    f"row {index} of {self.batch} has a partner half a batch away, and "
+                    f"{row.apart} tokens of their prompts differ, or are padding before them. "
+                    "Both must begin with the same tokens: pad on the right, and cut rows with "
+                    "truncation_mode='keep_start'."
                 )
 
     def _apart(self, valid: Tensor) -> Tensor:
-        """Tokens of the prompt, ``[B, T]`` bool, that differ from the partner's."""
-        apart = valid != partners(valid)
-        if self.input_ids is not None:
-            apart = apart | (self.input_ids != partners(self.input_ids))
-        return apart & self.prompt.repeat_interleave(self.block_size, 1)[:, : self.tokens]
+        """Tokens of the prompt that differ from the partner's, and padding before a token:
+        ``[B, T]`` bool."""
+        prompt = self.prompt.repeat_interleave(self.block_size, 1)[:, : self.tokens]
+        left = ~valid & valid.flip(1).cummax(1).values.flip(1)
+        if self.input_ids is None:
+            return left
+        return left | ((self.input_ids != partners(self.input_ids)) & prompt)
 
     def _blocks(
         self, valid: Tensor, targets: Tensor | None, vocabulary: int | None

@@ -197,6 +197,10 @@ class Passes:
         )
         if shards is not None:
             kwargs = shards.take(kwargs)
+        if self.pairs is not None and self.current.valid is not None:
+            # Padding on the right, see `check_pairs`, is seen by no token: causal attention needs
+            # no mask, which would be T x T and keep the fastest kernels away.
+            kwargs["attention_mask"] = None
         others = [] if outside is None else [outside]
         if own:
             assert given is not None  # or there would be no loss of the model's own

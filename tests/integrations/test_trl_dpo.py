@@ -245,7 +245,7 @@ def test_evaluation_is_dense(tmp_path, models):
 
 @pytest.mark.parametrize("models", MODELS)
 def test_half_of_the_tokens_learns(tmp_path, models):
-    settings = {"max_steps": 12, "lr_scheduler_type": "constant", "beta": 0.5}
+    settings = {"max_steps": 12, "learning_rate": 2e-3, "lr_scheduler_type": "constant"}
     found = logs(make_trainer(tmp_path, HALF, **MODELS[models](), **settings))
     assert sum(log["loss"] for log in found[-4:]) < sum(log["loss"] for log in found[:4])
     assert 0.4 < found[0]["lemo/attention_retention"] < 0.9
@@ -345,5 +345,27 @@ def test_pairs_whose_prompts_differ_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, HALF)
     batch = batch_of(trainer)
     batch["input_ids"][4, 3] += 1
-    with pytest.raises(ValueError, match=r"rows 0 and 4 .* 1 tokens of their prompts differ"):
+    with pytest.raises(ValueError, match=r"row 0 of 8 .* 1 tokens of their prompts differ"):
         one_step(trainer, batch)
+    batch = batch_of(trainer)
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        batch[name] = torch.nn.functional.pad(batch[name], (5, 0))
+    with pytest.raises(ValueError, match=r" 5 tokens .* padding before them.*on the right"):
+        one_step(trainer, batch)
+
+
+@pytest.mark.parametrize("models", ["adapter", "ref_model"])
+def test_no_mask_is_made_of_padding_on_the_right(tmp_path, models):
+    """It would be T x T for each row, and keep the fastest attention kernels away."""
+    trainer = make_trainer(tmp_path, HALF, **MODELS[models]())
+    masks = []
+    for each in {id(m): m for m in (trainer.model, trainer.ref_model) if m is not None}.values():
+        for layer in getattr(each, "get_base_model", lambda m=each: m)().model.layers:
+            layer.self_attn.config._attn_implementation = "sdpa"
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+    batch = batch_of(trainer)
+    assert not batch["attention_mask"].all()
+    one_step(trainer, batch)
+    assert masks == [None] * 8
