@@ -25,11 +25,10 @@ DEMO = Path(__file__).parent / "demo"
 def book_as_pairs(path: Path) -> Dataset:
     """Prompts of four paragraphs, and what comes after them or somewhere else."""
     parts = [part for part in path.read_text(encoding="utf-8").split("\n\n") if len(part) > 80]
-    rows = []
-    for i in range(4, len(parts) // 2, 5):
-        prompt = "\n\n".join(parts[i - 4 : i]) + "\n\n"
-        rows.append({"prompt": prompt, "chosen": parts[i], "rejected": parts[-i]})
-    return Dataset.from_list(rows)
+    places = range(4, len(parts) // 2, 5)
+    prompts = ["\n\n".join([*parts[i - 4 : i], ""]) for i in places]
+    answers = {"chosen": [parts[i] for i in places], "rejected": [parts[-i] for i in places]}
+    return Dataset.from_dict({"prompt": prompts, **answers})
 
 
 def main() -> None:
@@ -40,7 +39,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", default="out/dpo")
     args = parser.parse_args()
-
     gpu = torch.cuda.is_available()
     settings = {"max_length": None, "bf16": gpu, "per_device_train_batch_size": 1 if gpu else 2}
     settings["model_init_kwargs"] = {"dtype": "bfloat16" if gpu else "float32"}

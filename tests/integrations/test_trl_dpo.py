@@ -62,13 +62,15 @@ SETTINGS = {
     "plain": {},
     "precomputed": {"precompute_ref_log_probs": True},
     "checkpointing": {"gradient_checkpointing": True},
+    "synced": {"sync_ref_model": True, "ref_model_sync_steps": 1},
 }
 
 
 @pytest.mark.parametrize(
     ("models", "settings"),
     [(name, "plain") for name in MODELS]
-    + [("new-adapter", "precomputed"), ("ref_model", "precomputed"), ("adapter", "checkpointing")],
+    + [("new-adapter", "precomputed"), ("ref_model", "precomputed"), ("adapter", "checkpointing")]
+    + [("ref_model", "synced")],
 )
 def test_retention_1_logs_what_dpo_trainer_does(tmp_path, models, settings):
     settings = SETTINGS[settings]
