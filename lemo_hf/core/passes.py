@@ -25,6 +25,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import check_call
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.families import Family
+from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
@@ -213,8 +214,16 @@ class Passes:
             if given.num_items is not None:
                 kwargs["num_items_in_batch"] = given.num_items
             others.append(given)
+            if self.pairs is not None and kwargs.get("fused_lm_head"):  # by TRL: reads no others
+                self._norm_label_rows(model, given)
         self._strike_later(self.current, others)
         return (), kwargs
+
+    def _norm_label_rows(self, model: PreTrainedModel, labels: Labels) -> None:
+        assert self.current is not None  # it is about to run
+        norm = norm_label_rows(model, self.family, self.current, labels.targets())
+        if norm is not None:
+            self._for_this_pass.append(norm)
 
     def _makes_own_loss(
         self, model: PreTrainedModel, kwargs: dict[str, Any], given: Labels | None

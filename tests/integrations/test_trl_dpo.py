@@ -22,6 +22,7 @@ from support.dpo import (  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 from lemo_hf import LeMoConfig  # noqa: E402
+from lemo_hf.kernels import norm_rows  # noqa: E402
 from lemo_hf.patch import lemo_of  # noqa: E402
 
 FULL = LeMoConfig(retention=1.0, block_size=8)
@@ -371,3 +372,29 @@ def test_no_mask_is_made_of_padding_on_the_right(tmp_path, models):
     assert not batch["attention_mask"].all()
     one_step(trainer, batch)
     assert masks == [None] * 8
+
+
+@pytest.mark.parametrize("models", ["adapter", "ref_model"])
+def test_the_final_norm_is_taken_of_labelled_rows_alone(tmp_path, models):
+    """Of policy and reference: no more rows than the completions have tokens."""
+    trainer = make_trainer(tmp_path, HALF, **MODELS[models]())
+    batch, seen = batch_of(trainer), []
+    read_rows = norm_rows.read_rows
+
+    def counted(x, index, norm):
+        seen.append(len(index))
+        return read_rows(x, index, norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm_rows, "read_rows", counted)
+        one_step(trainer, batch)
+    assert seen == [int(batch["completion_mask"].sum())] * 2
+
+
+def test_a_batch_without_completions_has_gradients_of_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, HALF)
+    batch = {name: x[:, :40] for name, x in batch_of(trainer, 3).items()}  # cut in the prompts
+    assert not batch["completion_mask"].any()
+    loss, _, gradients = one_step(trainer, batch)
+    assert loss == pytest.approx(0.693147, abs=1e-5)
+    assert gradients and not any(gradient.any() for gradient in gradients.values())
