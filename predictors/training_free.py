@@ -4,6 +4,7 @@ Pure functions of their inputs: the same batch, step and seed give the same scor
 in a recomputation and after a resume.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -121,18 +122,20 @@ def chunk_scores(keys: Tensor, places: Places, chunk: int, *salts: Tensor | int)
     return _uniform(keys, (places.document << 20) + run, *salts, 2)
 
 
-def mix_ranks(first: Tensor, second: Tensor, share: float) -> Tensor:
+def mix_ranks(first: Tensor, second: Tensor, share: float, real: Tensor) -> Tensor:
     """Scores whose best blocks are the best of two scores, ``share`` of them of the second.
 
     Args:
         first: ``[B, N]``, higher is better.
         second: ``[B, N]``, likewise.
         share: Share of the second, in (0, 1).
+        real: ``[B, N]`` bool: blocks that count. Others, of padding, take no place before them.
 
     Returns:
         ``[B, N]`` fp32, negative.
     """
-    return -torch.minimum(ranks(first) / (1 - share), ranks(second) / share)
+    first, second = (ranks(x.masked_fill(~real, -math.inf)) for x in (first, second))
+    return -torch.minimum(first / (1 - share), second / share)
 
 
 def ranks(scores: Tensor) -> Tensor:

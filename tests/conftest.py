@@ -30,6 +30,7 @@ LONG = {
     "test_sequence_parallel.py",
     "test_trainer.py",
     "test_trl.py",
+    "test_trl_dpo.py",
 }
 
 

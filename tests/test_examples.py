@@ -108,6 +108,29 @@ def test_adapters_by_other_libraries(run, name, package):
     assert loss(PeftModel.from_pretrained(load(), "out")) < loss(load())
 
 
+def test_preferences(run):
+    """Of pairs that it has trained on, the dense model prefers the chosen more than before."""
+    pytest.importorskip("trl", minversion="1.16")
+    output = run("train_dpo.py", "--steps", 9)
+    kept = logged(output, "lemo/attention_retention")
+    assert len(kept) == 3 and all(0.4 < share < 0.8 for share in kept)
+    pairs = runpy.run_path(str(EXAMPLES / "train_dpo.py"))["book_as_pairs"](
+        EXAMPLES / "demo/text/train-alice-adams.txt"
+    )
+    tokenizer, margins = AutoTokenizer.from_pretrained(MODEL), []
+    for model in (load(), PeftModel.from_pretrained(load(), "out")):
+        total = 0.0
+        for pair in pairs.select(range(12)):
+            for name, sign in (("chosen", 1), ("rejected", -1)):
+                ids = tokenizer(pair["prompt"] + pair[name], return_tensors="pt")["input_ids"]
+                labels = ids.clone()
+                labels[:, : len(tokenizer(pair["prompt"])["input_ids"])] = -100
+                with torch.no_grad():
+                    total -= sign * model.eval()(input_ids=ids, labels=labels).loss.item()
+        margins.append(total)
+    assert margins[1] > margins[0]
+
+
 def test_predictors_are_trained_and_pushed(tmp_path):
     script = [sys.executable, EXAMPLES / "train_predictor_and_push.py", "--push", "me/predictor"]
     with Hub() as hub:

@@ -30,7 +30,7 @@ IMPORTS = {
     "patch": "config core describe graphs kernels load_predictor memory predictors",
     "integrations.callback": "announce config core kernels patch",
     "trainer": "announce config core integrations.callback parallel patch predictors storage",
-    "integrations": "config integrations.callback trainer",
+    "integrations": "config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels modes patch predictors storage",
     "planning": "altered config core kernels memory patch",
@@ -51,6 +51,7 @@ ALLOWED = {
     "inspection.layer_plots": {"matplotlib"},
     "inspection.kept_plots": {"matplotlib"},
     "integrations.trl": {"trl"},
+    "integrations.trl_dpo": {"trl"},
 }
 
 

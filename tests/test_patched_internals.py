@@ -86,7 +86,7 @@ def test_attention_reads_what_is_replaced(family, monkeypatch):
     monkeypatch.setattr(rotary, lambda q, k, *tables: rotated.append(q.shape[2]) or (q, k))
     apply_lemo(model, LeMoConfig(retention=0.5, block_size=8, policy="recent"))
     model(**batch(1, 64))
-    # GPT-2's and Falcon's linears are classes of their own; latent attention hands one to a function.
+    # GPT-2's and Falcon's linears are classes of their own. Latent attention hands one on.
     if family not in ("gpt2", "falcon", "youtu", "deepseek_v3", "glm4_moe_lite"):
         assert not [name for name in called if name]
     every_other = family in ("smollm3", "exaone4")

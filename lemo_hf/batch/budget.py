@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lemo_hf.batch.facts import BatchFacts
+from lemo_hf.batch.pairs import pair_budgets
 from lemo_hf.batch.selection import LayerRows, num_kept_blocks
 from lemo_hf.config import KeepRule, LeMoConfig
 
@@ -37,7 +38,8 @@ class Budget:
 
     def blocks(self, shares: list[float], batch: BatchFacts) -> list[int]:
         """That each row keeps."""
-        return [row.num_blocks(share) for row, share in zip(batch.rows, shares, strict=True)]
+        found = [row.num_blocks(share) for row, share in zip(batch.rows, shares, strict=True)]
+        return pair_budgets(found, batch.rows) if batch.pairs else found
 
     def slots(self, shares: list[float], batch: BatchFacts) -> list[int]:
         """That each row needs for its tokens."""

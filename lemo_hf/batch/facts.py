@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo_hf.batch.pairs import partners
 from lemo_hf.batch.row_counts import Counts, RowCounts
 from lemo_hf.batch.selection import block_any
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
@@ -47,6 +48,8 @@ class BatchFacts:
             padding would have to predict is never asked, nor is what is no token.
         vocabulary: Tokens that there are; None: nobody counts labels that are none of them.
         rows: Counts of each row, where the host knows them already.
+        pairs: Rows i and B/2 + i are two answers to one prompt. They keep the same of it, and
+            answers are kept whole however short the prompt is.
 
     Attributes:
         valid: ``[B, T]`` bool, False at padding; None if there is none.
@@ -56,7 +59,8 @@ class BatchFacts:
             of each document, those with labels, and one that has something to predict in each
             document that has anything.
         row_tokens: ``[B, 1]`` int64: tokens of each row that are no padding.
-        label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part.
+        label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part; of
+            pairs all.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class BatchFacts:
         targets: Tensor | None = None,
         vocabulary: int | None = None,
         rows: list[RowCounts] | None = None,
+        pairs: bool = False,
     ):
+        self.pairs = pairs
         self.block_size, self.vocabulary = block_size, vocabulary
         self.batch, self.tokens = shape
         self.device = device
@@ -89,6 +95,8 @@ class BatchFacts:
             valid = torch.ones(shape, dtype=torch.bool, device=device)
         self.real = block_any(valid, block_size)
         self.required, self.label_blocks, table = self._blocks(valid, targets, vocabulary)
+        if pairs:
+            table = torch.cat([table, self._apart(valid).sum(1, keepdim=True)], 1)
         self._counts = Counts(table, rows)
         self.row_tokens = self._counts.on_device[:, :1]
 
@@ -96,8 +104,10 @@ class BatchFacts:
     def keys(self) -> Tensor:
         """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
         if self.input_ids is None:
-            return torch.arange(self.batch, device=self.device)
-        return row_keys(self.input_ids, self.valid)
+            keys = torch.arange(self.batch, device=self.device)
+        else:
+            keys = row_keys(self.input_ids, self.valid)
+        return keys[: self.batch // 2].repeat(2) if self.pairs else keys
 
     @cached_property
     def middles(self) -> Tensor:
@@ -124,6 +134,12 @@ class BatchFacts:
     def places(self) -> Places:
         """Where each block lies within its document."""
         return Places.of(self.real, self.block_documents)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """Of pairs the blocks of the prompt alone, ``[B, N]`` bool, the same of both rows."""
+        prompt = self.real & ~self.label_blocks
+        return prompt & partners(prompt)
 
     @cached_property
     def asks(self) -> Tensor:
@@ -173,6 +189,27 @@ class BatchFacts:
                 f"{IGNORE_INDEX}; for added tokens call model.resize_token_embeddings first."
             )
 
+    def check_pairs(self) -> None:
+        """Raises ValueError if the rows of a pair have other prompts; the host waits for nothing
+        that it would not wait for anyway."""
+        for index, row in enumerate(self.rows):
+            if row.apart:
+                raise ValueError(
+                    f"row {index} of {self.batch} has a partner half a batch away, and "
+                    f"{row.apart} tokens of their prompts differ, or are padding before them. "
+                    "Both must begin with the same tokens: pad on the right, and cut rows with "
+                    "truncation_mode='keep_start'."
+                )
+
+    def _apart(self, valid: Tensor) -> Tensor:
+        """Tokens of the prompt that differ from the partner's, and padding before a token:
+        ``[B, T]`` bool."""
+        prompt = self.prompt.repeat_interleave(self.block_size, 1)[:, : self.tokens]
+        left = ~valid & valid.flip(1).cummax(1).values.flip(1)
+        if self.input_ids is None:
+            return left
+        return left | ((self.input_ids != partners(self.input_ids)) & prompt)
+
     def _blocks(
         self, valid: Tensor, targets: Tensor | None, vocabulary: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,8 +229,10 @@ class BatchFacts:
             predicts = (targets >= 0) & valid
             wrong = outside(targets, vocabulary)
             answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
-            partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
-            label_blocks = block_any(predicts | answers, size) & partial[:, None]
+            label_blocks = block_any(predicts | answers, size)
+            if not self.pairs:
+                partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
+                label_blocks = label_blocks & partial[:, None]
             required = self._with_something_to_predict(
                 required | label_blocks, block_any(predicts, size)
             )

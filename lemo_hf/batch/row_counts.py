@@ -24,6 +24,7 @@ class RowCounts:
     label_blocks: int
     labels: int  # that a token predicts, not padding
     wrong_labels: int = 0  # that are no token and not ignored
+    apart: int = 0  # tokens of the prompt that differ from the partner's, of pairs
 
     def num_blocks(self, retention: float) -> int:
         return max(num_kept_blocks(retention, self.blocks), self.required_blocks)

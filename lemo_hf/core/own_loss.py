@@ -64,6 +64,16 @@ def runs_own_forward(module: nn.Module) -> bool:
     return True
 
 
+def norm_before_the_head(model: PreTrainedModel, family: Family) -> Norm | None:
+    """The final norm, if nothing but it lies between the stream and what the head reads."""
+    parts = family.layers.split(".")[:-1]
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    between = [model.get_submodule(name) for name in names]
+    if not all(untouched(part) and runs_own_forward(part) for part in between):
+        return None
+    return final_norm(model, family)
+
+
 class OwnLoss:
     """Makes the loss of one pass; the head then sees one row a sequence.
 
@@ -92,7 +102,7 @@ class OwnLoss:
         if sharded(self._head):
             self._make_inside()
             return
-        norm = self._norm_before_the_head()
+        norm = norm_before_the_head(model, family)
         if norm is None:
             self._catch_head()
             return
@@ -105,7 +115,7 @@ class OwnLoss:
 
         # From here on the gradient of the stream is the loss's own, and norms exist by segments.
         sparse_pass.owns_gradient = True
-        self._hooks.append(_StandIn(module, at_norm))
+        self._hooks.append(StandIn(module, at_norm))
 
     def remove(self) -> None:
         """Take away what has not been called."""
@@ -122,15 +132,6 @@ class OwnLoss:
             return with_logits(output, self._loss, self._logits)
         output["loss"], output["logits"] = self._loss, None
         return output
-
-    def _norm_before_the_head(self) -> Norm | None:
-        """The final norm, if nothing but it lies between the stream and what the head reads."""
-        parts = self._family.layers.split(".")[:-1]
-        names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        between = [self._model.get_submodule(name) for name in names]
-        if not all(untouched(part) and runs_own_forward(part) for part in between):
-            return None
-        return final_norm(self._model, self._family)
 
     def _loss_of(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
         config, family = self._model.config, self._family
@@ -184,7 +185,7 @@ class OwnLoss:
         def after_head(_: nn.Module, args: Any, output: Tensor) -> None:
             self._loss = output
 
-        self._hooks.append(_StandIn(self._head, self._loss_of))
+        self._hooks.append(StandIn(self._head, self._loss_of))
         self._hooks.append(self._head.register_forward_hook(after_head))
 
 
@@ -204,7 +205,7 @@ def _make_logits(
         return logits.float() if torch.is_autocast_enabled(hidden.device.type) else logits
 
 
-class _StandIn:
+class StandIn:
     """``function`` in place of a module's forward, for one call."""
 
     def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]):

@@ -25,9 +25,11 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import asks_for_router_logits, check_call, check_router_loss
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.families import Family
+from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
+from lemo_hf.core.pair_sets import PairSets
 from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.core.sequence_checks import (
     check_sequence_call,
@@ -66,6 +68,7 @@ class Passes:
             says.
         asked: A training step is under way, whose passes are sparse without labels too.
         announced: Labels of losses outside the model.
+        pairs: What passes over pairs of answers share with their reference's; None: there are none.
         rows: Counts of the rows of the next pass, where the host knows them already.
         tally: What passes that ended have kept.
         deliver: Is given what a pass has kept; `Tally.add`, unless it is not to be counted.
@@ -96,6 +99,7 @@ class Passes:
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
+        self.pairs: PairSets | None = None
         self.announced = AnnouncedLabels()
         self.tally = Tally()
         self.deliver: Callable[[Seen], None] = self.tally.add
@@ -146,9 +150,11 @@ class Passes:
         self.plain = False
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-        if not model.training or kwargs.get("past_key_values") is not None:
+        pairs = self.pairs or PairSets()
+        of_reference = pairs.are_asked()
+        if not (model.training or of_reference) or kwargs.get("past_key_values") is not None:
             return (), kwargs
-        if self.resting:
+        if self.resting and not of_reference:
             self.plain = True
             return (), kwargs
         ids = kwargs.get("input_ids")
@@ -164,7 +170,7 @@ class Passes:
         if labels is None and not refused and not self._asked_without_labels():
             self.plain = True
             return (), kwargs
-        check_call(model, kwargs, outside is not None)
+        check_call(model, kwargs, outside is not None or self.pairs is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
         load = None
@@ -178,6 +184,7 @@ class Passes:
             check_sequence_loss(self.config, labels is not None, own)
             kwargs["attention_mask"] = None
             shards = Shards(self.group, main.shape[1], self.config.block_size)
+        leader = pairs.latest if of_reference else None
         self.current = SparsePass(
             self.config,
             tuple(main.shape[:2]),
@@ -187,15 +194,21 @@ class Passes:
             position_ids=position_ids_of(kwargs, main.shape[1]),
             targets=None if labels is None else labels.targets(),
             vocabulary=model.config.get_text_config().vocab_size,
-            global_step=self.global_step,
+            global_step=0 if pairs.fixed else self.global_step,
             score_always=sharded(self.last),
             shards=shards,
-            rows=self.rows,
+            rows=leader.rows if leader is not None else self.rows,
             retention=self.retention,
             load=load,
+            leader=leader,
+            pairs=self.pairs is not None,
         )
         if shards is not None:
             kwargs = shards.take(kwargs)
+        if self.pairs is not None and self.current.valid is not None:
+            # Padding on the right, see `check_pairs`, is seen by no token: causal attention needs
+            # no mask, which would be T x T and keep the fastest kernels away.
+            kwargs["attention_mask"] = None
         others = [] if outside is None else [outside]
         if own:
             assert given is not None  # or there would be no loss of the model's own
@@ -208,8 +221,16 @@ class Passes:
             if given.num_items is not None:
                 kwargs["num_items_in_batch"] = given.num_items
             others.append(given)
+            if self.pairs is not None and kwargs.get("fused_lm_head"):  # by TRL: reads no others
+                self._norm_label_rows(model, given)
         self._strike_later(self.current, others)
         return (), kwargs
+
+    def _norm_label_rows(self, model: PreTrainedModel, labels: Labels) -> None:
+        assert self.current is not None  # it is about to run
+        norm = norm_label_rows(model, self.family, self.current, labels.targets())
+        if norm is not None:
+            self._for_this_pass.append(norm)
 
     def _makes_own_loss(
         self, model: PreTrainedModel, kwargs: dict[str, Any], given: Labels | None
@@ -246,13 +267,20 @@ class Passes:
         self.drop()
         if ended is None or output is None:
             return output
+        if self.pairs is None or torch.is_grad_enabled():  # a reference's pass trains nothing
+            self._count(ended)
+        return output if own is None else own.give(output)
+
+    def _count(self, ended: SparsePass) -> None:
+        """Count a pass that trains, and say what is to be said of it."""
+        if self.pairs is not None:
+            self.pairs.latest = ended
         if ended.exceeded:
             said = f"{ended.exceeded}. Said once; the logged retention shows how often."
             self._say_once("exceeded", said)
         if ended.budget.retention is None:  # a run may go on within its finish
             self.tally.note_first(ended.rows, ended.row_slots)
         self.deliver(ended.seen())
-        return output if own is None else own.give(output)
 
     def _say_once(self, subject: str, message: str) -> None:
         """Warn, once for a subject."""

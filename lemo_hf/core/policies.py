@@ -240,7 +240,9 @@ def auto(inputs: ScoreInputs) -> Tensor:
 
 def _with_chance(inputs: ScoreInputs, scores: Tensor) -> Tensor:
     share = inputs.sparse_pass.config.chance
-    return mix_ranks(scores, chunks(inputs), share) if share else scores
+    if not share:
+        return scores
+    return mix_ranks(scores, chunks(inputs), share, inputs.sparse_pass.real)
 
 
 def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
@@ -277,7 +279,7 @@ def predictor(inputs: ScoreInputs) -> Tensor:
     scores = network.score(projected.weighed(rare), *_asking(inputs), documents)
     asks = any(row.label_blocks for row in sparse_pass.rows) and ids is not None
     if asks and sparse_pass.config.threshold is None and sparse_pass.config.mlp_threshold is None:
-        both = mix_ranks(_shared_words(inputs), scores, MEANING)
+        both = mix_ranks(_shared_words(inputs), scores, MEANING, sparse_pass.real)
         scores = torch.where(sparse_pass.asks, both, scores)
     return _with_chance(inputs, scores)
 

@@ -1,6 +1,7 @@
 """One forward pass: what its layers keep of the batch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lemo_hf.batch.budget import Budget
 from lemo_hf.batch.facts import BatchFacts
+from lemo_hf.batch.pairs import pair_scores, partners
 from lemo_hf.batch.selection import (
     KeptSet,
     LayerRows,
@@ -35,8 +37,9 @@ class SparsePass(BatchFacts):
         shards: How processes share the sequence, if they do; all else here is of the whole of it.
         retention: Of the `Budget`.
         load: Of the routers, where the loss asks for its balance.
+        leader: The pass over the same batch whose sets this one keeps; None: it chooses.
         **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
-            ``vocabulary`` and ``rows``, see `BatchFacts`.
+            ``vocabulary``, ``rows`` and ``pairs``, see `BatchFacts`.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
@@ -53,6 +56,7 @@ class SparsePass(BatchFacts):
         shards: Shards | None = None,
         retention: float | None = None,
         load: RouterLoad | None = None,
+        leader: "SparsePass | None" = None,
         **facts: Any,
     ):
         super().__init__(config.block_size, shape, device, **facts)
@@ -63,6 +67,8 @@ class SparsePass(BatchFacts):
         self.load = load
         self.budget = Budget(config, retention)
         self.agreed: dict[str, KeptSet] = {}
+        self.chosen: dict[tuple[int, str], KeptSet] = {}
+        self._given = {} if leader is None else _anew(leader.chosen)
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
@@ -110,11 +116,12 @@ class SparsePass(BatchFacts):
                 ``[B, N]`` block scores.
             shared: The MLP keeps the same rows, and is counted with them.
         """
-        kept = self.agreed.get(sublayer)
+        kept = self._given.get((layer_index, sublayer), self.agreed.get(sublayer))
         if kept is None:
             kept = self._choose(rule, score)
             if self.config.agree_across_layers:
                 self.agreed[sublayer] = kept
+        self.chosen[layer_index, sublayer] = kept
         for name in ("attention", "mlp") if shared else (sublayer,):
             self.kept_tokens[name] = self.kept_tokens[name] + kept.kept_tokens
             self.kept_blocks[layer_index, name] = kept.blocks
@@ -126,6 +133,8 @@ class SparsePass(BatchFacts):
         return self.budget.stored_rows(num_layers, self, processes)
 
     def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
+        if self.pairs:
+            self.check_pairs()
         shares = self.budget.shares(rule, self)
         if shares is not None:
             blocks, slots, exact = self._best(shares, score)
@@ -137,6 +146,8 @@ class SparsePass(BatchFacts):
                 blocks = blocks_above(
                     score(), self.real, self.required, rule.threshold, self.block_documents
                 )
+                if self.pairs:
+                    blocks = blocks | (partners(blocks) & self.prompt)
             tokens = self.tokens_of(blocks)
             # The scores fix how many slots there are, so the host waits for them at each choice.
             slots, exact = tokens.sum(1).tolist(), True
@@ -156,8 +167,9 @@ class SparsePass(BatchFacts):
         if self.budget.is_everything(shares) or (everything and not self.score_always):
             blocks = self.real
         else:
+            scores = pair_scores(score(), self.prompt) if self.pairs else score()
             blocks = keep_blocks(
-                score(), self.real, self.required, self._column(budgets), self.block_documents
+                scores, self.real, self.required, self._column(budgets), self.block_documents
             )
         exact = all(row.tokens == row.most_tokens(row.blocks, self.block_size) for row in self.rows)
         return blocks, slots, exact
@@ -168,3 +180,9 @@ class SparsePass(BatchFacts):
             return numbers[0]
         # Filled where they are needed: nothing is copied, which the host or a graph would wait for.
         return torch.stack([torch.full((1,), n, device=self.device) for n in numbers])
+
+
+def _anew(chosen: dict[tuple[int, str], KeptSet]) -> dict[tuple[int, str], KeptSet]:
+    """The same sets with nothing gathered by them: another model may have another dtype."""
+    sets = {id(x): replace(x, cache=None if x.cache is None else {}) for x in chosen.values()}
+    return {key: sets[id(x)] for key, x in chosen.items()}

@@ -133,8 +133,8 @@ def _check(args: TrainingArguments, config: LeMoConfig) -> None:
     if any(base.__module__.startswith("trl.") for base in type(args).__mro__):
         raise ValueError(
             f"{type(args).__name__} belongs to a TRL trainer, whose loss LeMoCallback cannot reach."
-            " For SFT use lemo_hf.integrations.trl.LeMoSFTTrainer; other TRL trainers are not "
-            "supported."
+            " For SFT use lemo_hf.integrations.trl.LeMoSFTTrainer, for DPO "
+            "lemo_hf.integrations.trl_dpo.LeMoDPOTrainer; other TRL trainers are not supported."
         )
     if config.sequence_parallel_size > 1:
         raise ValueError(

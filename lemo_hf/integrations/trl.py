@@ -24,7 +24,7 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
 
     def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any):
         if args is not None and kwargs.get("lemo_config") is not None:
-            _check(args)
+            check_args(args)
         super().__init__(model, args, *more, **kwargs)
         if kwargs.get("lemo_config") is not None and getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -37,7 +37,7 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
         return True
 
 
-def _check(args: Any) -> None:
+def check_args(args: Any) -> None:
     """Raises ValueError for TRL's ways to store less, which see whole layers of a dense pass."""
     if getattr(args, "activation_offloading", False):
         raise ValueError(

@@ -148,8 +148,9 @@ def test_no_block_before_a_document_asks():
 def test_the_mix_of_two_scores_holds_the_best_of_both():
     generator = torch.Generator().manual_seed(0)
     first, second = torch.rand(2, 200, generator=generator), torch.rand(2, 200, generator=generator)
+    real = torch.ones(2, 200, dtype=torch.bool)
     for share in (0.25, 0.5):
-        best = mix_ranks(first, second, share).topk(60, 1).indices
+        best = mix_ranks(first, second, share, real).topk(60, 1).indices
         for row in range(2):
             kept = set(best[row].tolist())
             for scores, part in ((first, 1 - share), (second, share)):

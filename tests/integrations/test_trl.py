@@ -194,7 +194,7 @@ def small(cls, tmp_path):
     return cls(str(tmp_path), max_steps=1, per_device_train_batch_size=2, use_cpu=True, bf16=False)
 
 
-def test_dpo_is_refused_by_name(tmp_path):
+def test_plain_dpo_is_refused_with_ours_named(tmp_path):
     ready = model()
     apply_lemo(ready, HALF)
     trainer = trl.DPOTrainer(
@@ -203,7 +203,7 @@ def test_dpo_is_refused_by_name(tmp_path):
         train_dataset=preferences(),
         processing_class=tokenizer(),
     )
-    with pytest.raises(ValueError, match=r"reference model \(DPO.*remove_lemo"):
+    with pytest.raises(ValueError, match=r"for DPO.*LeMoDPOTrainer.*remove_lemo"):
         trainer.train()
 
 

@@ -60,6 +60,18 @@ class InOrder(LeMoTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+def let_fsdp_begin(args):
+    """If ``args`` ask for it: processes that have met by gloo are said to be on GPUs.
+
+    accelerate gives FSDP to processes on GPUs only: AcceleratorState (accelerate/state.py, 966 to
+    1014 in 1.15) looks at its plugin if distributed_type is MULTI_GPU or another device's.
+    MULTI_CPU is not among them, and the model becomes DDP's without a word. All that follows is
+    accelerate's own.
+    """
+    if args.fsdp and args.world_size > 1:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def make_trainer(
     output,
     *,
@@ -91,13 +103,7 @@ def make_trainer(
         model = with_lora(model, **(lora_options or {}))
     args = TrainingArguments(**{**settings, **arguments})
     args.per_device_train_batch_size = ROWS_A_STEP // args.world_size
-    if args.fsdp:
-        # accelerate gives FSDP to processes on GPUs only: AcceleratorState (accelerate/state.py,
-        # 966 to 1014 in 1.15) looks at its plugin if distributed_type is MULTI_GPU or another
-        # device's. MULTI_CPU is not among them, and the model becomes DDP's without a word. So
-        # processes that have met by gloo are said to be on GPUs; all that follows is
-        # accelerate's own.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    let_fsdp_begin(args)
     return InOrder(
         model=model,
         args=args,
