@@ -7,14 +7,13 @@ names the key, the value and where it came from.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.shown import shortened, shown
+from lemo_hf.shown import nearest, shown
 
 SECTIONS = ("model", "data", "lora", "lemo", "training")
 
@@ -226,9 +225,3 @@ def _type_name(expected: Any) -> str:
 
 def _fields(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that says ``name`` is unknown."""
-    near = get_close_matches(shortened(str(name)), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "."

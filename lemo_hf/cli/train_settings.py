@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from lemo_hf.cli.train_config import SECTIONS, Run, Settings, nearest
+from lemo_hf.cli.train_config import SECTIONS, Run, Settings
 from lemo_hf.cli.yaml_text import parse_yaml, read_yaml
-from lemo_hf.shown import shown
+from lemo_hf.shown import nearest, shown
 
 PRESETS = Path(__file__).parent.parent / "presets"
 FILE_NAME = "lemo_train.yaml"  # of what a run was asked for, in its output directory
