@@ -24,6 +24,7 @@ class DType(StrEnum):
     float32 = "float32"
 
 
+RESERVE_GIB = 2.0  # of a GPU, for the CUDA context and fragmentation
 MODEL = "Causal LM: Hub id or directory."
 Model = Annotated[str, typer.Option(help=MODEL)]
 Dataset = Annotated[

@@ -25,10 +25,8 @@ def paths_of(dataset: Names) -> list[str]:
     given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
     paths = [os.fspath(path) for path in given]
     for path in paths:
-        if suffix_of(path) and not os.path.isfile(path):
-            folder = Path(path).parent
-            there = [str(x.relative_to(folder)) for x in folder.glob("*")]
-            raise FileNotFoundError(f"there is no file {path!r}{nearest(Path(path).name, there)}")
+        if suffix_of(path):
+            check_file(path)
     if are_files(paths):
         builders = {BUILDERS.get(suffix_of(path) or "") for path in paths}
         if len(builders) > 1 or None in builders:
@@ -38,6 +36,13 @@ def paths_of(dataset: Names) -> list[str]:
     elif len(paths) > 1:
         raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
     return paths
+
+
+def check_file(path: str) -> None:
+    """Raises FileNotFoundError, with the nearest name there is, unless ``path`` is a file."""
+    if not os.path.isfile(path):
+        there = [str(other.name) for other in Path(path).parent.glob("*")]
+        raise FileNotFoundError(f"there is no file {path!r}{nearest(Path(path).name, there)}")
 
 
 def are_files(paths: Sequence[str]) -> bool:
@@ -83,6 +88,19 @@ def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) 
         arguments["sample_by"] = "document"
     with told(named(paths, split)):
         return load_dataset(**arguments, streaming=streaming)
+
+
+def interleaved(tables: Sequence[Any], weights: Sequence[float], seed: int) -> Any:
+    """Rows drawn from tables in the shares of ``weights``, until one of them has no more.
+
+    Raises:
+        ValueError: Their columns are not the same.
+    """
+    from datasets import interleave_datasets
+
+    shares = [weight / sum(weights) for weight in weights]
+    with told("datasets that are to be one"):
+        return interleave_datasets(list(tables), probabilities=shares, seed=seed)
 
 
 def named(paths: Sequence[str], split: str) -> str:

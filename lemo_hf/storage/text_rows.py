@@ -1,7 +1,7 @@
 """From the text that a user has to rows of tokens, one document after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ def load_examples(dataset: Names, split: str = "train") -> Iterator[Row]:
     name = named(paths, split)
     if are_files(paths):  # each of its own, so that a message names the one
         return _some(chain.from_iterable(map(_file_examples, paths)), name)
-    return _some(_rows(name, load_table(paths, split)), name)
+    return _some(named_rows(name, load_table(paths, split)), name)
 
 
 def load_documents(
@@ -40,7 +40,12 @@ def load_documents(
         ValueError: There is no such column (those that there are are named), or a row of it is no
             text.
     """
-    return (_text(example, text_column, example.where) for example in load_examples(dataset, split))
+    return texts_of(load_examples(dataset, split), text_column)
+
+
+def texts_of(rows: Iterable[Row], column: str) -> Iterator[str]:
+    """Texts of a column, checked as those of `load_documents` are."""
+    return (_text(row, column, row.where) for row in rows)
 
 
 def labelled_rows(
@@ -97,18 +102,32 @@ def token_rows(
     min_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, list[int]]]:
+    """Rows of `cut_rows`, in a list; arguments and errors are those of `cut_rows`, and
+
+    Args:
+        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        tokenizer: As for `cut_rows`.
+        tokens: As for `cut_rows`.
+        max_rows: Most rows that are made; None takes all.
+        min_tokens: As for `cut_rows`.
+        progress: Whether a progress bar is shown.
+    """
+    return collected(cut_rows(documents, tokenizer, tokens, min_tokens), max_rows, progress)
+
+
+def cut_rows(
+    documents: Iterable[str], tokenizer: Any, tokens: int, min_tokens: int | None = None
+) -> Iterator[dict[str, list[int]]]:
     """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
 
     Every row begins as the tokenizer begins a text: with its BOS token if it adds one, which counts
     among the ``tokens``. No other special token is added.
 
     Args:
-        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        documents: Texts.
         tokenizer: Tokenizer of the model.
         tokens: Length of a row.
-        max_rows: Most rows that are made; None takes all.
         min_tokens: Tokens from which the rest of a document is a shorter row; None drops it.
-        progress: Whether a progress bar is shown.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.
@@ -116,31 +135,38 @@ def token_rows(
     Raises:
         ValueError: A number is too small, or no document is long enough.
     """
-    for name, value in (("tokens", tokens), ("max_rows", max_rows), ("min_tokens", min_tokens)):
-        least = 2 if name == "tokens" else 1
+    for name, value, least in (("tokens", tokens, 2), ("min_tokens", min_tokens, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    min_tokens = tokens if min_tokens is None else min_tokens
+    min_tokens = min(tokens, tokens if min_tokens is None else min_tokens)
     start = start_tokens(tokenizer)
-    rows, longest = [], 0
-    with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
-        for text in documents:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            longest = max(longest, len(ids) + len(start))
-            for first in range(0, len(ids), tokens - len(start)):
-                row = start + ids[first : first + tokens - len(start)]
-                if len(row) < min(tokens, min_tokens):
-                    continue
-                rows.append({"input_ids": row, "labels": list(row)})
-                bar.update()
-                if len(rows) == max_rows:
-                    return rows
-    if not rows:
+    longest = 0
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = max(longest, len(ids) + len(start))
+        for first in range(0, len(ids), tokens - len(start)):
+            row = start + ids[first : first + tokens - len(start)]
+            if len(row) >= min_tokens:
+                yield {"input_ids": row, "labels": list(row)}
+    if longest < min_tokens:
         raise ValueError(
-            f"no document has {min(tokens, min_tokens)} tokens: the longest has {longest}. Ask for "
-            "shorter rows, or use longer documents."
+            f"no document has {min_tokens} tokens: the longest has {longest}. Ask for shorter "
+            "rows, or use longer documents."
         )
-    return rows
+
+
+def collected(
+    rows: Iterable[dict[str, list[int]]], max_rows: int | None, progress: bool
+) -> list[dict[str, list[int]]]:
+    """The first ``max_rows`` of ``rows``, or all of them, behind a progress bar.
+
+    Raises:
+        ValueError: ``max_rows`` is too small.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}.")
+    found = islice(rows, max_rows)
+    return list(tqdm(found, total=max_rows, desc="rows of tokens", disable=not progress))
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -152,10 +178,11 @@ def start_tokens(tokenizer: Any) -> list[int]:
 def _file_examples(path: str) -> Iterator[Row]:
     if suffix_of(path) == ".jsonl" and not path.endswith(".zst"):  # which Python cannot read
         return read_file(path)
-    return _rows(path, load_table(path))
+    return named_rows(path, load_table(path))
 
 
-def _rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
+def named_rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """Rows of a table, each of which says where it stands."""
     with told(name):
         for number, example in enumerate(stream, 1):
             row = Row(example)
