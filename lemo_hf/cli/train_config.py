@@ -208,10 +208,11 @@ def _meant(value: Any, expected: Any) -> str:
     if get_origin(expected) is Literal:
         return nearest(value, get_args(expected))
     try:
-        number = _checked(parse_yaml(value, "it"), expected, "it")
+        meant = parse_yaml(value, "it")
+        meant = value if isinstance(meant, str) else _checked(meant, expected, "it")
     except ValueError:
         return "."
-    return f": did you mean {number}, without quotes?"
+    return "." if meant == value else f": did you mean {meant}, without quotes?"
 
 
 def _type_name(expected: Any) -> str:
