@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.attention import fastest_attention
 from lemo_hf.core.checks import check_adapters, check_intermediate, check_model, check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
@@ -59,6 +59,7 @@ def apply_lemo(
         OSError: ``config.predictor`` does not exist or cannot be reached.
         ValueError: The model, one of its settings, the config or the predictors do not fit.
     """
+    check_config(config)
     check_adapters(model)
     model = transformers_model(model)
     if hasattr(model, _LEMO):

@@ -36,7 +36,7 @@ IMPORTS = {
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
     "cli": "announce config describe eval inspection integrations kernels load_predictor planning "
-    "predictors report "
+    "patch predictors report "
     "shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.
@@ -46,6 +46,7 @@ ALLOWED = {
     "cli.adapter": {"peft"},
     "cli.train_config": {"peft"},
     "cli.train_chats": {"trl"},
+    "cli.train_look": {"trl"},
     "cli.train_model": {"peft"},
     "cli.train_sft": {"trl"},
     "cli.merge": {"peft"},

@@ -12,7 +12,7 @@ import typer
 from lemo_hf.cli.loading import loading
 from lemo_hf.cli.positions import change_positions
 from lemo_hf.shown import shortened
-from lemo_hf.storage.files import parse_json
+from lemo_hf.storage.files import near_path, parse_json
 
 
 class DType(StrEnum):
@@ -180,7 +180,7 @@ def prepared_config(
     try:
         config = AutoConfig.from_pretrained(name, **from_pretrained)
     except OSError as error:
-        raise OSError(f"model {name!r}: {error}") from error
+        raise OSError(f"model {name!r}{near_path(name).rstrip('.')}: {error}") from error
     except (StrictDataclassError, KeyError) as error:  # a field's type; RoPE without what it needs
         raise ValueError(f"the config of {name!r}: {error.__cause__ or error}") from error
     change_positions(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lemo_hf.shown import nearest
+from lemo_hf.storage.files import near_path
 from lemo_hf.storage.json_lines import damage_told
 
 # datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
@@ -38,11 +38,10 @@ def paths_of(dataset: Names) -> list[str]:
     return paths
 
 
-def check_file(path: str) -> None:
+def check_file(path: str | os.PathLike) -> None:
     """Raises FileNotFoundError, with the nearest name there is, unless ``path`` is a file."""
     if not os.path.isfile(path):
-        there = [str(other.name) for other in Path(path).parent.glob("*")]
-        raise FileNotFoundError(f"there is no file {path!r}{nearest(Path(path).name, there)}")
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}{near_path(path)}")
 
 
 def are_files(paths: Sequence[str]) -> bool:
