@@ -125,6 +125,8 @@ class LeMoMixin(_Mixed):
             lemo.passes.tally.reset()
             lemo.passes.resting = False
             self._report_started = time.perf_counter()
+        elif not self._lemo_callbacks():
+            announce(self.args, "LeMo: there is no lemo_config, so every layer trains all tokens.")
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
