@@ -1,5 +1,6 @@
 """The model and the adapter of `lemo train`."""
 
+import warnings
 from typing import Any
 
 from lemo_hf.cli.loading import loading
@@ -74,7 +75,9 @@ def adapted(model: Any, lora: Any) -> Any:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():  # PEFT asks by the name that transformers 5.23 warns of
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def _shared(section: ModelSection) -> dict[str, Any]:
