@@ -19,12 +19,13 @@ from support.training_cases import (
 from transformers import AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig
+from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 START = """
 import os
 from pathlib import Path
 from lemo_hf.memory.fitting import local_bytes
-from lemo_hf.memory.out_of_memory import CHECKPOINTING
+
 from support.fsdp_cases import ALL, SAVED, one_pass
 from support.training_cases import make_trainer, outcome, train, write
 folder, process = Path(sys.argv[1]), int(os.environ["RANK"])
