@@ -115,12 +115,15 @@ def _try_without_memory(run: Run, config: Any) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            trust_remote_code=run.model.trust_remote_code,
-            **attention_of(run.model),
-        )
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                trust_remote_code=run.model.trust_remote_code,
+                **attention_of(run.model),
+            )
+    except (RuntimeError, NotImplementedError):  # it computes with what it has no memory for
+        return f"{run.model.name} is a {config.model_type}."
     _check_targets(run.lora, [name for name, _ in model.named_modules()])
     text = config.get_text_config()
     said = (

@@ -18,8 +18,12 @@ def make_trainer(run: Run, found: Found, asked: str, progress: bool) -> Any:
     tokenizer: Any = found.tokenizer
     shared: dict[str, Any] = {"processing_class": tokenizer, "lemo_config": run.lemo}
     if found.form is not None:
+        import datasets
+
         from lemo_hf.cli.train_sft import RunSFTTrainer, chat_tables, sft_arguments
 
+        if not progress:
+            datasets.disable_progress_bars()
         rows, heldout = chat_tables(run, found.form)
         return RunSFTTrainer(
             asked,
