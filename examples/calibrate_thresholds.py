@@ -58,7 +58,7 @@ def main() -> None:
             per_device_train_batch_size=1 if gpu else 2,
             learning_rate=3e-4,
             bf16=gpu,
-            gradient_checkpointing=True,
+            activation_checkpointing=True,
             logging_steps=3,
         ),
         train_dataset=rows[args.rows :],

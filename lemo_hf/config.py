@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemo_hf.config_checks import KEEPS_ALL, LEVELS, POLICIES, UNITS, check_values
-from lemo_hf.shown import shortened, shown
+from lemo_hf.shown import nearest, shortened, shown
 from lemo_hf.storage.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.storage.outputs import locked
 from lemo_hf.version import __version__
@@ -37,6 +37,18 @@ class KeepRule:
 
     retention: float | None = None
     threshold: float | None = None
+
+
+def check_config(value: Any) -> None:
+    """Raises ValueError unless ``value`` is a `LeMoConfig`; says how one is made of it."""
+    if isinstance(value, LeMoConfig):
+        return
+    way_out = "give LeMoConfig(...)"
+    if isinstance(value, dict):
+        way_out = "write LeMoConfig(**values), or LeMoConfig.from_dict(values)"
+    elif isinstance(value, str | os.PathLike):
+        way_out = f"write LeMoConfig.from_pretrained({os.fspath(value)!r})"
+    raise ValueError(f"lemo_config must be a LeMoConfig, got {shown(value)}: {way_out}.")
 
 
 @dataclass(frozen=True)
@@ -282,8 +294,8 @@ class LeMoConfig:
         if unknown:
             names = shortened(", ".join(sorted(unknown)))
             raise ValueError(
-                f"unknown keys in a LeMoConfig: {names}. If a newer version wrote them: "
-                "pip install -U lemo-hf; else remove them."
+                f"unknown keys in a LeMoConfig: {names}{nearest(sorted(unknown)[0], known)} If a "
+                "newer version wrote them: pip install -U lemo-hf; else remove them."
             )
         return cls(**values)
 

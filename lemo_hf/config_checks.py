@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lemo_hf.shown import shown
+from lemo_hf.shown import nearest, shown
 
 POLICIES = (
     *("auto", "overlap", "chunks", "recent", "window"),
@@ -47,17 +47,21 @@ def check_values(config: Any) -> None:
         if value is None and name == "segment_size":
             continue
         if type(value) is not int or not least <= value <= LARGEST:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
+            raise ValueError(
+                f"{name} must be an integer of at least {least}, got {shown(value)}{_meant(value)}"
+            )
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
         if value not in choices or type(value) is not type(choices[0]):  # 1 == True
-            raise ValueError(f"{name} must be one of {choices}, got {shown(value)}")
+            raise ValueError(
+                f"{name} must be one of {choices}, got {shown(value)}{nearest(value, choices)}"
+            )
     _check_schedule(config)
     _check_memory(config)
     if config.cuda_graphs:
         _check_graphs(config)
     if type(config.seed) is not int or abs(config.seed) > LARGEST:
-        raise ValueError(f"seed must be an integer, got {shown(config.seed)}")
+        raise ValueError(f"seed must be an integer, got {shown(config.seed)}{_meant(config.seed)}")
 
 
 def _check_how_much(config: Any) -> None:
@@ -67,7 +71,7 @@ def _check_how_much(config: Any) -> None:
             if not (_is_number(number) and (0 < number <= 1 if share else number >= 0)):
                 raise ValueError(
                     f"{name} must lie in {'(0, 1]' if share else '[0, inf)'}, got "
-                    f"{shown(number)} in {name}={shown(value)}"
+                    f"{shown(number)} in {name}={shown(value)}{_meant(number, share)}"
                 )
     for one, other in (("retention", "threshold"), ("mlp_retention", "mlp_threshold")):
         values = getattr(config, one), getattr(config, other)
@@ -84,7 +88,9 @@ def _check_schedule(config: Any) -> None:
         if value is None and name != "finish_retention":
             continue
         if not (_is_number(value) and inside(value)):
-            raise ValueError(f"{name} must lie in {interval}, got {shown(value)}")
+            raise ValueError(
+                f"{name} must lie in {interval}, got {shown(value)}{_meant(value, share=True)}"
+            )
     if config.random_share and config.policy not in ("auto", "overlap", "predictor"):
         raise ValueError(
             f"random_share={config.random_share} and policy={config.policy!r}: only 'overlap' and "
@@ -106,10 +112,13 @@ def _check_memory(config: Any) -> None:
         if level not in LEVELS:
             raise ValueError(
                 f"recompute must be one of {LEVELS} (or one a layer), or None, got {shown(level)}"
+                f"{nearest(level, LEVELS)}"
             )
     budget = config.offload_gib
     if budget is not None and not (_is_number(budget) and budget > 0):
-        raise ValueError(f"offload_gib must be a number above 0 or None, got {shown(budget)}")
+        raise ValueError(
+            f"offload_gib must be a number above 0 or None, got {shown(budget)}{_meant(budget)}"
+        )
 
 
 def _check_graphs(config: Any) -> None:
@@ -133,6 +142,21 @@ def _check_graphs(config: Any) -> None:
             f"{config.mlp_retention} it is known only at the end of a pass how many tokens are "
             "asked to predict. Set cuda_graphs=False, or supervise='all'."
         )
+
+
+def _meant(value: Any, share: bool = False) -> str:
+    """The end of a sentence on a wrong number: the one in quotes, or the one in per cent."""
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value.rstrip("%"))
+        except ValueError:
+            return "."
+    if not _is_number(number):
+        return "."
+    if share and 1 < number <= 100:
+        number /= 100
+    return "." if number == value else f": did you mean {number:g}?"
 
 
 def _is_number(value: Any) -> bool:

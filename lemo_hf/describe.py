@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lemo_hf.batch.row_counts import RowCounts
+from lemo_hf.batch.selection import num_kept_blocks
 from lemo_hf.config import KeepRule, LeMoConfig
 
 _BEST = {
@@ -94,11 +95,26 @@ def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequenc
     said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
     if kept >= row.tokens:
         return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."
-    said += f"about {kept:,} tokens ({kept / row.tokens:.0%}) train in each sparse layer"
+    more = _more_than_asked(config, row, kept)
+    said += f"about {kept:,} tokens ({kept / row.tokens:.0%}{more}) train in each sparse layer"
+    whole = sum(row.tokens <= kept for row, kept in zip(rows, slots, strict=True))
+    if whole:
+        said += f" ({whole} of the {len(rows)} rows of this batch are too short to leave any out)"
     finish = config.finish if config.dense_finish is not None or not row.label_blocks else 0
     if not finish:
         return f"{said}, in every step."
     return f"{said}; {_finish(config)}."
+
+
+def _more_than_asked(config: LeMoConfig, row: RowCounts, kept: int) -> str:
+    """Why a row keeps a larger share than was asked for; empty if it hardly does."""
+    asked = config.retention
+    if not isinstance(asked, int | float) or kept < (asked + 0.01) * row.tokens:
+        return ""
+    why = f"shares are rounded up to whole {config.block_size}-token blocks"
+    if row.required_blocks > num_kept_blocks(asked, row.blocks):
+        why = "first and last blocks of documents, and blocks with labels, always stay"
+    return f", not {asked:.0%}: {why}"
 
 
 def _span(rules: list[KeepRule]) -> str:

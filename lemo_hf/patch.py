@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.attention import fastest_attention, implementation_of
 from lemo_hf.core.checks import check_adapters, check_family, check_model, check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
@@ -37,6 +37,7 @@ from lemo_hf.predictors.predictor_set import LeMoPredictor
 logger = logging.getLogger(__name__)
 
 _LEMO = "_lemo"
+IDLE = 0.95  # share of the tokens, from which on LeMo is said to do next to nothing
 
 
 def apply_lemo(
@@ -60,6 +61,7 @@ def apply_lemo(
         OSError: ``config.predictor`` does not exist or cannot be reached.
         ValueError: The model, one of its settings, the config or the predictors do not fit.
     """
+    check_config(config)
     check_adapters(model)
     model = transformers_model(model)
     if hasattr(model, _LEMO):
@@ -186,7 +188,7 @@ class LeMo:
             self.predictor = predictors
             predictors = predictors.layers
         check_predictors(config, predictors, rules)
-        self.config, self.rules = config, rules
+        self.config, self.rules, self._warned = config, rules, False
         self._layers = list(layers)
         self._in_fp8 = keep_in_fp8(self._layers) if config.fp8 else []
         host = None
@@ -302,6 +304,7 @@ class LeMo:
         self.passes.tally.reset()
         if not report:
             return {}
+        self._warn_if_idle(report["attention_retention"])
         figures = {
             "lemo/attention_retention": report["attention_retention"],
             "lemo/mlp_retention": report["mlp_retention"],
@@ -310,6 +313,20 @@ class LeMo:
         if torch.cuda.is_available():
             figures["lemo/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return figures
+
+    def _warn_if_idle(self, kept: float) -> None:
+        """Say once that rows leave next to nothing out, where they were asked to."""
+        asked, finish = self.config.retention, self.passes.retention is not None
+        if self._warned or finish or not isinstance(asked, int | float) or asked > IDLE - 0.05:
+            return
+        if kept >= IDLE:
+            self._warned = True
+            logger.warning(
+                "rows keep %.0f%% of their tokens, and retention=%g was asked for: they are too "
+                "short, or have labels in too many blocks, to leave out more. Blocks shorter than "
+                "block_size=%d leave out more; else training without LeMo is as good. Said once.",
+                *(100 * kept, asked, self.config.block_size),
+            )
 
     def save_files(self, directory: str | os.PathLike) -> None:
         """Write ``lemo_config.json``, and the predictor if there is one, into ``directory``."""

@@ -1,6 +1,8 @@
 """A value of somebody else's in a message: as Python writes it, but short, whatever it is."""
 
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 MOST_LETTERS = 300
@@ -31,3 +33,10 @@ def shown(value: Any) -> str:
 def shortened(text: str, most: int = MOST_LETTERS) -> str:
     """A text in at most ``most`` letters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def nearest(name: Any, known: Iterable[Any]) -> str:
+    """The end of a sentence that says ``name`` is unknown: the name that may have been meant."""
+    words = [word for word in known if isinstance(word, str)]
+    near = get_close_matches(shortened(str(name)), words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_datasets_available
 
 from lemo_hf.announce import announce, follow_log_level
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_block_size, check_trainer
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.parallel.sequence_parallel import sequence_group
@@ -41,8 +41,8 @@ class LeMoMixin(_Mixed):
     """
 
     def __init__(self, *args: Any, lemo_config: LeMoConfig | None = None, **kwargs: Any):
-        if lemo_config is not None and not isinstance(lemo_config, LeMoConfig):
-            raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
+        if lemo_config is not None:
+            check_config(lemo_config)
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
         self._in_step = False
@@ -126,6 +126,8 @@ class LeMoMixin(_Mixed):
             lemo.passes.tally.reset()
             lemo.passes.resting = False
             self._report_started = time.perf_counter()
+        elif not self._lemo_callbacks():
+            announce(self.args, "LeMo: there is no lemo_config, so every layer trains all tokens.")
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -131,6 +131,34 @@ def test_preferences(run):
     assert margins[1] > margins[0]
 
 
+TASKS = {
+    "long_document_qa.py": 0.3,
+    "agent_trajectories.py": 0.3,
+    "summarise.py": 0.5,
+    "repository_code.py": 0.3,
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task(run, name):
+    """Each is short enough to be copied, leaves out what it says, and labels its answers."""
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    if "import SFTConfig" in text:
+        pytest.importorskip("trl", minversion="1.16")
+    output = run(name, "--steps", 3)
+    (found,), (kept,) = logged(output, "loss"), logged(output, "lemo/attention_retention")
+    assert math.isfinite(found) and TASKS[name] - 0.05 < kept < TASKS[name] + 0.2, output
+    tokens, labels = re.search(r"of a (\d+)-token row \((.*?)\)", output).groups()
+    if name == "repository_code.py":
+        assert labels == "labels throughout"
+    else:
+        assert int(tokens) <= 512 and 4 < int(labels.split()[2]) < int(tokens) / 3
+    adapter = PeftModel.from_pretrained(load(), "out").state_dict()
+    moved = [bool(value.any()) for key, value in adapter.items() if "lora_B" in key]
+    assert moved and all(moved)
+
+
 def test_predictors_are_trained_and_pushed(tmp_path):
     script = [sys.executable, EXAMPLES / "train_predictor_and_push.py", "--push", "me/predictor"]
     with Hub() as hub:

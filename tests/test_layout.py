@@ -36,7 +36,8 @@ IMPORTS = {
     "planning": "altered config core kernels memory patch",
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
-    "cli": "config describe eval inspection kernels load_predictor planning predictors report "
+    "cli": "announce config describe eval inspection integrations kernels load_predictor planning "
+    "patch predictors report "
     "shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.
@@ -45,7 +46,10 @@ ALLOWED = {
     "eval.metric": {"evaluate"},
     "cli.adapter": {"peft"},
     "cli.train_config": {"peft"},
+    "cli.train_chats": {"trl"},
+    "cli.train_look": {"trl"},
     "cli.train_model": {"peft"},
+    "cli.train_sft": {"trl"},
     "cli.merge": {"peft"},
     "planning.trained": {"peft"},
     "inspection.layer_plots": {"matplotlib"},

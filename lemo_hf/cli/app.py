@@ -23,11 +23,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut long options at 80 columns
 )
 app.command(context_settings=SETTINGS)(train)
 for command in (plan, calibrate, train_predictor, inspect, report, merge, env):
     app.command()(command)
-app.add_typer(evaluations, name="eval")
+app.add_typer(evaluations, name="eval", short_help=evaluations.info.help)
+for listed in (*app.registered_commands, *evaluations.registered_commands):
+    listed.short_help = (listed.callback.__doc__ or "").partition("\n\n")[0]  # else it is cut
 
 
 def main() -> None:

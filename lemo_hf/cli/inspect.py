@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
-from lemo_hf.config import LeMoConfig
-from lemo_hf.storage.files import read_text
+from lemo_hf.config import POLICIES, LeMoConfig
+from lemo_hf.storage.files import near_path, read_text
 from lemo_hf.storage.outputs import check_output
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def inspect(
         typer.Option(help="Directory or Hub id of the lemo_config.json to start from."),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Ranking of the blocks: overlap, chunks, pooled, recent, ...")
+        str | None, typer.Option(help=f"Ranking of the blocks: {', '.join(POLICIES)}.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
     per_layer: Annotated[
@@ -53,7 +53,7 @@ def inspect(
     if output is None and not as_json:
         raise ValueError("give --output DIR for the pictures, or --json for the numbers, or both.")
     if not text.is_file():
-        raise FileNotFoundError(f"--text {text}: there is no such file.")
+        raise FileNotFoundError(f"--text {text}: there is no such file{near_path(text)}")
     if (question is None) != (answer is None):
         lone = f"--question {question!r} without --answer"
         if question is None:

@@ -12,7 +12,7 @@ import typer
 from lemo_hf.cli.loading import load_causal_lm, loading
 from lemo_hf.cli.positions import change_positions
 from lemo_hf.shown import shortened
-from lemo_hf.storage.files import parse_json
+from lemo_hf.storage.files import near_path, parse_json
 
 
 class DType(StrEnum):
@@ -24,6 +24,7 @@ class DType(StrEnum):
     float32 = "float32"
 
 
+RESERVE_GIB = 2.0  # of a GPU, for the CUDA context and fragmentation
 MODEL = "Causal LM: Hub id or directory."
 Model = Annotated[str, typer.Option(help=MODEL)]
 Dataset = Annotated[
@@ -177,7 +178,7 @@ def prepared_config(
     try:
         config = AutoConfig.from_pretrained(name, **from_pretrained)
     except OSError as error:
-        raise OSError(f"model {name!r}: {error}") from error
+        raise OSError(f"model {name!r}{near_path(name).rstrip('.')}: {error}") from error
     except (StrictDataclassError, KeyError) as error:  # a field's type; RoPE without what it needs
         raise ValueError(f"the config of {name!r}: {error.__cause__ or error}") from error
     change_positions(

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, DType, Dtype, Model, TrustRemoteCode, prepared_config
+from lemo_hf.cli.options import (
+    RESERVE_GIB,
+    AsJson,
+    DType,
+    Dtype,
+    Model,
+    TrustRemoteCode,
+    prepared_config,
+)
 from lemo_hf.config import LeMoConfig
 
 if TYPE_CHECKING:
@@ -24,7 +32,7 @@ def plan(
     ] = None,
     reserve_gib: Annotated[
         float, typer.Option(help="Of that, for the CUDA context and fragmentation.")
-    ] = 2.0,
+    ] = RESERVE_GIB,
     retention: Annotated[
         float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
     ] = None,

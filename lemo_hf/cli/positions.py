@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from lemo_hf.shown import nearest
+
 ORIGINAL = "original_max_position_embeddings"
 # By type: what it needs beside rope_theta, and what else it reads.
 READ = {
@@ -155,7 +157,7 @@ def _merged(text: Any, own: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     if kind not in list(READ):
         raise ValueError(
             f"--rope-parameters: there is no rope_type {kind!r}: it must be one of "
-            f"{', '.join(READ)}."
+            f"{', '.join(READ)}{nearest(kind, READ)}"
         )
     needed, more = READ[kind]
     unread = given.keys() - {"rope_type", "rope_theta", *needed, *more}

@@ -12,7 +12,8 @@ from lemo_hf.cli.options import AsJson
 from lemo_hf.storage.outputs import check_output, only_run
 
 if TYPE_CHECKING:
-    from lemo_hf.cli.train_config import Run
+    from lemo_hf.cli.train_look import Found
+    from lemo_hf.cli.train_sections import Run
 
 # Settings of any section are left for `read_settings`, which knows their names.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -46,11 +47,16 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the run in the output and start over.")
     ] = False,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Of the GPU: row length, recomputation and offload are planned for it."),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write report.html into the output, see lemo report.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the settings, print them as YAML, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Look at model and data, print the settings, stop."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,9 +65,13 @@ def train(
     Sections: model, data, lora (peft's LoraConfig) or full: true, lemo (LeMoConfig), training
     (transformers' TrainingArguments). Works under accelerate launch -m lemo_hf.cli train.
     """
+    from lemo_hf.cli.train_card import PRESET, plan_for_card
+    from lemo_hf.cli.train_look import look
     from lemo_hf.cli.train_settings import dump, read_settings
 
     options = [name for parameter in context.command.params for name in parameter.opts]
+    if config is None and memory_gib is not None:
+        config = PRESET
     settings = read_settings(config, context.args, options)
     datasets = dataset[0] if dataset and len(dataset) == 1 else dataset
     for section, key, value, flag in (
@@ -75,15 +85,20 @@ def train(
             settings.set(section, key, value, flag)
     if full:
         settings.values.pop("lora", None)
-    elif config is None and "lora" not in settings.values:
-        raise ValueError(
-            "say what is trained: --lora.r 8 and other fields of LoraConfig, or --full."
-        )
+        settings.full = True
     if dense:
         settings.values["lemo"] = False
-    run = settings.build()
+    planned = None
+    if memory_gib is not None:
+        found, planned = plan_for_card(settings, memory_gib)
+        run = settings.build()
+    else:
+        run = settings.build()
+        found = look(run)
     asked = dump(run, settings)
     if dry_run:
+        for fact in filter(None, (*found.facts, planned)):
+            print(f"# {fact}")
         print(asked, end="")
         return
     from lemo_hf.cli.train_folder import starting_point
@@ -92,8 +107,10 @@ def train(
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         checkpoint = starting_point(run.training, resume, overwrite, run.model.name)
+        if planned is not None and run.training.process_index == 0:
+            print(planned)
         trainer, metrics = _fine_tune(
-            run, asked, checkpoint, overwrite, report, progress=not as_json
+            run, found, asked, checkpoint, overwrite, report, progress=not as_json
         )
     if not trainer.is_world_process_zero():
         return
@@ -104,8 +121,8 @@ def train(
         wrote.append(write_report(run.training.output_dir))
     if as_json:
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        found = {"output": wrote[0], "steps": trainer.state.global_step, "losses": losses}
-        print(json.dumps({**found, "metrics": metrics}))
+        result = {"output": wrote[0], "steps": trainer.state.global_step, "losses": losses}
+        print(json.dumps({**result, "metrics": metrics}))
         return
     for name, value in metrics.items():
         print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
@@ -114,31 +131,26 @@ def train(
 
 
 def _fine_tune(
-    run: "Run", asked: str, checkpoint: str | None, overwrite: bool, report: bool, progress: bool
+    run: "Run",
+    found: "Found",
+    asked: str,
+    checkpoint: str | None,
+    overwrite: bool,
+    report: bool,
+    progress: bool,
 ) -> tuple[Any, dict[str, float]]:
     """Train, evaluate and save; the Trainer and its metrics."""
     from lemo_hf.cli.train_folder import clear, starting_point, write_first_settings
-    from lemo_hf.cli.train_model import load_for_training
-    from lemo_hf.cli.train_rows import collator, eval_rows, train_rows
-    from lemo_hf.cli.train_run import RunTrainer
+    from lemo_hf.cli.train_trainer import make_trainer
 
     args, main = run.training, run.training.process_index == 0
-    lm, tokenizer = load_for_training(run)
-    rows = train_rows(run.data, tokenizer, main and progress)
-    heldout = eval_rows(run.data, tokenizer, main and progress)
     if not progress:
         args.disable_tqdm = True
-    trainer = RunTrainer(
-        asked,
-        model=lm,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=heldout,
-        data_collator=collator(tokenizer),
-        processing_class=tokenizer,
-        lemo_config=run.lemo,
-        callbacks=_callbacks(report),
-    )
+    trainer = make_trainer(run, found, asked, main and progress)
+    if report:
+        from lemo_hf.report.callback import ReportCallback
+
+        trainer.add_callback(ReportCallback())
     with only_run(args.output_dir) if main else nullcontext():
         if main:
             if checkpoint is None:
@@ -147,11 +159,11 @@ def _fine_tune(
             if overwrite:
                 clear(args.output_dir)
             write_first_settings(args.output_dir, asked)
-            _print_plan(run, trainer, len(rows), heldout)
+            _print_plan(run, trainer, found)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_metrics("train", metrics)
-        if heldout is not None:
+        if trainer.eval_dataset is not None:
             evaluated = trainer.evaluate()
             trainer.save_metrics("eval", evaluated)
             metrics = {**metrics, **evaluated}
@@ -161,15 +173,7 @@ def _fine_tune(
     return trainer, metrics
 
 
-def _callbacks(report: bool) -> list[Any]:
-    if not report:
-        return []
-    from lemo_hf.report.callback import ReportCallback
-
-    return [ReportCallback()]
-
-
-def _print_plan(run: "Run", trainer: Any, rows: int, heldout: list | None) -> None:
+def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
     """What is about to be trained, on what."""
     from rich.console import Console
     from rich.table import Table
@@ -180,14 +184,24 @@ def _print_plan(run: "Run", trainer: Any, rows: int, heldout: list | None) -> No
     trained, total = parameter_counts(trainer.model)
     what = "all parameters" if run.lora is None else f"LoRA r={run.lora.r}"
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    lengths = f"of {run.data.tokens:,} tokens"
+    if found.form is not None:
+        lengths = f"of at most {run.data.tokens:,} tokens, labels on "
+        lengths += "the answers alone" if run.data.answers_only else "all of them"
     table = Table(show_header=False, box=None)
     for name, value in (
         ("model", f"{run.model.name}, {total:,} parameters, {trainer.model.dtype}"),
         ("trained", f"{what}: {trained:,} parameters ({trained / total:.2%})"),
-        ("data", f"{rows:,} rows of {run.data.tokens:,} tokens, {step} a step"),
-        ("evaluation", "none" if heldout is None else f"{len(heldout):,} rows, dense"),
+        ("data", f"{_rows(trainer.train_dataset)} {lengths}, {step} a step"),
+        ("evaluation", _rows(trainer.eval_dataset, ", dense")),
         ("LeMo", "off: every token in every layer" if run.lemo is None else "on, see below"),
         ("output", args.output_dir),
     ):
         table.add_row(f"[bold]{name}[/]", value)
     Console().print(table)
+
+
+def _rows(dataset: Any, how: str = "") -> str:
+    if dataset is None:
+        return "none"
+    return f"{len(dataset):,} rows{how}" if hasattr(dataset, "__len__") else "a stream of rows"

@@ -7,87 +7,30 @@ names the key, the value and where it came from.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lemo_hf.cli.mistakes import Mistakes, Several
+from lemo_hf.cli.train_sections import DataSection, ModelSection, Run
+from lemo_hf.cli.yaml_text import parse_yaml
 from lemo_hf.config import LeMoConfig
-from lemo_hf.shown import shortened, shown
+from lemo_hf.shown import nearest, shown
 
 SECTIONS = ("model", "data", "lora", "lemo", "training")
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """Which causal LM, and how it is loaded.
-
-    Attributes:
-        name: Hub id or directory.
-        revision: Branch, tag or commit of the Hub's.
-        dtype: Dtype of the weights.
-        attn_implementation: Attention as for `from_pretrained`; None is transformers' own choice.
-        rope_type: Way in which positions are stretched to ``data.tokens``.
-        rope_parameters: RoPE parameters, put over the model's own.
-        max_position_embeddings: Number of positions, put over the model's own.
-        trust_remote_code: Whether Python code that comes with the model is run.
-    """
-
-    name: str
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    attn_implementation: str | None = None
-    rope_type: Literal["linear", "yarn", "dynamic"] | None = None
-    rope_parameters: dict | None = None
-    max_position_embeddings: int | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Which text, and how rows of tokens are made of it.
-
-    Attributes:
-        dataset: Hub id, directory, or one or several files (.jsonl, .txt, .parquet).
-        tokens: Length of a row. Longer documents are cut.
-        split: Split of a Hub dataset or a directory.
-        text_column: Column that holds the text.
-        packing: Whether rows hold several documents, none of which sees another.
-        min_tokens: Tokens from which the rest of a document is a shorter row, without packing.
-        max_rows: Most rows that are made.
-        eval_dataset: Dataset to evaluate on, likewise.
-        eval_split: Split of that.
-        max_eval_rows: Most rows of that.
-    """
-
-    dataset: str | list[str]
-    tokens: int
-    split: str = "train"
-    text_column: str = "text"
-    packing: bool = False
-    min_tokens: int | None = None
-    max_rows: int | None = None
-    eval_dataset: str | list[str] | None = None
-    eval_split: str = "test"
-    max_eval_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokens < 2:
-            raise ValueError(f"tokens must be at least 2, got {self.tokens}")
-        if self.packing and self.min_tokens is not None:
-            raise ValueError(f"min_tokens={self.min_tokens} has no meaning with packing: drop it")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as it was asked for, checked; ``lora`` or ``lemo`` is None where there is none."""
-
-    model: ModelSection
-    data: DataSection
-    lora: Any
-    lemo: LeMoConfig | None
-    training: Any
+# Names of transformers until 5.17, which 5.23 warns of, and its names.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# What is to be given, by the key it stands for.
+_FLAGS = {
+    "model.name": "--model NAME",
+    "data.dataset": "--dataset NAME",
+    "data.tokens": "--tokens NUMBER, or --memory-gib, which finds the longest that fits",
+    "training.output_dir": "--output DIR",
+}
 
 
 @dataclass
@@ -95,16 +38,18 @@ class Settings:
     """Values by section and key, and where each was said.
 
     Attributes:
-        values: Values of the sections that are there; ``lora`` is left out where all parameters are
-            trained, ``lemo`` is False where training is dense.
+        values: Values of the sections that are there; ``lemo`` is False where training is dense.
+        full: Whether all parameters are trained where there is no section ``lora``.
         sources: File or flag, by section and by ``section.key``.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
+    full: bool = False
     sources: dict[str, str] = field(default_factory=dict)
 
     def set(self, section: str, key: str, value: Any, source: str) -> None:
-        """Put a value over what was there."""
+        """Put a value over what was there, or what was said by an older name of the key."""
+        key = RENAMED.get(key, key)
         if not isinstance(self.values.get(section), dict):
             self.values[section] = {}
         self.values[section][key] = value
@@ -114,19 +59,36 @@ class Settings:
         """The checked sections. Imports transformers, and peft where LoRA is asked for.
 
         Raises:
-            ValueError: A key is unknown or missing, or a value is wrong.
+            ValueError: Keys are unknown or missing, or values are wrong: all of them are told.
             ImportError: LoRA is asked for and peft is not installed.
         """
-        # Cheap sections first: a typing error in them is told before transformers is imported.
-        model, data = self.model(), self.data()
-        lemo = self._lemo()
-
-        from transformers import TrainingArguments
-
-        if not self.values.get("training", {}).get("output_dir"):
-            raise ValueError("say where results go: --output DIR, or training.output_dir.")
-        training = self._make(TrainingArguments, "training")
-        return Run(model, data, self._lora(), lemo, training)
+        with Mistakes() as mistakes:
+            found: dict[str, Any] = {}
+            for name, make in (
+                ("model", self.model),
+                ("data", self.data),
+                ("lemo", self._lemo),
+                ("lora", self._lora),
+                ("training", self._training),
+            ):
+                with mistakes.noted():
+                    found[name] = make()
+            if not (self.full or "lora" in self.values):
+                mistakes.add(
+                    "say what is trained: --lora.r 8 and other fields of LoraConfig, or --full."
+                )
+            if not self.values.get("training", {}).get("output_dir"):
+                mistakes.add(f"training.output_dir is missing: {_FLAGS['training.output_dir']}.")
+            if {"data", "training"} <= found.keys():
+                data, training = found["data"], found["training"]
+                if data.streaming and training.max_steps <= 0:
+                    mistakes.add("data.streaming has no last row: say training.max_steps.")
+                if training.do_eval and data.heldout is None and data.eval_share is None:
+                    mistakes.add(
+                        "training.eval_strategy evaluates, on what? Say data.eval_dataset, "
+                        "data.eval_split or data.eval_share."
+                    )
+        return Run(**found)
 
     def model(self) -> ModelSection:
         """The checked section; raises ValueError as `build` does."""
@@ -136,6 +98,14 @@ class Settings:
         """The checked section; raises ValueError as `build` does."""
         return self._make(DataSection, "data")
 
+    def _training(self) -> Any:
+        from transformers import TrainingArguments
+
+        names = {new: old for old, new in RENAMED.items() if new not in _fields(TrainingArguments)}
+        values = self.values.get("training", {})
+        renamed = {names.get(key, key): value for key, value in values.items()}
+        return self._make(TrainingArguments, "training", renamed)
+
     def _lora(self) -> Any:
         if "lora" not in self.values:
             return None
@@ -143,14 +113,18 @@ class Settings:
             from peft import LoraConfig
         except ImportError as error:
             raise ImportError('LoRA needs peft: pip install "lemo-hf[peft]".') from error
-        return self._make(LoraConfig, "lora", task_type="CAUSAL_LM")
+        values = {"task_type": "CAUSAL_LM", **self.values["lora"]}
+        return self._make(LoraConfig, "lora", values)
 
     def _lemo(self) -> LeMoConfig | None:
         values = self.values.get("lemo", {})
         if values is False:
             return None
         start, values = LeMoConfig(), dict(values)
-        self._check_keys(values, ["config", *_fields(LeMoConfig)], "lemo")
+        with Mistakes() as mistakes:
+            for key, value in values.items():
+                with mistakes.noted():
+                    self._check_key(key, value, ["config", *_fields(LeMoConfig)], "lemo")
         source = values.pop("config", None)
         with _told(f"{self._source('lemo')}: lemo"):
             if source is not None:
@@ -162,28 +136,26 @@ class Settings:
                 values.setdefault("policy", None)
             return dataclasses.replace(start, **values)
 
-    def _make(self, cls: type, section: str, **defaults: Any) -> Any:
-        values = {**defaults, **self.values.get(section, {})}
-        self._check_keys(values, _fields(cls), section)
+    def _make(self, cls: type, section: str, given: dict[str, Any] | None = None) -> Any:
+        values = dict(self.values.get(section, {}) if given is None else given)
         hints = get_type_hints(cls)
-        for key, value in values.items():
-            source = self._source(section, key)
-            values[key] = _checked(value, hints[key], f"{source}: {section}.{key}")
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
-        ]
-        if missing:
-            raise ValueError(f"{self._source(section)}: {section}.{missing[0]} is missing.")
+        with Mistakes() as mistakes:
+            for key, value in values.items():
+                with mistakes.noted():
+                    self._check_key(key, value, _fields(cls), section)
+                    where = f"{self._source(section, key)}: {section}.{key}"
+                    values[key] = _checked(value, hints[key], where)
+            for f in dataclasses.fields(cls):
+                if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
+                    flag = _FLAGS.get(f"{section}.{f.name}", f"--{section}.{f.name} VALUE")
+                    mistakes.add(f"{self._source(section)}: {section}.{f.name} is missing: {flag}.")
         with _told(f"{self._source(section)}: {section}"):
             return cls(**values)
 
-    def _check_keys(self, values: Mapping[str, Any], known: Sequence[str], section: str) -> None:
-        for key, value in values.items():
-            if key not in known:
-                where = f"{self._source(section, key)}: {section}.{key}={shown(value)}"
-                raise ValueError(f"{where}: there is no such key{nearest(key, known)}")
+    def _check_key(self, key: str, value: Any, known: Sequence[str], section: str) -> None:
+        if key not in known:
+            where = f"{self._source(section, key)}: {section}.{key}={shown(value)}"
+            raise ValueError(f"{where}: there is no such key{nearest(key, known)}")
 
     def _source(self, section: str, key: str = "") -> str:
         """Where a key was said; of a whole section, its file and the flags that went over it."""
@@ -200,6 +172,8 @@ def _told(where: str) -> Iterator[None]:
         yield
     except (OSError, ImportError):
         raise
+    except Several as error:
+        raise Several([ValueError(f"{where}: {each}") for each in error.each]) from error
     except Exception as error:  # of transformers' and peft's own classes, by a value that is wrong
         what = str(error) if isinstance(error, ValueError | TypeError) else repr(error)
         raise ValueError(f"{where}: {what}") from error
@@ -211,12 +185,34 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
 
     kinds = get_args(expected) or (expected,)
     try:
-        if type(value) is int and float in kinds and int not in kinds:
+        if float in kinds and int not in kinds and type(value) is int:
             return float(value)
+        if list[float] in kinds and isinstance(value, list):
+            value = [float(x) if type(x) is int else x for x in value]
+        if value is False and str in kinds and bool not in kinds:
+            value = "no"  # which YAML reads as false
         type_validator(where, value, expected)
     except (TypeError, OverflowError) as error:
-        raise ValueError(f"{where} must be {_type_name(expected)}, got {shown(value)}.") from error
+        meant = _meant(value, expected)
+        raise ValueError(
+            f"{where} must be {_type_name(expected)}, got {shown(value)}{meant}"
+        ) from error
     return value
+
+
+def _meant(value: Any, expected: Any) -> str:
+    """The end of a sentence on a wrong type: the number or truth value that stands in quotes, or a
+    choice with nearly that name."""
+    if not isinstance(value, str):
+        return "."
+    if get_origin(expected) is Literal:
+        return nearest(value, get_args(expected))
+    try:
+        meant = parse_yaml(value, "it")
+        meant = value if isinstance(meant, str) else _checked(meant, expected, "it")
+    except ValueError:
+        return "."
+    return "." if meant == value else f": did you mean {meant}, without quotes?"
 
 
 def _type_name(expected: Any) -> str:
@@ -226,9 +222,3 @@ def _type_name(expected: Any) -> str:
 
 def _fields(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that says ``name`` is unknown."""
-    near = get_close_matches(shortened(str(name)), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,52 +1,73 @@
-"""Rows of tokens for `lemo train`, as the section ``data`` asks for them."""
+"""Rows of tokens of plain text for `lemo train`, as the section ``data`` asks for them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from lemo_hf.cli.train_config import DataSection
+from lemo_hf.cli.train_sections import DataSection
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.storage.text_rows import load_documents, start_tokens, token_rows
+from lemo_hf.storage.tables import interleaved, load_table
+from lemo_hf.storage.text_rows import (
+    collected,
+    cut_rows,
+    load_documents,
+    named_rows,
+    start_tokens,
+    texts_of,
+)
+
+BUFFER = 256  # rows among which a stream is shuffled
 
 
-def train_rows(data: DataSection, tokenizer: Any, progress: bool) -> list[dict[str, list[int]]]:
-    """Rows to train on.
+def text_rows(
+    data: DataSection, tokenizer: Any, seed: int, progress: bool
+) -> tuple[Any, list[dict] | None]:
+    """Rows to train on, in a list or a stream, and those to evaluate on, one document each.
 
     Raises:
-        OSError, ValueError: The dataset cannot be read, or no document is long enough.
+        OSError, ValueError: A dataset cannot be read, or no document is long enough.
     """
-    documents = load_documents(data.dataset, data.split, data.text_column)
+    if data.streaming:
+        from datasets import IterableDataset
+
+        asked = {"data": data, "tokenizer": tokenizer, "seed": seed}
+        stream: Any = IterableDataset.from_generator(_limited, gen_kwargs=asked)
+        rows = stream.shuffle(seed=seed, buffer_size=BUFFER)
+    else:
+        rows = collected(_rows(data, tokenizer, seed), data.max_rows, progress)
+    heldout = data.heldout
+    if heldout is not None:
+        found = _rows(heldout, tokenizer, seed)
+        return rows, collected(found, heldout.max_rows, progress)
+    if data.eval_share is None:
+        return rows, None
+    # Neighbours may be of one document: those held out are the last ones, in one piece.
+    held = max(1, round(data.eval_share * len(rows)))
+    if held == len(rows):
+        raise ValueError(f"eval_share={data.eval_share:g} of {held} rows leaves none to train on.")
+    return rows[:-held], rows[-held:][: data.max_eval_rows]
+
+
+def _limited(data: DataSection, tokenizer: Any, seed: int) -> Iterator[dict[str, list[int]]]:
+    yield from islice(_rows(data, tokenizer, seed), data.max_rows)
+
+
+def _rows(data: DataSection, tokenizer: Any, seed: int) -> Iterator[dict[str, list[int]]]:
+    column = data.text_column or "text"
+    if data.weights is None:
+        documents = load_documents(data.dataset, data.split, column)
+    else:
+        tables = [load_table(name, data.split).select_columns([column]) for name in data.dataset]
+        mixed = interleaved(tables, data.weights, seed)
+        documents = texts_of(named_rows(", ".join(data.dataset), mixed), column)
     if data.packing:
-        return packed_rows(documents, tokenizer, data.tokens, data.max_rows, progress)
-    return token_rows(
-        documents,
-        tokenizer,
-        data.tokens,
-        max_rows=data.max_rows,
-        min_tokens=data.min_tokens,
-        progress=progress,
-    )
-
-
-def eval_rows(data: DataSection, tokenizer: Any, progress: bool) -> list[dict] | None:
-    """Rows to evaluate on, one document each, or None."""
-    if data.eval_dataset is None:
-        return None
-    documents = load_documents(data.eval_dataset, data.eval_split, data.text_column)
-    return token_rows(
-        documents, tokenizer, data.tokens, max_rows=data.max_eval_rows, progress=progress
-    )
+        return packed_rows(documents, tokenizer, data.tokens)
+    return cut_rows(documents, tokenizer, data.tokens, data.min_tokens)
 
 
 def packed_rows(
-    documents: Iterable[str],
-    tokenizer: Any,
-    tokens: int,
-    max_rows: int | None = None,
-    progress: bool = True,
-) -> list[dict[str, list[int]]]:
+    documents: Iterable[str], tokenizer: Any, tokens: int
+) -> Iterator[dict[str, list[int]]]:
     """Documents end to end in rows of ``tokens`` tokens; what is left over is dropped.
 
     Positions start anew with each document and after each cut, by which attention is kept inside
@@ -60,30 +81,23 @@ def packed_rows(
     """
     start = start_tokens(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows: list[dict[str, list[int]]] = []
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
-        for text in documents:
-            if len(rows) == max_rows:
-                return rows
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            rest = iter([*start, *ids, *end])
-            while part := list(islice(rest, tokens - len(row["input_ids"]))):
-                row["input_ids"] += part
-                row["labels"] += [IGNORE_INDEX, *part[1:]]
-                row["position_ids"] += range(len(part))
-                if len(row["input_ids"]) == tokens:
-                    rows.append(row)
-                    row = {name: [] for name in row}
-                    bar.update()
-                    if len(rows) == max_rows:
-                        return rows
-    if not rows:
+    made = 0
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rest = iter([*start, *ids, *end])
+        while part := list(islice(rest, tokens - len(row["input_ids"]))):
+            row["input_ids"] += part
+            row["labels"] += [IGNORE_INDEX, *part[1:]]
+            row["position_ids"] += range(len(part))
+            if len(row["input_ids"]) == tokens:
+                yield row
+                row, made = {name: [] for name in row}, made + 1
+    if not made:
         raise ValueError(
             f"the documents have {len(row['input_ids'])} tokens in all, a row has {tokens}: ask "
             "for shorter rows, or use more text."
         )
-    return rows
 
 
 def collator(tokenizer: Any) -> Any:

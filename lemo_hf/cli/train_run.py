@@ -11,15 +11,15 @@ from transformers.trainer_utils import TrainOutput
 from lemo_hf.cli.train_folder import write_settings
 from lemo_hf.storage.checkpoints import STATE_NAME
 from lemo_hf.storage.files import read_json, whole_file
-from lemo_hf.trainer import LeMoTrainer
+from lemo_hf.trainer import LeMoMixin, LeMoTrainer
 
 
-class RunTrainer(LeMoTrainer):
-    """`LeMoTrainer` that puts the run's settings beside all weights it saves.
+class RunMixin(LeMoMixin):
+    """Puts the run's settings beside all weights that a trainer saves.
 
     Args:
         settings: Settings of the run, as YAML.
-        **options: Arguments of `LeMoTrainer`.
+        **options: Arguments of the trainer.
     """
 
     def __init__(self, settings: str, **options: Any):
@@ -59,6 +59,10 @@ class RunTrainer(LeMoTrainer):
             except (OSError, ValueError):
                 before = {}
             _write(path, {**before, **metrics})
+
+
+class RunTrainer(RunMixin, LeMoTrainer):
+    """`LeMoTrainer` of a run."""
 
 
 def _write(path: Path, metrics: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from lemo_hf.cli.train_config import SECTIONS, Run, Settings, nearest
+from lemo_hf.cli.train_config import RENAMED, SECTIONS, Settings
+from lemo_hf.cli.train_sections import Run
 from lemo_hf.cli.yaml_text import parse_yaml, read_yaml
-from lemo_hf.shown import shown
+from lemo_hf.shown import nearest, shown
 
 PRESETS = Path(__file__).parent.parent / "presets"
 FILE_NAME = "lemo_train.yaml"  # of what a run was asked for, in its output directory
@@ -32,7 +33,10 @@ def read_settings(
     settings = Settings()
     if config is not None:
         path = find_config(config)
-        for section, values in _sections(read_yaml(path), str(path)).items():
+        sections, settings.full = _sections(read_yaml(path), str(path))
+        for section, values in sections.items():
+            if isinstance(values, dict):
+                values = {RENAMED.get(key, key): value for key, value in values.items()}
             settings.values[section] = values
             settings.sources[section] = str(path)
     for section, key, value, source in _parse_flags(flags, options):
@@ -81,8 +85,8 @@ def dump(run: Run, settings: Settings) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def _sections(values: Any, path: str) -> dict[str, Any]:
-    """Sections of a file; ``full: true`` stands for the missing ``lora``."""
+def _sections(values: Any, path: str) -> tuple[dict[str, Any], bool]:
+    """Sections of a file; whether it says ``full: true``, which stands for the missing ``lora``."""
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} must hold the sections {', '.join(SECTIONS)}, got {shown(values)}."
@@ -99,7 +103,7 @@ def _sections(values: Any, path: str) -> dict[str, Any]:
             f"{path}: full={shown(full)}: give either a section lora, or full: true to train all "
             "parameters."
         )
-    return values
+    return values, full
 
 
 def _parse_flags(

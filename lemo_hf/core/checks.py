@@ -8,6 +8,7 @@ from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.core.families import MULTIMODAL, Family, family_of
+from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,7 +282,7 @@ def check_trainer(
         raise ValueError(
             "fsdp_activation_checkpointing=True stores the whole stream of each layer and runs "
             "the layer again outside its pass. Set it to false and set "
-            "TrainingArguments(gradient_checkpointing=True): LeMo then stores kept rows only."
+            f"TrainingArguments({CHECKPOINTING}=True): LeMo then stores kept rows only."
         )
     if args.n_gpu > 1:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from lemo_hf.eval.longbench_tasks import choose_tasks
 from lemo_hf.shown import shortened, shown
-from lemo_hf.storage.files import download
+from lemo_hf.storage.files import download, near_path
 from lemo_hf.storage.json_lines import damage_told, read_file, read_rows
 
 REPOSITORY, ARCHIVE = "zai-org/LongBench", "data.zip"
@@ -62,7 +62,9 @@ def load_task(
     elif path.exists():
         raise ValueError(f"{path} is neither a folder nor a zip archive of LongBench's data.")
     else:
-        raise FileNotFoundError(f"there is no folder or archive {os.fspath(path)!r}.")
+        raise FileNotFoundError(
+            f"there is no folder or archive {os.fspath(path)!r}{near_path(path)}"
+        )
     if not rows:
         raise ValueError(f"{name} of {path} has no row.")
     for number, row in enumerate(rows, 1):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lemo_hf.shown import nearest
+
 # Prompts and lengths are LongBench's configuration, word for word (MIT, see LICENSE there).
 DATA = Path(__file__).parent / "longbench_data"
 
@@ -121,7 +123,8 @@ def choose_tasks(names: Sequence[str] | None = None, *, extended: bool = False) 
     for name in names or ():
         if name not in known:
             raise ValueError(
-                f"{benchmark} has no task {name!r}, its tasks are: {', '.join(known)}."
+                f"{benchmark} has no task {name!r}, its tasks are: {', '.join(known)}"
+                f"{nearest(name, known)}"
             )
     if names is not None and not names:
         raise ValueError(f"no task was named: leave tasks out for all {len(known)}.")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lemo_hf.storage.files import near_path
+
 DTYPE = np.dtype("<u2")  # unsigned, 16 bit, little-endian
 CHUNK = 2**24  # tokens looked at at a time
 
@@ -29,7 +31,7 @@ def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> n
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+        raise FileNotFoundError(f"there is no file {str(path)!r}{near_path(path)}")
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_hf.announce import announce, follow_log_level
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_trainer
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
@@ -39,8 +39,7 @@ class LeMoCallback(TrainerCallback):
     """
 
     def __init__(self, lemo_config: LeMoConfig):
-        if not isinstance(lemo_config, LeMoConfig):
-            raise ValueError(f"lemo_config must be a LeMoConfig, got {lemo_config!r}")
+        check_config(lemo_config)
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
         self._started = time.perf_counter()

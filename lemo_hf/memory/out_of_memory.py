@@ -5,8 +5,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from lemo_hf.config import LeMoConfig
+
+# Its name: the first of these that the installed transformers has; 5.17 knows the second alone.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def what_helps(config: LeMoConfig, checkpointed: bool, finish: bool) -> str:
             "steps of the run have begun"
         )
     if not checkpointed and config.recompute in (None, "none", "mlp"):
-        ways.append("gradient_checkpointing=True")
+        ways.append(f"{CHECKPOINTING}=True")
     if config.cuda_graphs:
         ways.append("LeMoConfig(cuda_graphs=False)")
     elif config.offload_gib is None:

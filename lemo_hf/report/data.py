@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.report.checks import check_history, check_recall, check_record, has_rows
-from lemo_hf.storage.files import CONFIG_NAME, read_json, read_text
+from lemo_hf.storage.files import CONFIG_NAME, near_path, read_json, read_text
 
 RECORD_NAME = "lemo_report.json"
 STATE_NAME = "trainer_state.json"
@@ -52,7 +52,9 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no directory {os.fspath(directory)!r}.")
+        raise FileNotFoundError(
+            f"there is no directory {os.fspath(directory)!r}{near_path(directory)}"
+        )
     states = [folder / STATE_NAME, *reversed(_checkpoints(folder))]
     state = next((path for path in states if path.is_file()), None)
     record = read_record(folder / RECORD_NAME)

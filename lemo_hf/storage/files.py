@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from lemo_hf.shown import nearest
+
 # A text that is read as a whole. JSON of this size can take 25 times as much memory.
 MOST_BYTES = 2**26
 CONFIG_NAME = "lemo_config.json"
@@ -19,6 +21,13 @@ _WRITTEN_BY = {
     WEIGHTS_NAME: "LeMoPredictor.save_pretrained and push_to_hub write it; pickled files (.bin, "
     ".pt) are never loaded.",
 }
+
+
+def near_path(path: str | os.PathLike) -> str:
+    """The end of a sentence that says ``path`` is not there: what lies beside it with such a
+    name."""
+    folder, name = os.path.split(os.path.normpath(path))
+    return nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
 
 
 def find_files(
@@ -45,7 +54,8 @@ def find_files(
     paths = []
     for name in names:
         try:
-            paths.append(download(source, name, "give a directory", **hub_kwargs))
+            otherwise = f"give a directory{near_path(source).rstrip('.')}"
+            paths.append(download(source, name, otherwise, **hub_kwargs))
         except EntryNotFound as error:
             raise ValueError(f"{error} {_WRITTEN_BY[name]}") from error
         # The other files come from the same commit, whatever is pushed in between.

@@ -1,64 +1,33 @@
 """From the text that a user has to rows of tokens, one document after the other."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lemo_hf.shown import shortened
-from lemo_hf.storage.json_lines import Row, damage_told, read_file
-
-# datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
-BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+from lemo_hf.shown import nearest, shortened
+from lemo_hf.storage.json_lines import Row, read_file
+from lemo_hf.storage.tables import Names, are_files, load_table, named, paths_of, suffix_of, told
 
 
-def load_examples(
-    dataset: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
-) -> Iterator[Row]:
+def load_examples(dataset: Names, split: str = "train") -> Iterator[Row]:
     """Examples of a dataset, streamed: what is not asked for is neither read nor downloaded.
 
-    Args:
-        dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
-            file is a document) or .parquet, compressed or not.
-        split: Split of a Hub dataset, or of a directory whose files have splits in their names.
-            Files that are named one by one have none.
+    Arguments and errors are those of `load_table`.
 
     Returns:
         The examples in the dataset's order, by column; a .txt file has one column, ``"text"``.
-
-    Raises:
-        OSError: There is no such dataset, or it cannot be reached.
-        ValueError: A format is not known, there is no such split, or a file is damaged.
     """
-    given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
-    paths = [os.fspath(path) for path in given]
-    missing = [path for path in paths if _suffix(path) and not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError(f"there is no file {missing[0]!r}.")
-    if all(os.path.isfile(path) for path in paths):
-        builders = {BUILDERS.get(_suffix(path) or "") for path in paths}
-        if len(builders) > 1 or None in builders:
-            raise ValueError(
-                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
-            )
-        return _some(chain.from_iterable(map(_file_examples, paths)), ", ".join(paths))
-    if len(paths) > 1:
-        raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
-    texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
-    sampled = {"sample_by": "document"} if texts else {}
-    name = f"{paths[0]}, split {split!r}"
-    return _some(_streamed(name, path=paths[0], split=split, **sampled), name)
+    paths = paths_of(dataset)
+    name = named(paths, split)
+    if are_files(paths):  # each of its own, so that a message names the one
+        return _some(chain.from_iterable(map(_file_examples, paths)), name)
+    return _some(named_rows(name, load_table(paths, split)), name)
 
 
 def load_documents(
-    dataset: str | os.PathLike | Sequence[str | os.PathLike],
-    split: str = "train",
-    text_column: str = "text",
+    dataset: Names, split: str = "train", text_column: str = "text"
 ) -> Iterator[str]:
     """Texts of a dataset; arguments and errors as of `load_examples`.
 
@@ -71,7 +40,12 @@ def load_documents(
         ValueError: There is no such column (those that there are are named), or a row of it is no
             text.
     """
-    return (_text(example, text_column, example.where) for example in load_examples(dataset, split))
+    return texts_of(load_examples(dataset, split), text_column)
+
+
+def texts_of(rows: Iterable[Row], column: str) -> Iterator[str]:
+    """Texts of a column, checked as those of `load_documents` are."""
+    return (_text(row, column, row.where) for row in rows)
 
 
 def labelled_rows(
@@ -128,18 +102,32 @@ def token_rows(
     min_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, list[int]]]:
+    """Rows of `cut_rows`, in a list; arguments and errors are those of `cut_rows`, and
+
+    Args:
+        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        tokenizer: As for `cut_rows`.
+        tokens: As for `cut_rows`.
+        max_rows: Most rows that are made; None takes all.
+        min_tokens: As for `cut_rows`.
+        progress: Whether a progress bar is shown.
+    """
+    return collected(cut_rows(documents, tokenizer, tokens, min_tokens), max_rows, progress)
+
+
+def cut_rows(
+    documents: Iterable[str], tokenizer: Any, tokens: int, min_tokens: int | None = None
+) -> Iterator[dict[str, list[int]]]:
     """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
 
     Every row begins as the tokenizer begins a text: with its BOS token if it adds one, which counts
     among the ``tokens``. No other special token is added.
 
     Args:
-        documents: Texts. No more of them are tokenised than ``max_rows`` need.
+        documents: Texts.
         tokenizer: Tokenizer of the model.
         tokens: Length of a row.
-        max_rows: Most rows that are made; None takes all.
         min_tokens: Tokens from which the rest of a document is a shorter row; None drops it.
-        progress: Whether a progress bar is shown.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.
@@ -147,31 +135,38 @@ def token_rows(
     Raises:
         ValueError: A number is too small, or no document is long enough.
     """
-    for name, value in (("tokens", tokens), ("max_rows", max_rows), ("min_tokens", min_tokens)):
-        least = 2 if name == "tokens" else 1
+    for name, value, least in (("tokens", tokens, 2), ("min_tokens", min_tokens, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    min_tokens = tokens if min_tokens is None else min_tokens
+    min_tokens = min(tokens, tokens if min_tokens is None else min_tokens)
     start = start_tokens(tokenizer)
-    rows, longest = [], 0
-    with tqdm(total=max_rows, desc="rows of tokens", disable=not progress) as bar:
-        for text in documents:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            longest = max(longest, len(ids) + len(start))
-            for first in range(0, len(ids), tokens - len(start)):
-                row = start + ids[first : first + tokens - len(start)]
-                if len(row) < min(tokens, min_tokens):
-                    continue
-                rows.append({"input_ids": row, "labels": list(row)})
-                bar.update()
-                if len(rows) == max_rows:
-                    return rows
-    if not rows:
+    longest = 0
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        longest = max(longest, len(ids) + len(start))
+        for first in range(0, len(ids), tokens - len(start)):
+            row = start + ids[first : first + tokens - len(start)]
+            if len(row) >= min_tokens:
+                yield {"input_ids": row, "labels": list(row)}
+    if longest < min_tokens:
         raise ValueError(
-            f"no document has {min(tokens, min_tokens)} tokens: the longest has {longest}. Ask for "
-            "shorter rows, or use longer documents."
+            f"no document has {min_tokens} tokens: the longest has {longest}. Ask for shorter "
+            "rows, or use longer documents."
         )
-    return rows
+
+
+def collected(
+    rows: Iterable[dict[str, list[int]]], max_rows: int | None, progress: bool
+) -> list[dict[str, list[int]]]:
+    """The first ``max_rows`` of ``rows``, or all of them, behind a progress bar.
+
+    Raises:
+        ValueError: ``max_rows`` is too small.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}.")
+    found = islice(rows, max_rows)
+    return list(tqdm(found, total=max_rows, desc="rows of tokens", disable=not progress))
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -180,51 +175,19 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _suffix(path: str) -> str | None:
-    """What says the format of a file, if its name does."""
-    suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
-    suffix = suffixes[-1].lower() if suffixes else ""
-    return suffix if suffix in BUILDERS else None
-
-
 def _file_examples(path: str) -> Iterator[Row]:
-    suffix = _suffix(path)
-    assert suffix is not None  # it was asked before
-    if suffix == ".jsonl" and not path.endswith(".zst"):  # which Python cannot read
+    if suffix_of(path) == ".jsonl" and not path.endswith(".zst"):  # which Python cannot read
         return read_file(path)
-    arguments: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": [path], "split": "train"}
-    if suffix == ".txt":
-        arguments["sample_by"] = "document"
-    return _streamed(path, **arguments)
+    return named_rows(path, load_table(path))
 
 
-def _streamed(name: str, **arguments: Any) -> Iterator[Row]:
-    """Rows as datasets reads them. It is asked at once, so that what is not there is told early."""
-    from datasets import load_dataset
-
-    with _told(name):
-        stream = load_dataset(**arguments, streaming=True)
-    return _rows(name, stream)
-
-
-def _rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    with _told(name):
+def named_rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """Rows of a table, each of which says where it stands."""
+    with told(name):
         for number, example in enumerate(stream, 1):
             row = Row(example)
             row.where = f"{name}, row {number}"
             yield row
-
-
-@contextmanager
-def _told(name: str) -> Iterator[None]:
-    """What datasets and pyarrow raise for a file that they cannot read names the file."""
-    with damage_told(name):
-        try:
-            yield
-        except StopIteration as error:
-            raise ValueError(f"{name} is empty.") from error
-        except (ValueError, TypeError, LookupError) as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def _some(rows: Iterator[Row], name: str) -> Iterator[Row]:
@@ -238,7 +201,8 @@ def _some(rows: Iterator[Row], name: str) -> Iterator[Row]:
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise ValueError(
-            f"{where} has no column {column!r}, its columns are: {shortened(', '.join(row))}."
+            f"{where} has no column {column!r}, its columns are: "
+            f"{shortened(', '.join(row))}{nearest(column, row)}"
         )
     text = row[column]
     if not isinstance(text, str):

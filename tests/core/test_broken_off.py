@@ -10,7 +10,7 @@ from support.models import batch, loss_and_gradients, make_model
 from support.trainers import SPARSE, assert_same_weights, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.memory.out_of_memory import what_helps
+from lemo_hf.memory.out_of_memory import CHECKPOINTING, what_helps
 
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
 # Where a pass breaks off, by the module that is about to be called.
@@ -99,7 +99,7 @@ def test_a_trainer_names_the_knob_and_goes_on(tmp_path, place):
     said, *lines = str(raised.value).splitlines()
     assert said == "CUDA out of memory. Tried to allocate 2.00 GiB."
     (line,) = lines
-    for knob in ("gradient_checkpointing=True", "offload_gib=...", "retention below 0.5"):
+    for knob in (f"{CHECKPOINTING}=True", "offload_gib=...", "retention below 0.5"):
         assert knob in line
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     again = losses(trainer)

@@ -1,0 +1,103 @@
+"""`lemo train --memory-gib`: what fits a card is found by the memory plan, before a run."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from lemo_hf.cli.options import RESERVE_GIB
+from lemo_hf.cli.train_config import Settings
+from lemo_hf.cli.train_look import Found, look
+from lemo_hf.cli.train_model import load_config
+from lemo_hf.config import LeMoConfig
+from lemo_hf.planning.plan import GIB, longest, plan, plans
+
+PRESET = "card"  # which holds what a card does not decide
+OFFLOADS = (8, 16, 32, 64, 128)  # GiB to pin, at most half of the host's memory
+WORDS = {
+    "none": "nothing is computed again",
+    "mlp": "MLPs are computed again",
+    "selective": "all but attention and its projection is computed again",
+    "lean": "all but attention is computed again",
+    "full": "layers are computed again as a whole",
+}
+
+
+def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
+    """Set ``data.tokens``, checkpointing and offload where they were not said.
+
+    The first of these ways that fits is taken: to store everything, to compute again, and to
+    offload as well. Without ``data.tokens`` rows are as long as the last of them allows, and no
+    longer than the model's positions.
+
+    Returns:
+        What there is for the run, and a sentence on what was chosen.
+
+    Raises:
+        OSError, ValueError: Nothing fits, the model is one whose memory is not predicted, or
+            settings are wrong.
+    """
+    tokens = settings.values.get("data", {}).get("tokens")
+    if tokens is None:
+        settings.set("data", "tokens", 2, "--memory-gib")
+        if settings.values.get("model", {}).get("rope_type") is not None:
+            raise ValueError("model.rope_type stretches positions to which length? Say --tokens.")
+    run = settings.build()
+    found = look(run)
+    config, start = found.config, run.lemo
+    if start is not None and start.dense_finish is None and found.form and run.data.answers_only:
+        start = dataclasses.replace(start, dense_finish=0)  # rows that ask have none
+    lora, args = run.lora, run.training
+    common: dict[str, Any] = {
+        "batch_size": args.per_device_train_batch_size,
+        "lora_rank": None if lora is None else lora.r,
+        "lora_targets": None if lora is None else lora.target_modules,
+        "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
+        "autocast": args.bf16 or args.fp16,
+    }
+    room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": RESERVE_GIB}
+    ways = []
+    for checkpointing, offload in _ways(settings, start):
+        lemo = start
+        if lemo is not None and offload is not None:
+            lemo = dataclasses.replace(lemo, offload_gib=offload)
+        more = {"gradient_checkpointing": checkpointing, **common, **room}
+        ways.append((checkpointing, offload, lemo, more, longest(config, lemo, **more)))
+    most = max(length for *_, length in ways)
+    if tokens is None:
+        tokens = min(most, config.get_text_config().max_position_embeddings)
+        settings.set("data", "tokens", tokens, "--memory-gib")
+    if not 0 < tokens <= most:
+        raise ValueError(
+            f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit, the longest that "
+            f"do have {most:,}: ask for these, for less retention, or for a larger card."
+        )
+    checkpointing, offload, lemo, more, _ = next(way for way in ways if way[-1] >= tokens)
+    settings.set("training", "activation_checkpointing", checkpointing, "--memory-gib")
+    if offload is not None:
+        settings.set("lemo", "offload_gib", offload, "--memory-gib")
+    phases = (
+        [plan(config, None, tokens, **more)]
+        if lemo is None
+        else plans(config, lemo, tokens, **more).values()
+    )
+    highest = max(phases, key=lambda phase: phase.peak)
+    levels = " and ".join(WORDS[level] for level in dict.fromkeys(highest.levels))
+    levels = levels or ("layers are computed again" if checkpointing else WORDS["none"])
+    pinned = "" if offload is None else f", up to {offload:g} GiB wait in pinned host memory"
+    said = (
+        f"Planned for {memory_gib:g} GiB, {RESERVE_GIB:g} of them left to CUDA: rows of {tokens:,} "
+        f"tokens; {levels}{pinned}. The predicted peak is {highest.peak / GIB:.1f} GiB."
+    )
+    positions = load_config(settings.build().model, tokens)
+    return dataclasses.replace(found, config=positions), said
+
+
+def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[tuple[bool, float | None]]:
+    """Checkpointing and offload that may be chosen, the fastest first."""
+    said = settings.values.get("training", {}).get("activation_checkpointing")
+    yield from ((way, None) for way in (False, True) if said in (None, way))
+    if lemo is None or lemo.offload_gib is not None or lemo.cuda_graphs or said is False:
+        return
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    yield from ((True, float(gib)) for gib in OFFLOADS if gib <= host / 2)

@@ -1,0 +1,148 @@
+"""What `lemo train` finds out before it loads a model: config, tokenizer and first rows."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from lemo_hf.cli.mistakes import Mistakes
+from lemo_hf.cli.train_chats import form_of, kind_of, names_of, use_template
+from lemo_hf.cli.train_model import adapted, attention_of, load_config, load_tokenizer
+from lemo_hf.cli.train_sections import DataSection, Run
+from lemo_hf.patch import apply_lemo
+from lemo_hf.shown import nearest
+from lemo_hf.storage.files import CONFIG_NAME, find_files
+from lemo_hf.storage.text_rows import load_examples
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is.
+
+    Attributes:
+        config: The model's, with its positions as they were asked for.
+        tokenizer: With the chat template that was asked for.
+        form: What rows of chats become, see `form_of`; None: it is text.
+        facts: Sentences on all that.
+    """
+
+    config: Any
+    tokenizer: Any
+    form: str | None
+    facts: list[str]
+
+
+def look(run: Run) -> Found:
+    """Read the model's config and tokenizer, and the first row of each dataset.
+
+    Raises:
+        OSError, ValueError, ImportError: Something is not there, does not fit, or needs a package
+            that is not installed: all of it is told.
+    """
+    config = tokenizer = None
+    firsts: list[tuple[Mapping[str, Any], tuple[str, ...] | None]] = []
+    facts = []
+    with Mistakes() as mistakes:
+        with mistakes.noted():
+            config = load_config(run.model, run.data.tokens)
+            tokenizer = load_tokenizer(run.model)
+            use_template(tokenizer, run.data)
+        if config is not None:
+            with mistakes.noted():
+                facts.append(_try_without_memory(run, config))
+        if run.lemo is not None and run.lemo.predictor not in (None, "auto"):
+            with mistakes.noted():
+                revision = run.lemo.predictor_revision
+                find_files(run.lemo.predictor, [CONFIG_NAME], revision=revision)
+        for name, data in _datasets(run.data):
+            with mistakes.noted():
+                row = next(load_examples(name, data.split))
+                kind = kind_of(row, data, str(name))
+                firsts.append((row, kind))
+                columns = " and ".join(kind or [data.text_column or "text"])
+                facts.append(f"{name} has rows of {columns}.")
+        if firsts and tokenizer is not None:
+            with mistakes.noted():
+                form = _form(firsts, run, tokenizer)
+    return Found(config, tokenizer, form, facts)
+
+
+def _datasets(data: DataSection) -> Iterator[tuple[Any, DataSection]]:
+    for section in filter(None, (data, data.heldout)):
+        for name in names_of(section):
+            yield name, section
+
+
+def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None:
+    """Of all rows, and whether the tokenizer and what is installed can make it."""
+    chats = [(row, kind) for row, kind in firsts if kind is not None]
+    if not chats:
+        return None
+    if len(chats) < len(firsts):
+        raise ValueError(
+            "some datasets hold chats and others text: name the text's column by "
+            "data.text_column, which all then must have, or train one after the other."
+        )
+    if find_spec("trl") is None:
+        raise ImportError('chats and instructions need TRL: pip install "lemo-hf[trl]".')
+    form = form_of(chats, tokenizer.chat_template is not None)
+    if form == "texts":
+        return form
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {run.model.name!r} has no chat template: give one by "
+            "data.chat_template FILE, take an instruct model, or rows whose prompt and completion "
+            "are texts."
+        )
+    if form == "messages" and run.data.answers_only:
+        from trl.chat_template_utils import get_training_chat_template
+
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {run.model.name!r} does not mark what the assistant says, "
+                "and TRL knows no form of it that does. Put {% generation %} and "
+                "{% endgeneration %} around that in a file for data.chat_template, give rows of "
+                "prompt and completion, or set data.answers_only to false."
+            ) from error
+    return form
+
+
+def _try_without_memory(run: Run, config: Any) -> str:
+    """Put adapters and LeMo on a model without weights; a sentence on it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                trust_remote_code=run.model.trust_remote_code,
+                **attention_of(run.model),
+            )
+    except (RuntimeError, NotImplementedError):  # it computes with what it has no memory for
+        return f"{run.model.name} is a {config.model_type}."
+    _check_targets(run.lora, [name for name, _ in model.named_modules()])
+    text = config.get_text_config()
+    said = (
+        f"{run.model.name} is a {config.model_type} of {text.num_hidden_layers} layers, "
+        f"{model.num_parameters():,} parameters and {text.max_position_embeddings:,} positions."
+    )
+    with torch.device("meta"):
+        model = adapted(model, copy.deepcopy(run.lora))
+    if run.lemo is not None and run.lemo.policy != "predictor":
+        apply_lemo(model, replace(run.lemo, cuda_graphs=False))
+    return said
+
+
+def _check_targets(lora: Any, modules: list[str]) -> None:
+    """PEFT leaves a name that no module has without a word, if another has one."""
+    targets = () if lora is None or isinstance(lora.target_modules, str) else lora.target_modules
+    for target in targets or ():
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            last = sorted({name.rpartition(".")[2] for name in modules})
+            raise ValueError(
+                f"lora.target_modules: the model has no module {target!r}{nearest(target, last)}"
+            )

@@ -1,0 +1,130 @@
+"""Sections of `lemo train`'s settings that are its own, and what a run was asked for."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lemo_hf.cli.mistakes import Mistakes
+from lemo_hf.config import LeMoConfig
+from lemo_hf.shown import shown
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which causal LM, and how it is loaded.
+
+    Attributes:
+        name: Hub id or directory.
+        revision: Branch, tag or commit of the Hub's.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention as for `from_pretrained`; None is transformers' own choice.
+        rope_type: Way in which positions are stretched to ``data.tokens``.
+        rope_parameters: RoPE parameters, put over the model's own.
+        max_position_embeddings: Number of positions, put over the model's own.
+        trust_remote_code: Whether Python code that comes with the model is run.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: str | None = None
+    rope_type: Literal["linear", "yarn", "dynamic"] | None = None
+    rope_parameters: dict | None = None
+    max_position_embeddings: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which text or chats, and how rows of tokens are made of them.
+
+    Attributes:
+        dataset: Hub id, directory, or one or several files (.jsonl, .txt, .parquet); with
+            ``weights`` several of any kind.
+        tokens: Length of a row. Longer documents and chats are cut.
+        weights: Share of each dataset among the rows; None: files, one after the other.
+        split: Split of a Hub dataset or a directory.
+        text_column: Column that holds the text; None: ``"text"``, where there are no columns of
+            chats (see `lemo_hf.cli.train_chats`).
+        answers_only: Whether of chats the answers alone have labels.
+        chat_template: File of a Jinja template in the place of the tokenizer's.
+        packing: Whether rows hold several documents or chats, none of which sees another.
+        streaming: Whether rows are made when they are asked for; it needs ``training.max_steps``.
+        min_tokens: Tokens from which the rest of a document is a shorter row, without packing.
+        max_rows: Most rows that are made, or chats that are read.
+        eval_dataset: Dataset to evaluate on, likewise; None: none, or ``dataset`` if there is an
+            ``eval_split``.
+        eval_split: Split of that; None: ``"test"``.
+        eval_share: Instead: share of the rows that are held out to evaluate on.
+        max_eval_rows: Most rows of that.
+    """
+
+    dataset: str | list[str]
+    tokens: int
+    weights: list[float] | None = None
+    split: str = "train"
+    text_column: str | None = None
+    answers_only: bool = True
+    chat_template: str | None = None
+    packing: bool = False
+    streaming: bool = False
+    min_tokens: int | None = None
+    max_rows: int | None = None
+    eval_dataset: str | list[str] | None = None
+    eval_split: str | None = None
+    eval_share: float | None = None
+    max_eval_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        with Mistakes() as mistakes:
+            for name, least in (("tokens", 2), ("max_rows", 1), ("max_eval_rows", 1)):
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    mistakes.add(f"{name} must be at least {least}, got {value}")
+            if self.packing and self.min_tokens is not None:
+                mistakes.add(f"min_tokens={self.min_tokens} has no meaning with packing: drop it")
+            if self.weights is not None and (
+                isinstance(self.dataset, str)
+                or len(self.weights) != len(self.dataset)
+                or min(self.weights, default=0) <= 0
+            ):
+                mistakes.add(
+                    f"weights={shown(self.weights)} must hold a number above 0 for each of the "
+                    f"datasets {shown(self.dataset)}"
+                )
+            if self.eval_share is not None:
+                if not 0 < self.eval_share < 1:
+                    mistakes.add(f"eval_share must lie in (0, 1), got {self.eval_share:g}")
+                others = [self.eval_dataset, self.eval_split, self.streaming or None]
+                if others != [None] * 3:
+                    mistakes.add(
+                        f"eval_share={self.eval_share:g} excludes eval_dataset, eval_split "
+                        "and streaming: drop it, or these"
+                    )
+
+    @property
+    def heldout(self) -> "DataSection | None":
+        """What is evaluated on, as a section of its own; None if nothing is, or a share."""
+        dataset = self.eval_dataset
+        if dataset is None and self.eval_split is not None:
+            dataset = self.dataset
+        if dataset is None:
+            return None
+        return DataSection(
+            dataset=dataset,
+            tokens=self.tokens,
+            split=self.eval_split or "test",
+            text_column=self.text_column,
+            answers_only=self.answers_only,
+            max_rows=self.max_eval_rows,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was asked for, checked; ``lora`` or ``lemo`` is None where there is none."""
+
+    model: ModelSection
+    data: DataSection
+    lora: Any
+    lemo: LeMoConfig | None
+    training: Any

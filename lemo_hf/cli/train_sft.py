@@ -1,0 +1,85 @@
+"""The trainer of chats for `lemo train`: TRL's SFTTrainer makes rows of them."""
+
+import copy
+from itertools import islice
+from typing import Any
+
+from lemo_hf.announce import announce
+from lemo_hf.cli.train_chats import chat_table
+from lemo_hf.cli.train_run import RunMixin
+from lemo_hf.cli.train_sections import DataSection, Run
+from lemo_hf.integrations.trl import LeMoSFTTrainer
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+
+FIRST = 256  # rows of a stream that are looked at
+
+
+class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
+    """`LeMoSFTTrainer` of a run; says how many answers its rows cut.
+
+    Attributes:
+        cut: Sentences on that, by dataset.
+    """
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *more: Any) -> Any:
+        # TRL tokenises and cuts in one go: first without an end, so that it is seen what is cut.
+        whole = copy.copy(args)
+        whole.max_length = None
+        _, formatting, name = more
+        dataset = super()._prepare_dataset(
+            dataset, processing_class, whole, False, formatting, name
+        )
+        said = cut_answers(dataset, args.max_length)
+        if said:
+            announce(args, f"{name}: {said}")
+        return super()._prepare_dataset(dataset, processing_class, args, *more)
+
+
+def cut_answers(rows: Any, tokens: int) -> str:
+    """A sentence on the rows that are longer than ``tokens``; empty if none is."""
+    streamed = not hasattr(rows, "__len__")
+    seen = longer = answers = lost = longest = 0
+    for row in islice(rows.with_format("numpy"), FIRST if streamed else None):
+        length, labelled = len(row["input_ids"]), row["labels"] != IGNORE_INDEX
+        seen, longest = seen + 1, max(longest, length)
+        longer += length > tokens
+        answers += bool(labelled[tokens:].any())
+        lost += not labelled[:tokens].any()
+    if not longer:
+        return ""
+    return (
+        f"{longer:,} of {'the first ' if streamed else ''}{seen:,} rows are longer than "
+        f"data.tokens={tokens:,} and are cut. Answers lose their end in {answers:,} of them; "
+        f"{lost:,} lose all labels and teach nothing. The longest row has {longest:,} tokens."
+    )
+
+
+def chat_tables(run: Run, form: str) -> tuple[Any, Any]:
+    """What is trained on, and what is evaluated on or None."""
+    data, seed = run.data, run.training.seed
+    table = chat_table(data, form, seed)
+    if data.heldout is not None:
+        return table, chat_table(data.heldout, form, seed)
+    if data.eval_share is None:
+        return table, None
+    parts = table.train_test_split(test_size=data.eval_share, seed=seed)
+    heldout = parts["test"]
+    if data.max_eval_rows is not None:
+        heldout = heldout.take(min(data.max_eval_rows, len(heldout)))
+    return parts["train"], heldout
+
+
+def sft_arguments(run: Run, form: str) -> Any:
+    """TRL's SFTConfig of a run: its TrainingArguments, and what section ``data`` says."""
+    from trl import SFTConfig
+
+    data: DataSection = run.data
+    values = run.training.to_dict() | {"hub_token": run.training.hub_token}  # else it is hidden
+    return SFTConfig(
+        **values,
+        max_length=data.tokens,
+        packing=data.packing,
+        eval_packing=False,
+        assistant_only_loss=data.answers_only and form == "messages",
+        completion_only_loss=data.answers_only and form != "messages",
+    )

@@ -1,0 +1,119 @@
+"""Datasets of users, found by name and opened by `datasets`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lemo_hf.storage.files import near_path
+from lemo_hf.storage.json_lines import damage_told
+
+# datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
+BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+Names = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def paths_of(dataset: Names) -> list[str]:
+    """The files, or the directory or Hub id, that ``dataset`` names.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: Files are of different formats, or several names are no files.
+    """
+    given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
+    paths = [os.fspath(path) for path in given]
+    for path in paths:
+        if suffix_of(path):
+            check_file(path)
+    if are_files(paths):
+        builders = {BUILDERS.get(suffix_of(path) or "") for path in paths}
+        if len(builders) > 1 or None in builders:
+            raise ValueError(
+                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
+            )
+    elif len(paths) > 1:
+        raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
+    return paths
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError, with the nearest name there is, unless ``path`` is a file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}{near_path(path)}")
+
+
+def are_files(paths: Sequence[str]) -> bool:
+    """Whether all of them are."""
+    return all(os.path.isfile(path) for path in paths)
+
+
+def suffix_of(path: str) -> str | None:
+    """What says the format of a file, if its name does."""
+    suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
+    suffix = suffixes[-1].lower() if suffixes else ""
+    return suffix if suffix in BUILDERS else None
+
+
+def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) -> Any:
+    """A dataset as `datasets` opens it. It is asked at once: what is not there is told early.
+
+    Args:
+        dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
+            file is a document) or .parquet, compressed or not.
+        split: Split of a Hub dataset, or of a directory whose files have splits in their names.
+            Files that are named one by one have none.
+        streaming: Whether rows are read when they are asked for; else they lie in a cache on disk.
+
+    Returns:
+        An `IterableDataset`, or a `Dataset`.
+
+    Raises:
+        OSError: There is no such dataset, or it cannot be reached.
+        ValueError: A format is not known, there is no such split, or a file is damaged.
+    """
+    from datasets import load_dataset
+
+    paths = paths_of(dataset)
+    arguments: dict[str, Any] = {"path": paths[0], "split": split}
+    texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
+    if are_files(paths):
+        suffix = suffix_of(paths[0])
+        assert suffix is not None  # paths_of refused others
+        arguments = {"path": BUILDERS[suffix], "data_files": paths, "split": "train"}
+        texts = suffix == ".txt"
+    if texts:
+        arguments["sample_by"] = "document"
+    with told(named(paths, split)):
+        return load_dataset(**arguments, streaming=streaming)
+
+
+def interleaved(tables: Sequence[Any], weights: Sequence[float], seed: int) -> Any:
+    """Rows drawn from tables in the shares of ``weights``, until one of them has no more.
+
+    Raises:
+        ValueError: Their columns are not the same.
+    """
+    from datasets import interleave_datasets
+
+    shares = [weight / sum(weights) for weight in weights]
+    with told("datasets that are to be one"):
+        return interleave_datasets(list(tables), probabilities=shares, seed=seed)
+
+
+def named(paths: Sequence[str], split: str) -> str:
+    """A dataset's name in messages."""
+    return ", ".join(paths) if are_files(paths) else f"{paths[0]}, split {split!r}"
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """What datasets and pyarrow raise for a file that they cannot read names the file."""
+    with damage_told(name):
+        try:
+            yield
+        except StopIteration as error:
+            raise ValueError(f"{name} is empty.") from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,129 @@
+"""`lemo train --memory-gib`: rows, recomputation and offload that the plan says fit a card."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from support.paths import DEMO
+from transformers import AutoTokenizer, LlamaConfig
+
+from lemo_hf.cli.train_settings import read_settings
+from lemo_hf.planning.plan import GIB, plans
+
+TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()[:16_000]
+FLAGS = ("train", "--output", "out", "--training.use_cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A book, and the config of a model of 8B parameters, without its weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=32,
+        intermediate_size=14336,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+        max_position_embeddings=131072,
+    ).save_pretrained(tmp_path / "8b")
+    AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(tmp_path / "8b")
+    return tmp_path
+
+
+def planned(lemo, *flags):
+    """The settings of a planned run, the sentence on it, and the peak that these settings have."""
+    book = () if "--dataset" in flags else ("--dataset", "book.txt")
+    code, out, err = lemo(*FLAGS, "--model", "8b", *book, "--dry-run", *flags)
+    assert code == 0, err
+    (said,) = re.findall("# (Planned .*)", out)
+    settings = yaml.safe_load(out)
+    Path("planned.yaml").write_text(out)
+    run = read_settings("planned.yaml").build()
+    phases = plans(
+        LlamaConfig.from_pretrained("8b"),
+        run.lemo,
+        run.data.tokens,
+        lora_rank=8,
+        lora_targets="all-linear",
+        gradient_checkpointing=run.training.gradient_checkpointing,
+        memory_gib=float(flags[flags.index("--memory-gib") + 1]),
+        reserve_gib=2.0,
+    )
+    return settings, said, max(phase.peak for phase in phases.values()) / GIB
+
+
+@pytest.mark.parametrize("card", ["24", "48", "80", "141"])
+def test_the_longest_row_of_a_card(card, lemo, folder):
+    settings, said, peak = planned(lemo, "--memory-gib", card)
+    tokens = settings["data"]["tokens"]
+    assert 0.8 * (float(card) - 2) < peak <= float(card) - 2 or tokens == 131072
+    assert f"Planned for {card} GiB, 2 of them left to CUDA: rows of {tokens:,} tokens;" in said
+    assert f"The predicted peak is {peak:.1f} GiB." in said
+    assert tokens % 64 == 0 and tokens > 8192
+
+
+def test_what_needs_least_time_is_taken(lemo, folder):
+    """Short rows are stored whole; longer ones computed again, then offloaded as well."""
+    found = [planned(lemo, "--memory-gib", "24", "--tokens", n) for n in (512, 16384, 40960)]
+    checkpointing = [run["training"]["activation_checkpointing"] for run, _, _ in found]
+    offload = [run["lemo"]["offload_gib"] for run, _, _ in found]
+    assert checkpointing == [False, True, True]
+    assert offload[:2] == [None, None] and offload[2] > 0
+    assert "nothing is computed again" in found[0][1] and "computed again" in found[1][1]
+    assert f"up to {offload[2]:g} GiB wait in pinned host memory" in found[2][1]
+    assert all(peak <= 22 for _, _, peak in found)
+
+
+def test_what_was_said_stays(lemo, folder):
+    said = ("--training.gradient_checkpointing", "--lemo.offload_gib", 4, "--lora.r", 8)
+    settings, _, _ = planned(lemo, "--memory-gib", "80", "--tokens", 4096, *said)
+    assert settings["lemo"]["offload_gib"] == 4 and settings["data"]["tokens"] == 4096
+    assert settings["training"]["activation_checkpointing"] is True
+
+
+def test_answers_have_no_finish_and_so_longer_rows(lemo, folder):
+    (folder / "asks.jsonl").write_text(json.dumps({"prompt": TEXT[:200], "completion": " Yes."}))
+    text, _, _ = planned(lemo, "--memory-gib", "24")
+    asks, _, _ = planned(lemo, "--memory-gib", "24", "--dataset", "asks.jsonl")
+    assert asks["data"]["tokens"] > text["data"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tokens", 2**22), "rows of 4,194,304 tokens do not fit, the longest that do have"),
+        (("--model.rope_type", "yarn"), "positions to which length? Say --tokens"),
+        (("--model", "9b"), "model '9b'"),
+    ],
+)
+def test_mistakes(flags, message, lemo, folder):
+    model = () if "--model" in flags else ("--model", "8b")
+    code, out, err = lemo(*FLAGS, "--dataset", "book.txt", *model, "--memory-gib", 24, *flags)
+    assert code == 2 and message in err and "Traceback" not in err and not out
+
+
+def test_it_trains(lemo, folder):
+    small = ("--training.max_steps", 1, "--training.bf16", "false", "--model.dtype", "float32")
+    code, out, err = lemo(
+        *(
+            *FLAGS,
+            "--dataset",
+            "book.txt",
+            "--model",
+            DEMO / "model",
+            "--model.dtype",
+            "float32",
+            "--memory-gib",
+            24,
+        ),
+        *(*small, "--training.gradient_accumulation_steps", 1),
+    )
+    assert code == 0, err
+    assert "rows of 512 tokens; nothing is computed again" in out  # its positions
+    assert "rows of 512 tokens, 1 a step" in out and "Wrote out" in out

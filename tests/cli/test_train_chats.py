@@ -1,0 +1,200 @@
+"""`lemo train` of chats and instructions: the rows and labels are those of TRL's SFTTrainer."""
+
+import json
+
+import pytest
+import yaml
+from support.paths import DEMO
+
+pytest.importorskip("trl", minversion="1.16")
+
+import datasets
+from support.sft import TEMPLATE, texts, turns
+from transformers import AutoTokenizer
+
+from lemo_hf.cli.train_look import look
+from lemo_hf.cli.train_settings import read_settings
+from lemo_hf.cli.train_trainer import make_trainer
+
+MODEL = str(DEMO / "model")
+WORDS = [text.split() for text in texts(12)]  # halves end where a token does
+HALVES = [(" ".join(w[: len(w) // 2]), " " + " ".join(w[len(w) // 2 :])) for w in WORDS]
+SETTINGS = """
+model: {name: MODEL, dtype: float32}
+data: {dataset: [], tokens: 256, chat_template: chat.jinja}
+lora: {r: 2, target_modules: [q_proj]}
+lemo: {retention: 0.5, block_size: 16}
+training: {output_dir: out, max_steps: 2, logging_steps: 1, use_cpu: true, save_strategy: no}
+""".replace("MODEL", MODEL)
+
+
+def sharegpt(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+ROWS = {
+    "messages": [{"messages": turns(p, c) + turns(c, p)} for p, c in HALVES],
+    "sharegpt": [{"id": "x", "conversations": sharegpt(p, c)} for p, c in HALVES],
+    "texts": [{"prompt": p, "completion": c} for p, c in HALVES],
+    "turns": [{"prompt": turns(p, c)[:1], "completion": turns(p, c)[1:]} for p, c in HALVES],
+    "alpaca": [{"instruction": p, "input": "In short.", "output": c} for p, c in HALVES],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A file of each kind, a template, and caches of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, rows in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(ROWS["messages"]).to_parquet(tmp_path / "messages.parquet")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    (tmp_path / "run.yaml").write_text(SETTINGS)
+    return tmp_path
+
+
+def trainer(*flags, dataset="messages.jsonl"):
+    run = read_settings("run.yaml", [f"--data.dataset={dataset}", *flags]).build()
+    return make_trainer(run, look(run), "", False)
+
+
+def said(row):
+    """What a row's labels say, and all of it."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    answers = [token for token in row["labels"] if token != -100]
+    return tokenizer.decode(answers), tokenizer.decode(row["input_ids"])
+
+
+END = AutoTokenizer.from_pretrained(MODEL).eos_token
+P, C = HALVES[0]
+EXPECTED = {
+    "messages.jsonl": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
+    "messages.parquet": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
+    "sharegpt.jsonl": (f"{C}{END}", f"user: {P}\n{C}{END}"),
+    "texts.jsonl": (f"{C}{END}", f"{P}{C}{END}"),
+    "turns.jsonl": (f"{C}{END}", f"user: {P}\n{C}{END}"),
+    "alpaca.jsonl": (f"{C}{END}", f"user: {P}\n\nIn short.\n{C}{END}"),
+}
+
+
+@pytest.mark.parametrize("dataset", EXPECTED)
+def test_each_kind_has_labels_on_its_answers(dataset, folder):
+    assert said(trainer(dataset=dataset).train_dataset[0]) == EXPECTED[dataset]
+
+
+def test_labels_on_everything(folder):
+    for dataset in ("messages.jsonl", "texts.jsonl"):
+        answers, row = said(trainer("--data.answers_only=false", dataset=dataset).train_dataset[0])
+        assert answers == row == EXPECTED[dataset][1]
+
+
+def test_alpaca_without_a_template_is_text(folder):
+    row = said(trainer("--data.chat_template=null", dataset="alpaca.jsonl").train_dataset[0])
+    assert row == (f"{C}{END}", f"{P}\n\nIn short.\n\n{C}{END}")
+
+
+def test_it_trains(lemo, folder):
+    (folder / "held.jsonl").write_text(json.dumps(ROWS["sharegpt"][0]))
+    flags = ("--dataset", "messages.jsonl", "--data.eval_dataset", "held.jsonl", "--json")
+    code, out, err = lemo("train", "--config", "run.yaml", *flags)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["steps"] == len(result["losses"]) == 2 and result["metrics"]["eval_loss"] > 0
+    assert "10 of 10 layers" in err and "labels on the answers" in err
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
+    again = yaml.safe_load((folder / "out" / "lemo_train.yaml").read_text())
+    assert again["data"]["eval_dataset"] == "held.jsonl"
+
+
+def test_weights(folder):
+    """Rows are drawn in these shares until one dataset has no more; forms become one."""
+    mixed = "[sharegpt.jsonl, alpaca.jsonl]"
+    rows = trainer("--data.weights=[3, 1]", dataset=mixed).train_dataset
+    answers = [said(row)[1] for row in rows]
+    short = sum("In short." in answer for answer in answers)
+    assert len(answers) > 12 and 0 < short < len(answers) / 2
+    assert EXPECTED["sharegpt.jsonl"][1] in answers and EXPECTED["alpaca.jsonl"][1] in answers
+
+
+def test_a_share_is_held_out(folder):
+    made = trainer("--data.eval_share=0.25", "--data.max_eval_rows=2")
+    assert len(made.train_dataset) == 9 and len(made.eval_dataset) == 2
+    known = [row["input_ids"] for row in made.train_dataset]
+    assert all(row["input_ids"] not in known for row in made.eval_dataset)
+
+
+def test_packing(folder):
+    rows = trainer("--data.packing", "--data.max_rows=6").train_dataset
+    assert len(rows) < 6 and all(len(row["input_ids"]) <= 256 for row in rows)
+    assert sum(len(row["seq_lengths"]) for row in rows) == 6
+
+
+def test_a_stream(lemo, folder):
+    made = trainer("--data.streaming", "--data.max_rows=5")
+    assert not hasattr(made.train_dataset, "__len__")
+    rows = [said(row) for row in made.train_dataset]
+    assert len(rows) == 5 and EXPECTED["messages.jsonl"] in rows
+    code, out, err = lemo(
+        *("train", "--config", "run.yaml", "--dataset", "messages.jsonl", "--json"),
+        *("--data.streaming", "--data.eval_dataset", "messages.parquet", "--data.eval_split=train"),
+    )
+    assert code == 0 and len(json.loads(out)["losses"]) == 2, err
+    assert "a stream of rows" in err
+
+
+def test_cut_answers_are_counted(folder, capsys):
+    long = [{"prompt": "a b" * n, "completion": " c" * 20} for n in (1, 20, 60)]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    whole = [tokenizer(row["prompt"] + row["completion"] + END)["input_ids"] for row in long]
+    tokens = len(whole[1]) - 5
+    for more in ([], ["--data.streaming"]):
+        rows = list(trainer(f"--data.tokens={tokens}", *more, dataset="long.jsonl").train_dataset)
+        assert sorted(len(row["input_ids"]) for row in rows) == [len(whole[0]), tokens]
+        printed = capsys.readouterr().out
+        assert (
+            f"3 rows are longer than data.tokens={tokens} and are cut. Answers lose their end in 2 "
+            f"of them; 1 lose all labels and teach nothing. The longest row has {len(whole[2])}"
+        ) in printed and "train: 2 of " in printed
+    trainer(f"--data.tokens={len(whole[2])}", dataset="long.jsonl")
+    assert "longer" not in capsys.readouterr().out
+
+
+def test_text_columns_come_first_if_they_are_named(folder):
+    both = [{**row, "text": "word " * 300} for row in ROWS["messages"]]
+    (folder / "both.jsonl").write_text("\n".join(map(json.dumps, both)))
+    assert said(trainer(dataset="both.jsonl").train_dataset[0]) == EXPECTED["messages.jsonl"]
+    row = trainer("--data.text_column=text", dataset="both.jsonl").train_dataset[0]
+    assert row["labels"] == row["input_ids"] and said(row)[0].startswith("word word")
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ({"messages": turns("a", "b")[:1]}, (), "row 2 has no turn of the assistant"),
+        ({"messages": [{"role": "user"}]}, (), "row 2: a message needs a role and a content"),
+        ({"messages": []}, (), "row 2 must hold a list of messages, got []"),
+        (None, ("--data.chat_template", "null"), "has no chat template: give one by data.chat_t"),
+        (None, ("--data.chat_template", "plain.jinja"), "does not mark what the assistant says"),
+        (None, ("--data.chat_template", "chat.jinj"), "no file 'chat.jinj'; did you mean 'chat.j"),
+        (None, ("--data.eval_dataset", "books.jsonl"), "some datasets hold chats and others text"),
+        (None, ("--data.streaming", "--training.max_steps=-1"), "no last row: say training.max_s"),
+        (None, ("--data.weights", "[1]"), "weights=[1.0] must hold a number above 0 for each"),
+        (None, ("--data.eval_share=1.5",), "eval_share must lie in (0, 1), got 1.5"),
+    ],
+)
+def test_mistakes(row, flags, message, lemo, folder):
+    (folder / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (folder / "books.jsonl").write_text(json.dumps({"text": "a"}))
+    rows = [ROWS["messages"][0]] + ([] if row is None else [row])
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = lemo("train", "--config", "run.yaml", "--dataset", "mine.jsonl", *flags)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (folder / "out" / "adapter_model.safetensors").exists()
+
+
+def test_without_trl(lemo, folder, monkeypatch):
+    monkeypatch.setattr("lemo_hf.cli.train_look.find_spec", lambda name: None)
+    code, _, err = lemo("train", "--config", "run.yaml", "--dataset", "messages.jsonl")
+    assert code == 2 and 'chats and instructions need TRL: pip install "lemo-hf[trl]"' in err

@@ -1,0 +1,128 @@
+"""Mistakes are found before a model loads, all of them at once, with what may have been meant."""
+
+import json
+
+import pytest
+import yaml
+from support.paths import DEMO
+
+MODEL = DEMO / "model"
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A run that would train, in flags; no weights are read."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lemo_hf.cli.train_model.load_weights", refused)
+    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "one two three", "body": "four"}))
+    values = {
+        "--model": MODEL,
+        "--dataset": "books.jsonl",
+        "--tokens": 8,
+        "--output": "out",
+        "--lora.r": 2,
+        "--lora.target_modules": "[q_proj, v_proj]",
+        "--training.use_cpu": "true",
+    }
+    return lambda **more: ("train", *(w for pair in ({**values, **more}).items() for w in pair))
+
+
+def test_all_that_is_missing_is_told_at_once(lemo, asked):
+    code, _, err = lemo("train")
+    assert code == 2 and "5 mistakes:" in err
+    for line in (
+        "- flags: model.name is missing: --model NAME.",
+        "- flags: data.dataset is missing: --dataset NAME.",
+        "- flags: data.tokens is missing: --tokens NUMBER, or --memory-gib",
+        "- say what is trained: --lora.r 8 and other fields of LoraConfig, or --full.",
+        "- training.output_dir is missing: --output DIR.",
+    ):
+        assert line in err
+
+
+def test_all_that_is_wrong_is_told_at_once(lemo, asked):
+    wrong = {
+        "--training.learning_rat": 1,
+        "--lora.rr": 1,
+        "--retention": 50,
+        "--data.packng": "true",
+        "--training.max_steps": '"20"',
+    }
+    code, _, err = lemo(*asked(**wrong))
+    assert code == 2 and "5 mistakes:" in err
+    for said in (
+        "training.learning_rat=1: there is no such key; did you mean 'learning_rate'?",
+        "lora.rr=1: there is no such key",
+        "got 50.0 in retention=50.0: did you mean 0.5?",
+        "data.packng=True: there is no such key; did you mean 'packing'?",
+        "training.max_steps must be int, got '20': did you mean 20, without quotes?",
+    ):
+        assert said in err
+
+
+def test_what_is_not_there_is_told_at_once(lemo, asked, tmp_path):
+    (tmp_path / "modell").mkdir()
+    wrong = {
+        "--model": "model",
+        "--dataset": "boks.jsonl",
+        "--data.eval_dataset": "books.jsonl",
+        "--data.text_column": "bodi",
+        "--lemo.predictor": "predictr",
+    }
+    (tmp_path / "predictor").mkdir()
+    code, _, err = lemo(*asked(**wrong))
+    assert code == 2 and "4 mistakes:" in err
+    for said in (
+        "model 'model'; did you mean 'modell'?",
+        "there is no file 'boks.jsonl'; did you mean 'books.jsonl'?",
+        "its columns are: text, body; did you mean 'body'? data.text_column names the text's.",
+        "give a directory; did you mean 'predictor'?",
+    ):
+        assert said in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--lora.target_modules", "[q_proj, v_prj]", "no module 'v_prj'; did you mean 'v_proj'?"),
+        ("--lora.target_modules", "qq", "Target modules qq not found in the base model"),
+        ("--lemo.dense_first_layers", 10, "leave no sparse layer: the model has 10"),
+        ("--lemo.retention", "[0.5, 0.5]", "retention has 2 entries, the model has 10 layers"),
+        ("--lemo.policy", "overlp", "got 'overlp'; did you mean 'overlap'?"),
+        ("--lemo.recompute", "ful", "got 'ful'; did you mean 'full'?"),
+        ("--lemo.block_size", '"64"', "got '64': did you mean 64?"),
+        ("--lemo.dense_finish", 10, "dense_finish must lie in [0, 1], or be None, got 10: did you"),
+        ("--model.dtype", "bfloat", "got 'bfloat'; did you mean 'bfloat16'?"),
+    ],
+)
+def test_what_may_have_been_meant(flag, value, message, lemo, asked):
+    code, out, err = lemo(*asked(**{flag: value}))
+    assert code == 2 and message in err and not out
+
+
+def test_yaml_reads_no_as_false_and_a_strategy_is_called_no(lemo, asked):
+    code, out, err = lemo(*asked(**{"--training.save_strategy": "no"}), "--dry-run")
+    assert code == 0, err
+    assert yaml.safe_load(out)["training"]["save_strategy"] is False
+
+
+def test_a_dry_run_reads_model_and_data(lemo, asked):
+    code, out, err = lemo(*asked(), "--dry-run")
+    assert code == 0, err
+    assert f"# {MODEL} is a llama of 10 layers, 1,862,272 parameters and 512 positions." in out
+    assert "# books.jsonl has rows of text." in out
+    assert yaml.safe_load(out)["data"]["tokens"] == 8
+    code, _, err = lemo(*asked(**{"--data.text_column": "bod"}), "--dry-run")
+    assert code == 2 and "did you mean 'body'?" in err
+
+
+def test_checkpointing_has_two_names(lemo, asked):
+    """transformers 5.17 knows one, 5.23 warns of it; the later one said wins."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        code, out, err = lemo(*asked(**{f"--training.{name}": "true"}), "--dry-run")
+        assert code == 0 and "deprecated" not in err, err
+        assert yaml.safe_load(out)["training"]["activation_checkpointing"] is True
