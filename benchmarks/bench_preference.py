@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, argv: list[str], device: torch.device) -> list
     slug = header["gpu"].lower().replace(" ", "-")
     path = args.output or RESULTS / slug / "bench_preference.json"
     tokens = 2 * (args.prompt + args.completion)
-    samples: dict[str, list[dict]] = {name: [] for name in providers()}
+    samples: dict[str, list[dict]] = {name: [] for name in args.providers or providers()}
     rows: dict[str, dict] = {}
     for _ in range(args.rounds):
         for name in samples:
@@ -173,6 +173,7 @@ def main() -> None:
     add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
     add("--prompt", type=int, default=32768, help="tokens")
     add("--completion", type=int, default=1024, help="tokens of each of the two")
+    add("--providers", nargs="+", metavar="NAME", help=f"of {providers()}; all if not given")
     add("--steps", type=int, default=3, help="that are timed in a turn")
     add("--rounds", type=int, default=2, help="turns of each")
     add("--commit", default="unknown", help="of lemo-hf, for the record")
