@@ -17,7 +17,7 @@ from lemo_hf.kernels.launch import untouched
 from lemo_hf.memory.recompute import _ATTENTION
 
 PAGE = (ROOT / "docs" / "patched-internals.md").read_text(encoding="utf-8")
-TEST = re.compile(r"\[test_\w+\.py\]\(\.\./(tests/test_\w+\.py)\)((?:,? `test_\w+`)+)")
+TEST = re.compile(r"\[test_\w+\.py\]\(\.\./(tests/(?:\w+/)?test_\w+\.py)\)((?:,? `test_\w+`)+)")
 # Private names that are LeMo's own, or of what no Trainer run depends on: a tracker's, a token's.
 OWN = {"_lemo_logits", "_lemo_setup", "_lock", "_original", "_runtime", "_token"}
 # transformers refuses sdpa for Gemma 2, and eager attention never becomes a CUDA graph.
