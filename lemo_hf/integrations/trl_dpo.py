@@ -46,15 +46,15 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
             _check(args, config)
             self._pairs.fixed = args.precompute_ref_log_probs
         super().__init__(model, ref_model, args, *more, **kwargs)
-        if config is not None and self.aux_loss_enabled:
-            raise ValueError(
-                "the auxiliary loss of experts is not supported: sparse layers route kept tokens "
-                "only, which it does not expect. Set DPOConfig(router_aux_loss_coef=0.0)."
-            )
 
     def _apply_lemo(
         self, model: nn.Module, config: LeMoConfig, predictor: LeMoPredictor | None = None
     ) -> LeMo:
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "the auxiliary loss of experts is not supported: sparse layers route kept tokens "
+                "only, which it does not expect. Set DPOConfig(router_aux_loss_coef=0.0)."
+            )
         _check_adapters(model)
         lemo = super()._apply_lemo(model, config, predictor)
         lemo.passes.pairs = self._pairs

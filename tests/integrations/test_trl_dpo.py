@@ -398,3 +398,17 @@ def test_a_batch_without_completions_has_gradients_of_nothing(tmp_path):
     loss, _, gradients = one_step(trainer, batch)
     assert loss == pytest.approx(0.693147, abs=1e-5)
     assert gradients and not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("models", ["new-adapter", "ref_model"])
+def test_mixed_precision(tmp_path, models):
+    """Before the first step the policy is its reference, to the bit."""
+    options = MODELS[models]()
+    if models == "ref_model":
+        options["ref_model"] = model(lora=False).eval()
+    found = logs(make_trainer(tmp_path, HALF, bf16=True, **options))
+    stock = logs(make_trainer(tmp_path, None, bf16=True, **MODELS["new-adapter"]()))
+    assert found[0]["rewards/chosen"] == found[0]["rewards/rejected"] == 0
+    assert found[0]["lemo/attention_retention"] < 0.9
+    assert found[0]["logps/chosen"] == pytest.approx(stock[0]["logps/chosen"], rel=0.1)
+    assert all(0 < log["loss"] < 5 for log in found)

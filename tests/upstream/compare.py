@@ -3,8 +3,8 @@
     python tests/upstream/compare.py --transformers DIR --trl DIR
 
 DIR are their sources, of which ``tests/`` and ``conftest.py`` are enough. Every suite runs as it
-is, and by LeMoTrainer or LeMoSFTTrainer with ``lemo_config=None``, retention 1 and retention 0.5.
-The tally tells where a test ends otherwise.
+is, and by LeMoTrainer, LeMoSFTTrainer or LeMoDPOTrainer with ``lemo_config=None``, retention 1 and
+retention 0.5. The tally tells where a test ends otherwise.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transformers", type=Path, help="folder with tests/trainer/")
-    parser.add_argument("--trl", type=Path, help="folder with tests/test_sft_trainer.py")
+    parser.add_argument("--trl", type=Path, help="folder with tests/test_{sft,dpo}_trainer.py")
     parser.add_argument("--output", type=Path, default=Path("out/upstream"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--limit", type=int, default=300, help="seconds a test may take")
@@ -36,6 +36,7 @@ def main() -> None:
     if asked.trl:
         root = asked.trl.resolve()
         suites["trl"] = root, [root / "tests/test_sft_trainer.py"]
+        suites["trl-dpo"] = root, [root / "tests/test_dpo_trainer.py"]
     for name, (root, files) in suites.items():
         if not files or not files[0].is_file():
             parser.error(f"--{name}={root}: the folder has no trainer tests")
@@ -68,7 +69,8 @@ def run(output: Path, suite: str, mode: str, root: Path, tests: list[str], limit
         "HF_HOME": str(output / "cache"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    name = {"transformers": "transformers.Trainer", "trl": "trl.SFTTrainer"}[suite]
+    trl = {"trl": "trl.SFTTrainer", "trl-dpo": "trl.DPOTrainer"}
+    name = {"transformers": "transformers.Trainer", **trl}[suite]
     command = [sys.executable, "-m", "pytest", *tests, "-p", "in_place", "-q", "--tb=short"]
     command += ["-c", str(output / "pytest.ini"), f"--rootdir={root}", f"--confcutdir={root}"]
     command += [f"--lemo-class={name}", f"--lemo-mode={mode}", f"--lemo-record={record}"]

@@ -20,7 +20,7 @@ import transformers
 
 from lemo_hf import LeMoConfig, LeMoTrainer
 
-CLASSES = ("transformers.Trainer", "trl.SFTTrainer")
+CLASSES = ("transformers.Trainer", "trl.SFTTrainer", "trl.DPOTrainer")
 # Clocks and memory, and what our trainer adds.
 _NOT_COMPARED = ("runtime", "per_second", "mem_", "total_flos", "lemo/")
 
@@ -88,6 +88,8 @@ class InPlace:
         ours: Any = LeMoTrainer
         if name == "trl.SFTTrainer":
             ours = importlib.import_module("lemo_hf.integrations.trl").LeMoSFTTrainer
+        if name == "trl.DPOTrainer":
+            ours = importlib.import_module("lemo_hf.integrations.trl_dpo").LeMoDPOTrainer
         config = None
         if retention is not None:  # rows of these tests are short
             config = LeMoConfig(retention=retention, block_size=4, chunk_size=8)

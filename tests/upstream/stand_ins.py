@@ -115,12 +115,22 @@ def _data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
                 {"chosen": text, "rejected": other}
                 for text, other in zip(texts, reversed(texts), strict=True)
             ],
+            "standard_preference": _preferences(texts, _halves),
+            "conversational_implicit_prompt_preference": [
+                {
+                    "chosen": row["prompt"] + row["chosen"],
+                    "rejected": row["prompt"] + row["rejected"],
+                }
+                for row in _preferences(texts, _turns)
+            ],
+            "conversational_preference": _preferences(texts, _turns),
             "conversational_language_modeling": [{"messages": list(_chat(t))} for t in texts],
             "conversational_prompt_completion": _prompts(texts, _chat),
         },
         "trl-internal-testing/harmony": {
             "language_modeling": [{"messages": list(_thought(t))} for t in texts],
             "prompt_completion": _prompts(texts, _thought),
+            "preference": _preferences(texts, lambda t: tuple([turn] for turn in _thought(t))),
         },
         "trl-internal-testing/toolcall": {"language_modeling": [_tool_row(t) for t in texts]},
         "Salesforce/wikitext": {
@@ -148,6 +158,20 @@ def _thought(text: str) -> Iterator[dict[str, str]]:
 
 def _prompts(texts: list[str], talk: Callable) -> list[dict[str, Any]]:
     return [{"prompt": [q], "completion": [a]} for q, a in map(talk, texts)]
+
+
+def _turns(text: str) -> tuple[list, list]:
+    question, answer = _chat(text)
+    return [question], [answer]
+
+
+def _preferences(texts: list[str], parts: Callable) -> list[dict[str, Any]]:
+    """Each text's end against that of another."""
+    rows = [parts(text) for text in texts]
+    return [
+        {"prompt": prompt, "chosen": rest, "rejected": other}
+        for (prompt, rest), (_, other) in zip(rows, reversed(rows), strict=True)
+    ]
 
 
 def _tool_row(text: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-SUITES = ("transformers", "trl")
+SUITES = ("transformers", "trl", "trl-dpo")
 FLOOR = 1e-3  # of what a difference is relative to: noise in a loss of nearly 0 is none
 
 
