@@ -1,0 +1,82 @@
+"""Rows of plain text for `lemo train`: streams, weights, and what is held out."""
+
+import json
+
+import pytest
+from support.paths import DEMO
+from transformers import AutoTokenizer
+
+from lemo_hf.cli.train_rows import text_rows
+from lemo_hf.cli.train_sections import DataSection
+
+TOKENIZER = AutoTokenizer.from_pretrained(DEMO / "model")
+TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Two files of lines, of which the second has more columns, and a folder with splits."""
+    monkeypatch.chdir(tmp_path)
+    pieces = [TEXT[i : i + 400] for i in range(2_000, 22_000, 400)]
+    write("a.jsonl", [{"text": f"first {piece}"} for piece in pieces])
+    write("b.jsonl", [{"id": 1, "text": f"second {piece}"} for piece in pieces])
+    (tmp_path / "splits").mkdir()
+    write("splits/train.jsonl", [{"text": pieces[0]}])
+    write("splits/test.jsonl", [{"text": pieces[1]}])
+    return pieces
+
+
+def write(name, rows):
+    with open(name, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rows(**data):
+    return text_rows(DataSection(**{"tokens": 32, **data}), TOKENIZER, 0, False)
+
+
+def ids(found):
+    return sorted(tuple(row["input_ids"]) for row in found)
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": True}, {"min_tokens": 8}])
+def test_a_stream_has_the_rows_of_the_list_in_another_order(files, more):
+    stream, none = rows(dataset="a.jsonl", streaming=True, **more)
+    whole, _ = rows(dataset="a.jsonl", **more)
+    assert none is None and not hasattr(stream, "__len__")
+    found = list(stream)
+    assert ids(found) == ids(whole) and [r["input_ids"] for r in found] != [
+        row["input_ids"] for row in whole
+    ]
+    assert ids(stream) == ids(whole)  # and once more, for the next epoch
+    few, _ = rows(dataset="a.jsonl", streaming=True, max_rows=5, **more)
+    assert ids(few) == ids(whole[:5])
+
+
+def test_weights(files):
+    """Documents are drawn in these shares, others by another seed, until one set is used up."""
+    share = {}
+    for weights in ([1.0, 3.0], [3.0, 1.0]):
+        found, _ = rows(dataset=["a.jsonl", "b.jsonl"], weights=weights, min_tokens=8)
+        texts = [TOKENIZER.decode(row["input_ids"]) for row in found]
+        first, second = (sum(t.startswith(x) for t in texts) for x in ("first", "second"))
+        assert max(first, second) == len(files)  # the larger share, each of its documents once
+        share[weights[0]] = first / (first + second)
+    assert 0.1 < share[1.0] < 0.4 < 0.6 < share[3.0] < 0.9
+
+
+def test_a_share_is_the_end(files):
+    whole, _ = rows(dataset="a.jsonl")
+    train, heldout = rows(dataset="a.jsonl", eval_share=0.1)
+    assert train + heldout == whole and len(heldout) == round(len(whole) / 10)
+    _, few = rows(dataset="a.jsonl", eval_share=0.1, max_eval_rows=2)
+    assert few == heldout[:2]
+    with pytest.raises(ValueError, match="eval_share=0.5 of 1 rows leaves none to train on"):
+        rows(dataset="a.jsonl", eval_share=0.5, max_rows=1)
+
+
+def test_a_split_of_the_same_dataset(files):
+    train, heldout = rows(dataset="splits", eval_split="test")
+    assert train == rows(dataset="splits")[0] and train != heldout
+    assert heldout == rows(dataset="splits/test.jsonl")[0]
+    assert rows(dataset="splits", eval_dataset="splits")[1] == heldout  # "test" unless it is said
