@@ -47,9 +47,10 @@ def calibrate(
     check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
 
-    from lemo_hf.storage.text_rows import load_documents, token_rows
+    from lemo_hf.storage.text_rows import check_documents, load_documents, token_rows
     from lemo_hf.tune.calibrate import calibrate_thresholds
 
+    check_documents(dataset, split, text_column)
     lm, tokenizer = model.load(tokens)
     progress = not as_json
     documents = load_documents(dataset, split, text_column)

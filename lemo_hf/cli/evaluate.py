@@ -70,6 +70,7 @@ def perplexity(
 
     from lemo_hf.eval.perplexity import perplexity as measure
 
+    _check_documents(dataset, split, text_column)
     lm, tokenizer = model.load(max_length)
     found = measure(
         lm,
@@ -146,7 +147,9 @@ def longbench(
         from accelerate import PartialState
 
         from lemo_hf.eval.longbench import run_longbench
+        from lemo_hf.eval.longbench_tasks import choose_tasks
 
+        choose_tasks(task or None, extended=extended)
         lm, tokenizer = options.load()
         scores = run_longbench(
             lm,
@@ -206,9 +209,10 @@ def retrieval(
 
     from lemo_hf.eval.needles import needle_rows
     from lemo_hf.eval.retrieval import retrieval as measure
-    from lemo_hf.storage.text_rows import load_documents
+    from lemo_hf.storage.text_rows import check_documents, load_documents
 
     lengths = length or [2048, 4096, 8192]
+    check_documents(dataset, split, text_column)
     lm, tokenizer = model.load(max(lengths))
     main = PartialState().is_main_process
     rows = needle_rows(
@@ -233,6 +237,26 @@ def retrieval(
         _draw(retrieval_figure(found), plot, as_json)
 
 
+def _binary(dataset: Sequence[str]) -> list[str]:
+    """The .bin files, if all are."""
+    binary = [path for path in dataset if path.endswith(".bin")]
+    if binary and len(binary) < len(dataset):
+        raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
+    return binary
+
+
+def _check_documents(dataset: Sequence[str], split: str, text_column: str) -> None:
+    """Errors of `_token_documents` that show before a model is loaded."""
+    from lemo_hf.storage.tables import check_file
+    from lemo_hf.storage.text_rows import check_documents
+
+    if binary := _binary(dataset):
+        for path in binary:
+            check_file(path)
+    else:
+        check_documents(dataset, split, text_column)
+
+
 def _token_documents(
     dataset: Sequence[str], split: str, text_column: str, tokenizer: Any, most: int | None
 ) -> Iterator[Sequence[int]]:
@@ -242,10 +266,7 @@ def _token_documents(
     from lemo_hf.eval.token_files import read_token_file
     from lemo_hf.storage.text_rows import load_documents
 
-    binary = [path for path in dataset if path.endswith(".bin")]
-    if binary and len(binary) < len(dataset):
-        raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
-    if binary:
+    if binary := _binary(dataset):
         return (cast(Sequence[int], read_token_file(path)) for path in binary[:most])
     texts = load_documents(dataset, split, text_column)
     return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))

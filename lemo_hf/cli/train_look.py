@@ -77,8 +77,13 @@ def _datasets(data: DataSection) -> Iterator[tuple[Any, DataSection]]:
 def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None:
     """Of all rows, and whether the tokenizer and what is installed can make it."""
     chats = [(row, kind) for row, kind in firsts if kind is not None]
+    data = run.data
     if not chats:
+        if data.chat_template is not None:
+            raise ValueError("data.chat_template is of chats, and the rows are text: leave it out.")
         return None
+    if data.min_tokens is not None:
+        raise ValueError("data.min_tokens is of text that is cut, and these are chats: drop it.")
     if len(chats) < len(firsts):
         raise ValueError(
             "some datasets hold chats and others text: name the text's column by "
@@ -95,7 +100,7 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
             "data.chat_template FILE, take an instruct model, or rows whose prompt and completion "
             "are texts."
         )
-    if form == "messages" and run.data.answers_only:
+    if form == "messages" and data.answers_only:
         from trl.chat_template_utils import get_training_chat_template
 
         try:

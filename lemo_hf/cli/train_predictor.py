@@ -76,6 +76,7 @@ def train_predictor(
         learning_rate=learning_rate,
     )
     state = PartialState()
+    _check_rows(dataset, split, text_column)
     lm, tokenizer = model.load(tokens)
     samples = _rows(dataset, split, text_column, tokenizer, tokens, rows, state.is_main_process)
     if len(samples) <= heldout_rows:
@@ -113,6 +114,18 @@ def _with_recall(lm: Any, predictor: Any, heldout: list[dict[str, list[int]]]) -
     return predictor.with_recall(table)
 
 
+def _is_labelled(row: dict[str, Any]) -> bool:
+    return {"input_ids", "labels"} <= set(row) or {"prompt", "completion"} <= set(row)
+
+
+def _check_rows(dataset: list[str], split: str, text_column: str) -> None:
+    """Errors of `_rows` that its first row shows, before a model is loaded."""
+    from lemo_hf.storage.text_rows import check_documents, load_examples
+
+    if not _is_labelled(next(load_examples(dataset, split))):
+        check_documents(dataset, split, text_column)
+
+
 def _rows(
     dataset: list[str],
     split: str,
@@ -127,7 +140,7 @@ def _rows(
 
     examples = load_examples(dataset, split)
     first = next(examples)  # there is one, or an error
-    if {"input_ids", "labels"} <= set(first) or {"prompt", "completion"} <= set(first):
+    if _is_labelled(first):
         return labelled_rows(chain([first], examples), tokenizer, tokens, rows)
     documents = load_documents(dataset, split, text_column)
     return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)

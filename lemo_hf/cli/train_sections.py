@@ -112,6 +112,7 @@ class DataSection:
         return DataSection(
             dataset=dataset,
             tokens=self.tokens,
+            weights=self.weights if self.eval_dataset is None else None,
             split=self.eval_split or "test",
             text_column=self.text_column,
             answers_only=self.answers_only,

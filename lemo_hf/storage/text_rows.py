@@ -43,6 +43,11 @@ def load_documents(
     return texts_of(load_examples(dataset, split), text_column)
 
 
+def check_documents(dataset: Names, split: str = "train", text_column: str = "text") -> None:
+    """Read the first of `load_documents`, so that its errors come before a model is loaded."""
+    next(load_documents(dataset, split, text_column))
+
+
 def texts_of(rows: Iterable[Row], column: str) -> Iterator[str]:
     """Texts of a column, checked as those of `load_documents` are."""
     return (_text(row, column, row.where) for row in rows)

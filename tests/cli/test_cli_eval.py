@@ -15,6 +15,7 @@ from lemo_hf.eval.perplexity import perplexity
 from lemo_hf.eval.retrieval import retrieval
 
 MODEL = DEMO / "model"
+BOOK = str(DEMO / "text" / "train-alice-adams.txt")
 TEXT = (DEMO / "text" / "heldout-oh-money-money.txt").read_text()[20_000:32_000]
 
 
@@ -160,7 +161,7 @@ def test_longbench(lemo, tmp_path):
         (("perplexity", "--model", MODEL, "--dataset", "a.bin", "--dataset", "b.txt"), "all .bin"),
         (("perplexity", "--model", MODEL, "--dataset", "none.bin"), "there is no file 'none.bin'"),
         (
-            ("perplexity", "--model", MODEL, "--dataset", "x.txt", "--rope-type", "ntk"),
+            ("perplexity", "--model", MODEL, "--dataset", BOOK, "--rope-type", "ntk"),
             "must be linear, yarn or dynamic, got 'ntk'",
         ),
         (("perplexity", "--model", MODEL, "--dataset", "x.bin", "--protocol", "own"), "--protocol"),

@@ -165,7 +165,8 @@ def test_text_columns_come_first_if_they_are_named(folder):
     both = [{**row, "text": "word " * 300} for row in ROWS["messages"]]
     (folder / "both.jsonl").write_text("\n".join(map(json.dumps, both)))
     assert said(trainer(dataset="both.jsonl").train_dataset[0]) == EXPECTED["messages.jsonl"]
-    row = trainer("--data.text_column=text", dataset="both.jsonl").train_dataset[0]
+    text = ("--data.text_column=text", "--data.chat_template=null")
+    row = trainer(*text, dataset="both.jsonl").train_dataset[0]
     assert row["labels"] == row["input_ids"] and said(row)[0].startswith("word word")
 
 
@@ -179,6 +180,8 @@ def test_text_columns_come_first_if_they_are_named(folder):
         (None, ("--data.chat_template", "plain.jinja"), "does not mark what the assistant says"),
         (None, ("--data.chat_template", "chat.jinj"), "no file 'chat.jinj'; did you mean 'chat.j"),
         (None, ("--data.eval_dataset", "books.jsonl"), "some datasets hold chats and others text"),
+        (None, ("--data.min_tokens", "9"), "data.min_tokens is of text that is cut"),
+        (None, ("--dataset", "books.jsonl"), "data.chat_template is of chats, and the rows are"),
         (None, ("--data.streaming", "--training.max_steps=-1"), "no last row: say training.max_s"),
         (None, ("--data.weights", "[1]"), "weights=[1.0] must hold a number above 0 for each"),
         (None, ("--data.eval_share=1.5",), "eval_share must lie in (0, 1), got 1.5"),
@@ -189,7 +192,8 @@ def test_mistakes(row, flags, message, lemo, folder):
     (folder / "books.jsonl").write_text(json.dumps({"text": "a"}))
     rows = [ROWS["messages"][0]] + ([] if row is None else [row])
     (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code, _, err = lemo("train", "--config", "run.yaml", "--dataset", "mine.jsonl", *flags)
+    mine = () if "--dataset" in flags else ("--dataset", "mine.jsonl")
+    code, _, err = lemo("train", "--config", "run.yaml", *mine, *flags)
     assert code == 2 and message in err and "Traceback" not in err
     assert not (folder / "out" / "adapter_model.safetensors").exists()
 

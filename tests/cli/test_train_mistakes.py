@@ -120,6 +120,33 @@ def test_a_dry_run_reads_model_and_data(lemo, asked):
     assert code == 2 and "did you mean 'body'?" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("calibrate", ("--retention", 0.5, "--output", "out")),
+        ("train-predictor", ("--output", "out")),
+        ("eval perplexity", ("--max-length", 64)),
+        ("eval retrieval", ("--length", 64)),
+    ],
+)
+def test_other_commands_look_at_the_data_first(command, more, lemo, asked, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("lemo_hf.cli.options.ModelOptions.load", lambda *_: loaded.append(1))
+    shared = (*command.split(), "--model", MODEL, *more)
+    code, _, err = lemo(*shared, "--dataset", "bookss.jsonl")
+    assert code == 2 and "there is no file 'bookss.jsonl'; did you mean 'books.jsonl'?" in err
+    code, _, err = lemo(*shared, "--dataset", "books.jsonl", "--text-column", "bdy")
+    assert code == 2 and "has no column 'bdy', its columns are: text, body; did you mean" in err
+    assert not loaded
+
+
+def test_a_task_is_looked_up_first(lemo, asked, monkeypatch):
+    monkeypatch.setattr("lemo_hf.cli.options.ModelOptions.load", lambda *_: 1 / 0)
+    flags = ("--model", MODEL, "--output", "out", "--task", "hotpotq")
+    code, _, err = lemo("eval", "longbench", *flags)
+    assert code == 2 and "did you mean 'hotpotqa'?" in err
+
+
 def test_checkpointing_has_two_names(lemo, asked):
     """transformers 5.17 knows one, 5.23 warns of it; the later one said wins."""
     for name in ("gradient_checkpointing", "activation_checkpointing"):

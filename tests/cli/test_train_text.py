@@ -79,4 +79,6 @@ def test_a_split_of_the_same_dataset(files):
     train, heldout = rows(dataset="splits", eval_split="test")
     assert train == rows(dataset="splits")[0] and train != heldout
     assert heldout == rows(dataset="splits/test.jsonl")[0]
+    both, held = rows(dataset=["splits"] * 2, weights=[1.0, 1.0], eval_split="test")
+    assert ids(train)[0] in ids(both) and ids(heldout)[0] in ids(held)
     assert rows(dataset="splits", eval_dataset="splits")[1] == heldout  # "test" unless it is said
