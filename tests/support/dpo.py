@@ -9,7 +9,9 @@ from support.training_cases import let_fsdp_begin
 trl = pytest.importorskip("trl", minversion="1.16")
 
 from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 
+from lemo_hf import LeMoConfig  # noqa: E402
 from lemo_hf.integrations.trl_dpo import LeMoDPOTrainer  # noqa: E402
 from support.sft import TEXT, model, tokenizer  # noqa: E402
 
@@ -114,3 +116,30 @@ def sigmoid_loss(policy, reference):
     ratios = policy - reference
     chosen, rejected = ratios.chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+FULL = LeMoConfig(retention=1.0, block_size=8)
+HALF = LeMoConfig(retention=0.5, block_size=8, chunk_size=16)
+
+
+def other():
+    """A full model to train, and a reference that is not it."""
+    reference = model(lora=False)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)
+    return {"model": model(lora=False), "ref_model": reference.eval()}
+
+
+MODELS = {
+    "adapter": lambda: {"model": model()},
+    "new-adapter": lambda: {
+        "model": model(lora=False),
+        "peft_config": LoraConfig(r=4, target_modules="all-linear"),
+    },
+    "ref_model": other,
+}
+
+
+def logs(trainer):
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
