@@ -1,4 +1,8 @@
-"""The table of the memory plan: peaks that `bench_step.py` measured, and predictions."""
+"""The table of the memory plan: peaks that `bench_step.py` measured, and predictions.
+
+Predicting them all takes minutes: as a script this writes results/plan.json, and the table is made
+of that. `make soak` predicts them again.
+"""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from lemo_hf import LeMoConfig
 from lemo_hf.planning.plan import GIB, Planner
 
 RESULTS = Path(__file__).parent / "results"
+RECORD = RESULTS / "plan.json"
 MEMORY_GIB = {"NVIDIA H200": 139.7, "NVIDIA H100 80GB HBM3": 79.1}  # of the device
 CONTEXT_GIB = 0.5
 
@@ -66,15 +71,27 @@ def _as_it_is_now(config: dict) -> LeMoConfig:
     return LeMoConfig.from_dict({k: v for k, v in config.items() if k != "normalize_scores"})
 
 
+def key_of(header: dict, row: dict) -> str:
+    """A measured step's name in `RECORD`."""
+    return ", ".join(
+        str(x) for x in (header["gpu"], row["group"], row["model"], row["tokens"], row["provider"])
+    )
+
+
+def recorded() -> dict[str, float]:
+    """GiB that the plan expected, by `key_of`."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
 def plan_table() -> str:
     """Markdown: a measured configuration a line, and by how much the plan is off at most."""
-    parts = []
+    parts, record = [], recorded()
     for header, rows in measured():
         titles = ["model", "tokens", "step", "measured GiB", "predicted GiB", "difference"]
         lines = [titles, ["---"] * len(titles)]
         worst = {"LeMo": 0.0, "HF": 0.0}
         for row in rows:
-            expected = predicted(header, row)
+            expected = record[key_of(header, row)]
             off = expected / row["peak_gib"] - 1
             kind = "HF" if row["config"] is None else "LeMo"
             worst[kind] = max(worst[kind], abs(off))
@@ -99,4 +116,6 @@ def plan_table() -> str:
 
 
 if __name__ == "__main__":
+    found = {key_of(h, row): round(predicted(h, row), 4) for h, rows in measured() for row in rows}
+    RECORD.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
     print(plan_table())

@@ -232,6 +232,8 @@ def _sparse_forward(
     update = partial(_update, layer, setup, level)
 
     def routed(kept: KeptSet) -> Sublayer:
+        if sparse_pass.load is None:
+            return mlp
         return balanced(mlp, layer, setup.family, sparse_pass.load, sparse_pass.counted(kept))
 
     x = update(x, kept, share, [attention, routed(kept)] if shares else [attention])

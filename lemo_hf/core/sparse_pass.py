@@ -121,7 +121,8 @@ class SparsePass(BatchFacts):
             kept = self._choose(rule, score)
             if self.config.agree_across_layers:
                 self.agreed[sublayer] = kept
-        self.chosen[layer_index, sublayer] = kept
+        if self.pairs:  # or a layer's set, and what was gathered by it, would outlive the layer
+            self.chosen[layer_index, sublayer] = kept
         for name in ("attention", "mlp") if shared else (sublayer,):
             self.kept_tokens[name] = self.kept_tokens[name] + kept.kept_tokens
             self.kept_blocks[layer_index, name] = kept.blocks

@@ -191,11 +191,11 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
 
 
 def balanced(
-    mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad | None, counted: Tensor | None
+    mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad, counted: Tensor | None
 ) -> Sublayer:
     """``mlp`` whose router, if it has one, tells ``load`` what it chooses for ``counted`` rows."""
     router = getattr(getattr(layer, family.mlp[0]), family.router or "", None)
-    if load is None or router is None:
+    if router is None:
         return mlp
     return replace(mlp, run=partial(load.run, mlp.run, router, counted))
 

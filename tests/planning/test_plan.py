@@ -21,7 +21,7 @@ from lemo_hf.planning.plan import Planner, longest, plan
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from plan_table import measured, plan_table, predicted
+from plan_table import key_of, measured, plan_table, predicted, recorded
 
 CASES = [(header, row) for header, rows in measured() for row in rows]
 
@@ -47,12 +47,18 @@ def test_measured_peaks():
 
 
 @pytest.mark.soak
-def test_all_measured_peaks_and_their_table():
+def test_all_measured_peaks_and_their_record():
+    record = recorded()
+    for header, row in CASES:
+        check_case(header, row)
+        assert predicted(header, row) == pytest.approx(record[key_of(header, row)], rel=1e-3)
+
+
+def test_their_table():
     assert sum(row["config"] is not None for _, row in CASES) >= 10
     lines = [line for line in plan_table().splitlines() if line.startswith(("| Llama", "| OPT"))]
-    assert len(lines) == len(CASES)
-    for (header, row), line in zip(CASES, lines, strict=True):
-        check_case(header, row)
+    assert len(lines) == len(CASES) == len(recorded())
+    for (_, row), line in zip(CASES, lines, strict=True):
         assert f"| {row['peak_gib']:.2f} |" in line
 
 
