@@ -68,7 +68,8 @@ def let_fsdp_begin(args):
     MULTI_CPU is not among them, and the model becomes DDP's without a word. All that follows is
     accelerate's own.
     """
-    if args.fsdp and args.world_size > 1:
+    met = args.distributed_state.distributed_type is not DistributedType.NO
+    if args.fsdp and met:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
