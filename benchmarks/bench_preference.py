@@ -78,12 +78,15 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
         for _ in range(args.steps + 1)
     ]
 
-    # Rows are token ids already. The process is this turn's own.
-    DPOTrainer._prepare_dataset = _as_it_is
-    trainer = LeMoDPOTrainer if kind == "lemo" else DPOTrainer
+    class Ready(LeMoDPOTrainer if kind == "lemo" else DPOTrainer):  # type: ignore[misc]
+        """Its rows are token ids already."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
     options = {"lemo_config": LeMoConfig(retention=float(share))} if kind == "lemo" else {}
     targets = list(SHAPES[args.model].targets)
-    return trainer(
+    return Ready(
         model=model,
         args=DPOConfig(
             output_dir=folder,
@@ -108,10 +111,6 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
     )
 
 
-def _as_it_is(trainer: Any, dataset: Any, *_: Any) -> Any:
-    return dataset
-
-
 def turn(provider: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Steps of ``provider`` after one that is not counted, or what went wrong."""
     torch.manual_seed(0)
@@ -132,14 +131,7 @@ def in_a_process(provider: str, argv: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turn.json"
         own = ["--turn", provider, "--output", str(path)]
-        # Imported, so that `datasets` hashes what it is given by its name.
-        code = "import bench_preference; bench_preference.main()"
-        paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        ended = subprocess.run(
-            [sys.executable, "-c", code, *argv, *own],
-            check=False,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
+        ended = subprocess.run([sys.executable, __file__, *argv, *own], check=False)
         if not path.is_file():
             return {"status": f"failed: the process ended with {ended.returncode}"}
         return json.loads(path.read_text(encoding="utf-8"))

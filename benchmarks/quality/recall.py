@@ -100,7 +100,7 @@ def rankings(
             scores = net(read, *asked(sparse_pass), rare=rarity(sparse_pass.input_ids))
             found.append((name, layer, scores, inputs))
             for hops, overlap in ((2, found[1][2]), (4, found[2][2])):
-                mixture = mix_ranks(overlap, scores, MIXED)
+                mixture = mix_ranks(overlap, scores, MIXED, sparse_pass.real)
                 found.append((f"overlap, {hops} hops + {name}", layer, mixture, inputs))
 
     observe(model, config, batch["input_ids"], see, targets=batch["targets"])

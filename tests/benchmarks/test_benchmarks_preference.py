@@ -17,6 +17,7 @@ ASKED = {
     "model": "Llama-3 8B",
     "prompt": 256,
     "completion": 32,
+    "providers": None,
     "steps": 1,
     "rounds": 2,
     "commit": "abc",

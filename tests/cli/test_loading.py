@@ -1,16 +1,17 @@
 """Weights that a checkpoint does not hold are refused, where transformers would draw them."""
 
+import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
+from support.paths import MODEL
 
 from lemo_hf.cli.loading import load_causal_lm
 
-DEMO = Path(__file__).parents[1] / "examples/demo/model"
+DEMO = MODEL
 
 
 def saved(folder, rename=None, **settings):
@@ -47,7 +48,9 @@ def test_commands_refuse_a_language_model_under_other_names(command, tmp_path, l
     """As a multimodal checkpoint holds it; nothing is trained."""
     model = shutil.copytree(DEMO, tmp_path / "model")
     renamed(model / "model.safetensors", lambda weight: f"text_tower.{weight}")
-    (tmp_path / "a.jsonl").write_text('{"text": "Once upon a time."}\n' * 4, encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "Once upon a time. " * 60}) + "\n", encoding="utf-8"
+    )
     arguments = ["--model", model, "--dataset", tmp_path / "a.jsonl"]
     if command == "eval":
         code, _, err = lemo("eval", "perplexity", *arguments, "--json")

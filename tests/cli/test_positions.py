@@ -17,7 +17,8 @@ from lemo_hf.cli.train_model import load_base
 from lemo_hf.eval.perplexity import perplexity
 
 MODEL = str(DEMO / "model")  # 512 positions, 16 frequencies a head
-TEXT = (DEMO / "text" / "heldout-oh-money-money.txt").read_text()[20_000:24_000]
+BOOK = DEMO / "text" / "heldout-oh-money-money.txt"
+TEXT = BOOK.read_text()[20_000:24_000]
 YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {"short_factor": [1.0] * 16, "long_factor": [1.0 + 0.2 * i for i in range(16)]}
@@ -194,7 +195,7 @@ def test_phi(tmp_path):
 )
 def test_mistakes(given, message, lemo):
     code, _, err = lemo(
-        *("eval", "perplexity", "--model", MODEL, "--dataset", "x.txt"),
+        *("eval", "perplexity", "--model", MODEL, "--dataset", BOOK),
         *("--rope-parameters", json.dumps(given)),
     )
     assert code == 2 and message in err and "Traceback" not in err
@@ -221,7 +222,7 @@ def test_broken_configs(lemo, tmp_path):
     config = json.loads(Path(MODEL, "config.json").read_text())
     for key, value in {"rope_parameters": {"rope_type": "yarn"}, "hidden_size": "wide"}.items():
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-        code, _, err = lemo("eval", "perplexity", "--model", tmp_path, "--dataset", "x.txt")
+        code, _, err = lemo("eval", "perplexity", "--model", tmp_path, "--dataset", BOOK)
         assert code == 2 and "the config of" in err and "Traceback" not in err
 
 

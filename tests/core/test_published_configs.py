@@ -30,6 +30,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "sliding_window": 24,
 }
+LATENT = {"head_dim": 64, "num_key_value_heads": 4}
 # What a config class leaves open, and heads that cannot be wider together than the stream.
 OPEN = {
     "ministral": {"head_dim": 16},
@@ -37,7 +38,9 @@ OPEN = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "helium": {"head_dim": 8},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2},
-    "youtu": {"head_dim": 64, "num_key_value_heads": 4},
+    "youtu": LATENT,
+    "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1},
+    "glm4_moe_lite": LATENT,
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
