@@ -391,7 +391,7 @@ def test_no_row_fits_beside_the_weights_and_windows_bound_them():
     ("kind", "options", "message"),
     [
         ("gemma2", {}, "attn_logit_softcapping=50.0"),
-        ("gpt_neox", {}, "'gpt_neox' is not supported"),
+        ("mamba", {}, "'mamba' is not supported"),
         ("mistral", {"sliding_window": 512}, "sliding_window=512 is shorter than 1024"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
