@@ -64,7 +64,9 @@ def step_row(row: dict, lemo: dict | None) -> list[str]:
         peak = f"*{row['dry_peak_gib']:.1f}*" if "dry_peak_gib" in row else ""
         return [*cells, status_of(row), peak, "", "", "", ""]
     pinned = f"{row['dry_host_gib']:.1f}" if row.get("dry_host_gib") else ""
-    share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+    # Operations in FP8 are not counted.
+    counted = "share_of_matmul" in row and not (row["config"] or {}).get("fp8")
+    share = f"{row['share_of_matmul']:.0%}" if counted else ""
     ahead = ["", ""]
     if lemo is not None and row is not lemo:
         ahead = [

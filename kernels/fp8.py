@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     """``x`` in FP8, and the scale of each row.
 
     Args:
-        x: ``[N, K]``, its rows contiguous.
+        x: ``[N, K]``, any float dtype; copied first unless each row is contiguous.
         columns: ``[K]`` fp32: each column is multiplied by it first.
 
     Returns:
@@ -33,6 +33,8 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
         scales = exact.abs().amax(1, keepdim=True).clamp(min=_TINY) / LARGEST
         return (exact / scales).clamp(-LARGEST, LARGEST).to(FP8), scales
     rows, width = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
     values = torch.empty(rows, width, device=x.device, dtype=FP8)
     scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
     _quantize[(rows,)](
@@ -76,21 +78,19 @@ def _transpose(values, out, rows, width, TILE: tl.constexpr):
 
 
 def scaled_product(
-    x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor | None], dtype: torch.dtype
+    x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """``x @ y.mT`` of two matrices in FP8.
 
     Args:
         x: ``[N, K]`` float8_e4m3fn and the scales ``[N, 1]`` fp32 of its rows.
-        y: ``[M, K]`` and ``[M, 1]``; None: its rows have none.
+        y: ``[M, K]`` and ``[M, 1]``, likewise.
         dtype: Of the result.
 
     Returns:
         ``[N, M]``.
     """
     values, scales = y
-    if scales is None:
-        scales = torch.ones(len(values), 1, device=values.device)
     if values.device.type != "cuda":
         return ((x[0].float() @ values.float().mT) * x[1] * scales.mT).to(dtype)
     return torch._scaled_mm(

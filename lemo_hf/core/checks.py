@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
-from lemo_hf.core.families import MULTIMODAL, Family, family_of
+from lemo_hf.core.families import MULTIMODAL, family_of
+from lemo_hf.core.family import Family
 from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.lora import linear_of
 from lemo_hf.kernels.gated_activation import gated_activation
 from lemo_hf.kernels.launch import sharded, untouched

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo_hf.batch.selection import KeptSet
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.rotary import KeptRotary
 

@@ -7,7 +7,7 @@ layers.
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.own_loss import StandIn, norm_before_the_head
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.norm import norm_dtype

@@ -19,7 +19,7 @@ from lemo_hf.batch.selection import KeptSet
 from lemo_hf.config import UNITS, KeepRule
 from lemo_hf.core.attention import fastest_attention, implementation_of, using
 from lemo_hf.core.attention_call import call_attention
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import deep_copy, pickled_as

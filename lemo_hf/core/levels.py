@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lemo_hf.batch.selection import LayerRows
 from lemo_hf.config import UNITS
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.memory.fitting import fitting_level, free_bytes, local_bytes
 from lemo_hf.memory.offload import HostMemory

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_entropy

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import check_model
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.policies import ScoreInputs
 from lemo_hf.core.sparse_pass import SparsePass
 

@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lemo_hf.core.checks import check_sharded_head
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.fused import final_norm
 from lemo_hf.core.lazy_logits import Logits, with_logits
 from lemo_hf.core.loss import segment_loss

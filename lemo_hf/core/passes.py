@@ -24,7 +24,7 @@ from lemo_hf.batch.tally import Seen, Tally
 from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import asks_for_router_logits, check_call, check_router_loss
 from lemo_hf.core.compiled import stock_call
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.query_key import query_key
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.core.sublayer import mlp_calls

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.families import MULTIMODAL, Family
+from lemo_hf.core.families import MULTIMODAL
+from lemo_hf.core.family import Family
 
 ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 

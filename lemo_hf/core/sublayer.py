@@ -12,7 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.fused import gated_activations, norm_of
 from lemo_hf.core.lora import linear_of
 from lemo_hf.core.router_load import RouterLoad

@@ -49,9 +49,7 @@ class DryModel:
         self.config.use_cache = False
         dtype, self.run = getattr(torch, trained.dtype), DryRun()
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation="sdpa"
-            )
+            model = _by_sdpa(self.config, dtype)
             stack = cast(nn.ModuleList, model.get_submodule(self.family.layers))
             self.targets = trained.targets_in(stack[0], self.family)
             if trained.bits is not None:
@@ -212,6 +210,19 @@ class DryModel:
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
             if not forth_alone:
                 loss.backward()
+
+
+def _by_sdpa(config: Any, dtype: torch.dtype) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        raise ValueError(
+            f"model_type {config.model_type!r} is not predicted: transformers runs its attention "
+            "by 'eager' alone, which stores scores. Run a few steps and read lemo/peak_memory_gib "
+            "in the logs."
+        ) from error
 
 
 def _config(lemo: LeMoConfig, chosen: list[int], levels: tuple[str, ...]) -> LeMoConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.families import family_of
+from lemo_hf.core.families import MULTIMODAL, family_of
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import DryModel
 from lemo_hf.planning.trained import Trained, check_count
@@ -253,6 +253,11 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
 
 def _check_config(config: Any) -> None:
     family_of(config)
+    if config.model_type in MULTIMODAL:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not predicted as a whole: plan its language "
+            f"model, config.get_text_config(), and add the other weights, or {MEASURE}"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "the config is that of quantised weights: give the unquantised model's, and "

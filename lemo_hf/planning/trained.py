@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 
 DTYPES = ("float32", "bfloat16", "float16")
 

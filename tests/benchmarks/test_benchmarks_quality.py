@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.models import make_model
+from support.models import make_model, save_tiny
 from support.paths import DEMO
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks.quality import completion_rows, evaluate, plots, prepare, results, run, tables
 from benchmarks.quality import train as training
@@ -84,20 +84,8 @@ def feed(texts) -> Feed:
 def base(tmp_path_factory) -> Path:
     """A tiny model whose heads the key heads do not halve, as SmolLM2's, with the demo's words."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
+    save_tiny(folder, hidden_size=24, num_hidden_layers=2, **heads)
     return folder
 
 

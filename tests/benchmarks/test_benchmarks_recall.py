@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from support.models import save_tiny
 from support.paths import DEMO
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks.quality import recall
 from benchmarks.quality.source import Source
@@ -19,19 +19,7 @@ from lemo_hf.cli.train_predictor import _rows
 def folder(tmp_path_factory):
     """A tiny model with the demo's tokenizer, and texts of two books."""
     folder = tmp_path_factory.mktemp("recall")
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer = save_tiny(folder / "base")
     books = {}
     for split, name in (("train", "train-alice-adams"), ("test", "heldout-oh-money-money")):
         text = (DEMO / "text" / f"{name}.txt").read_text()[:60_000]

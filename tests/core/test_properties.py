@@ -19,7 +19,7 @@ from support.models import make_model
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import KeepRule
-from lemo_hf.core.families import Family
+from lemo_hf.core.family import Family
 from lemo_hf.core.loss import segment_loss, shifted
 from lemo_hf.core.sparse_pass import SparsePass
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from crash.children import Ended
 from safetensors.torch import load_file
+from support.models import save_tiny
 from support.paths import DEMO
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lemo_hf import LeMoPredictor
 from lemo_hf.cli.app import main
@@ -35,21 +35,7 @@ def lemo(*arguments: Any) -> int:
 
 def make_inputs(folder: Path) -> None:
     """A tiny model, a text and LongBench rows."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_tiny(folder / "model", intermediate_size=64, max_position_embeddings=256)
     (folder / "book.txt").write_text(TEXT)
     (folder / "data").mkdir()
     rows = [

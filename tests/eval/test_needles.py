@@ -3,33 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from support.needle_rows import DEPTHS, NEEDLE, QUESTION, make
 from support.paths import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_hf.eval.needle_text import SENTENCE_END, _ends
-from lemo_hf.eval.needles import NeedleTemplate, mix_retrieval, needle_rows
+from lemo_hf.eval.needles import NeedleTemplate, mix_retrieval
 from lemo_hf.eval.retrieval import retrieval
 from lemo_hf.storage.text_rows import token_rows
-
-NEEDLE = "The special magic number for {} is: {}."
-QUESTION = "What is the special magic number for {0}? The special magic number for {0} is: {1}"
-DEPTHS = (0.0, 0.3, 0.5, 1.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO / "model")
-
-
-@pytest.fixture(scope="module")
-def books():
-    paths = sorted((DEMO / "text").glob("heldout-*.txt"))
-    return [path.read_text(encoding="utf-8")[:30000] for path in paths]
-
-
-def make(documents, tokenizer, **options):
-    settings = {"lengths": [300, 1000], "depths": DEPTHS, "samples": 2, "progress": False}
-    return needle_rows(documents, tokenizer, **{**settings, **options})
 
 
 def without_needle(row, tokenizer, question=QUESTION):

@@ -6,37 +6,17 @@ import pytest
 import torch
 from support.models import make_model, with_lora
 from support.needle_questions import questions
+from support.needle_rows import make
 from support.paths import DEMO
 from support.processes import launch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.core.families import FAMILIES
 from lemo_hf.eval.needles import (
     NeedleRow,
-    needle_rows,
 )
 from lemo_hf.eval.retrieval import MEASURES, Retrieval, retrieval
-
-NEEDLE = "The special magic number for {} is: {}."
-QUESTION = "What is the special magic number for {0}? The special magic number for {0} is: {1}"
-DEPTHS = (0.0, 0.3, 0.5, 1.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO / "model")
-
-
-@pytest.fixture(scope="module")
-def books():
-    paths = sorted((DEMO / "text").glob("heldout-*.txt"))
-    return [path.read_text(encoding="utf-8")[:30000] for path in paths]
-
-
-def make(documents, tokenizer, **options):
-    settings = {"lengths": [300, 1000], "depths": DEPTHS, "samples": 2, "progress": False}
-    return needle_rows(documents, tokenizer, **{**settings, **options})
 
 
 def greedy(model, row):

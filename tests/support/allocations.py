@@ -111,3 +111,14 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
 
 
 LLAMA = AutoConfig.for_model("llama")
+
+
+def peak_of_a_step(model, rows=1, tokens=512, autocast=False, existing=()):
+    """The most bytes alive in a forward and a backward pass, but for the model's own."""
+    ids = torch.randint(64, (rows, tokens))
+    with Allocations([*model.parameters(), *model.buffers(), *existing]) as allocations:
+        ids = ids.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    return allocations.peak

@@ -5,7 +5,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+)
+
+from support.paths import MODEL
 
 SIZES = {
     "vocab_size": 97,
@@ -225,3 +233,26 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     scale = expected.double().norm()
     return float((actual.double() - expected.double()).norm() / scale.clamp_min(1e-30))
+
+
+def save_tiny(folder, **sizes):
+    """A tiny Llama with the demo's words, as a directory that commands take; its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            **sizes,
+        },
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return tokenizer

@@ -1,0 +1,68 @@
+"""What must be known of a model family: where the parts of its decoder layer are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names of a decoder layer; the defaults are Llama's.
+
+    ``attention_output`` names the last projection inside ``attention``.
+    ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
+    and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
+    of all norms, as `lemo_hf.kernels.norm.KINDS` names it, or "own": then they are called.
+    ``intermediate`` names the Linear whose input is the MLP's intermediate activation, None where
+    experts have no single one.
+    ``router`` names the router inside an ``mlp`` of experts.
+    ``final_norm`` is what the stream goes through before the head, if nothing else is.
+    ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
+    addition. In a ``parallel`` layer the MLP reads the rows that attention reads, and both updates
+    are added at once; where ``mlp_norm`` is ``attention_norm``, it is taken once.
+    ``half_rotary``: if attention rotates, then the two halves of a head, as Llama does.
+    ``reads_positions``: attention reads ``position_ids``, besides cos and sin.
+    ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
+    its queries and keys cannot be looked at.
+    ``adds_residual``: attention and MLP are handed the residual and add it themselves.
+    ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
+    as the first of two.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    attention_output: str = "o_proj"
+    attention_norm: str | None = "input_layernorm"
+    attention_output_norm: str | None = None
+    attention_dropout: str | None = None
+    norm: str = "rms"
+    mlp: tuple[str, ...] = ("mlp",)
+    gate: tuple[str, ...] = ("gate_proj", "up_proj")
+    router: str | None = None
+    activation: str = "act_fn"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    mlp_dropout: str | None = None
+    intermediate: str | None = "mlp.down_proj"
+    final_norm: str = "model.norm"
+    pre_norm_flag: str | None = None
+    residual_scale: str | None = None
+    parallel: bool = False
+    half_rotary: bool = True
+    reads_positions: bool = False
+    own_attention: bool = False
+    adds_residual: bool = False
+    mlp_returns_tuple: bool = False
+    returns_tuple: bool = False
+    logits_divisor: str | None = None  # in the model's config, and so are these
+    logits_factor: str | None = None
+    logits_softcap: str | None = None
+
+    def divisor(self, config: Any) -> float:
+        """What logits are divided by."""
+        if self.logits_factor is not None:
+            return 1 / getattr(config, self.logits_factor)
+        return 1.0 if self.logits_divisor is None else getattr(config, self.logits_divisor)
+
+    def softcap(self, config: Any) -> float | None:
+        """The soft cap of logits, if there is one."""
+        return None if self.logits_softcap is None else getattr(config, self.logits_softcap)
