@@ -128,6 +128,8 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows: list[dict] = []
     for tokens in args.tokens:
         for provider in providers(RETENTIONS, CHOOSING):
+            if args.providers and provider.name not in args.providers:
+                continue
             samples = step_samples(bench, provider, tokens, args.rounds)
             row = {"model": args.model, "tokens": tokens, "provider": provider.name}
             row["status"] = samples if isinstance(samples, str) else "ok"
@@ -150,6 +152,7 @@ def main() -> None:
     add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
     add("--tokens", nargs="+", type=int, default=[32768])
     add("--rounds", type=int, default=5)
+    add("--providers", nargs="+", metavar="NAME", help="those alone, such as 'lemo 0.1'")
     add("--commit", default="unknown", help="of lemo-hf, for the record")
     add("--output", type=Path, help="default: benchmarks/results/GPU/bench_completion.json")
     add("--tiny", action="store_true", help="tiny models on the CPU: does the script run?")

@@ -62,6 +62,7 @@ class Timer(TrainerCallback):
 def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Timer) -> Any:
     """The trainer of one turn, on a model of its own."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
@@ -73,10 +74,11 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
     model = build_model(args.model, longest, timer.device, args.tiny).unload()
     vocabulary = model.config.vocab_size
     lengths = {"prompt": args.prompt, "chosen": args.completion, "rejected": args.completion}
-    rows = [
-        {f"{name}_ids": torch.randint(1, vocabulary, (n,)).tolist() for name, n in lengths.items()}
-        for _ in range(args.steps + 1)
-    ]
+    rows = {
+        f"{name}_ids": torch.randint(1, vocabulary, (args.steps + 1, n)).tolist()
+        for name, n in lengths.items()
+    }
+    columns = InMemoryTable.from_pydict(rows)
 
     class Ready(LeMoDPOTrainer if kind == "lemo" else DPOTrainer):  # type: ignore[misc]
         """Its rows are token ids already."""
@@ -103,7 +105,7 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset(columns, fingerprint="random rows"),
         processing_class=AutoTokenizer.from_pretrained(ROOT / "examples/demo/model"),
         peft_config=LoraConfig(**LORA | {"target_modules": targets}, task_type="CAUSAL_LM"),
         callbacks=[timer],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
+from preference_table import hybrid_table, preference_table
 from step_table import (
     completion_table,
     longest_tables,
@@ -73,6 +74,8 @@ def blocks() -> dict[str, str]:
         "bench_ablation": ablation_table,
         "bench_predictor": predictor_table,
         "bench_scaling": scaling_table,
+        "bench_preference": preference_table,
+        "bench_hybrid": hybrid_table,
     }
     found = {}
     for name, make in makers.items():

@@ -199,7 +199,7 @@ class LeMo:
         for i, level in enumerate(config.recompute_levels(len(layers))):
             rule, mlp_rule = rules[i] or (None, None)
             setup = LayerSetup(
-                family=family,
+                family=family.of_layer(layers[i]),
                 index=i,
                 rule=rule,
                 mlp_rule=mlp_rule,
@@ -233,9 +233,12 @@ class LeMo:
         return None if first is None else describe_batch(self.config, *first)
 
     def _attention(self) -> str:
-        layer = self._layers[0]
-        attention = getattr(layer, self.passes.family.attention)
-        weight = next(layer.parameters())
+        name = self.passes.family.attention
+        found = (getattr(layer, name, None) for layer in self._layers)
+        attention = next((x for x in found if x is not None), None)
+        if attention is None:  # a hybrid that has none
+            return "no attention"
+        weight = next(attention.parameters())
         kernels = fastest_attention(attention, weight.device, weight.dtype)
         name = implementation_of(attention)
         return f"{name} ({kernels[0].name.lower()})" if kernels else name

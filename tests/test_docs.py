@@ -37,6 +37,7 @@ STAND_INS = {
     r"max_rows=\d+": "max_rows=4",
     r"bf16=True": "use_cpu=True",
     r"--rows \d+": "--rows 3",
+    r"--memory-gib \d+": "--memory-gib 1",
     r"--heldout-rows \d+": "--heldout-rows 1",
     r"(--config demo-cpu)": r"\1 --training.max_steps 1 --data.max_rows 2 --data.max_eval_rows 1",
 }

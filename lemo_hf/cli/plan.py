@@ -153,9 +153,14 @@ def _print_table(
     if any(phase.pinned for phase in phases):
         lines.append(["pinned host memory", *(f"{phase.pinned / GIB:.2f}" for phase in phases)])
     if memory_gib is not None:
+        from lemo_hf.planning.plan import FARTHEST
+
         fits = ["yes" if result[name]["fits"] else "no" for name in names]
         lines.append([f"fits into {memory_gib:g} GiB", *fits])
-        lines.append(["longest row", *(f"{result[name]['longest']:,}" for name in names)])
+        longest = [result[name]["longest"] for name in names]
+        far = ["at least " if tokens >= FARTHEST else "" for tokens in longest]
+        cells = [f"{word}{tokens:,}" for word, tokens in zip(far, longest, strict=True)]
+        lines.append(["longest row", *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))

@@ -140,6 +140,11 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
             f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
             "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
         )
+    if family.recurrent is not None and config.policy in ("oracle", "pooled"):
+        raise ValueError(
+            f"policy={config.policy!r}: some layers of {model_type!r} pass a state from token to "
+            "token and have no queries and keys to compare. Use policy='auto'."
+        )
     for name in ("mlp_retention", "mlp_threshold"):
         if family.parallel and getattr(config, name) is not None:
             raise ValueError(
@@ -169,6 +174,7 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
     model_config: Any = model.config
     check_attention(model_config.get_text_config())
     _check_text_alone(model, model_config.model_type, kwargs)
+    _check_no_documents(model_config, kwargs)
     if kwargs.get("fused_lm_head") and not promised and torch.is_grad_enabled():
         raise ValueError(
             "fused_lm_head=True: a TRL trainer asks for the log-probability of each token, and a "
@@ -184,6 +190,16 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
                 "place and eliminated tokens have no such output. Call model.eval() first, or "
                 f"leave {name} unset."
             )
+
+
+def _check_no_documents(config: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for bounds of packed documents in a model that passes a state on."""
+    given = [n for n in ("seq_idx", "cu_seq_lens_q", "cu_seqlens") if kwargs.get(n) is not None]
+    if given and family_of(config).recurrent is not None:
+        raise ValueError(
+            f"{', '.join(given)}: bounds of packed documents count all tokens, and recurrent "
+            "layers of a sparse pass read kept ones alone. Train on one document a row."
+        )
 
 
 def _check_text_alone(model: nn.Module, model_type: str, kwargs: dict[str, Any]) -> None:

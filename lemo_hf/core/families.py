@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lemo_hf.core.family import Family
+from lemo_hf.core.hybrids import HYBRIDS, granite_4
 from lemo_hf.core.unsupported import why_not
 
 _LLAMA = Family()
@@ -201,12 +202,13 @@ FAMILIES = {
         intermediate="mlp.dense_4h_to_h",
         final_norm="model.final_layernorm",
     ),
+    **HYBRIDS,
 }
 
 
 # Whose language model is one of the above, by the type of its own config: (here, there).
 _TEXT_TYPES = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")
+MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
 
 def _falcon(row: Family, config: Any) -> Family:
@@ -247,6 +249,7 @@ def _bloom(row: Family, config: Any) -> Family:
 _BY_CONFIG: dict[str, Callable[[Family, Any], Family]] = {
     "bloom": _bloom,
     "falcon": _falcon,
+    "granitemoehybrid": granite_4,
     "gpt_neox": lambda row, config: replace(row, parallel=config.use_parallel_residual),
     "stablelm": _stablelm,
 }

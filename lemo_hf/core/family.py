@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,6 +26,10 @@ class Family:
     ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
     its queries and keys cannot be looked at.
     ``adds_residual``: attention and MLP are handed the residual and add it themselves.
+    ``recurrent`` is the row of layers that have its ``attention`` in place of this row's: a module
+    that passes a state from token to token (``carries_state``), such as linear attention, Mamba or
+    a convolution. It reads the kept rows as one shorter sequence.
+    ``mlp_beside`` names a module that reads what the MLP reads, and whose update is added to its.
     ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
     as the first of two.
     """
@@ -51,11 +57,20 @@ class Family:
     reads_positions: bool = False
     own_attention: bool = False
     adds_residual: bool = False
+    recurrent: "Family | None" = None
+    carries_state: bool = False
+    mlp_beside: str | None = None
     mlp_returns_tuple: bool = False
     returns_tuple: bool = False
     logits_divisor: str | None = None  # in the model's config, and so are these
     logits_factor: str | None = None
     logits_softcap: str | None = None
+
+    def of_layer(self, layer: nn.Module) -> "Family":
+        """The row of one layer of the family."""
+        row = self.recurrent
+        there = row is not None and getattr(layer, row.attention, None) is not None
+        return row if row is not None and there else self
 
     def divisor(self, config: Any) -> float:
         """What logits are divided by."""

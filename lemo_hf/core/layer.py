@@ -48,7 +48,7 @@ class LayerSetup:
     """What one layer must know.
 
     Attributes:
-        family: Where its parts are.
+        family: Where its parts are; the row of this layer.
         index: Its place in the stack.
         rule: How much its attention keeps; None if the layer is dense.
         mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
@@ -171,7 +171,8 @@ def _sparse_forward(
 ) -> Tensor:
     """The stream ``x [B, T, H]``, its kept rows updated in place."""
     x = _stream(x, setup, sparse_pass)
-    flash = setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
+    attends = not setup.family.carries_state
+    flash = attends and setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
 
     def score(sublayer: str) -> Tensor:
         with torch.no_grad():
@@ -215,8 +216,10 @@ def _sparse_forward(
             kwargs.get("alibi"),
             flash,
         )
-        positions = kept_positions(position_embeddings, kept if share is None else share.work)
         module = getattr(layer, setup.family.attention)
+        if setup.family.carries_state:
+            return module(hidden_states=hidden, attention_mask=inputs["attention_mask"])
+        positions = kept_positions(position_embeddings, kept if share is None else share.work)
         halves = setup.family.half_rotary
         inputs = {"hidden_states": hidden, **kwargs, **inputs}
         with using(kernels):

@@ -65,9 +65,10 @@ class Levels:
 
     def fitting(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows], room: int) -> str:
         """The level that fits ``room`` bytes of the device beside all else, if layers keep so."""
-        attention: Any = getattr(layer, self._family.attention)
-        head = getattr(attention, "head_dim", 0)
-        width = attention.config.num_attention_heads * head or x.shape[2]
+        attention: Any = getattr(layer, self._family.of_layer(layer).attention)
+        head, config = getattr(attention, "head_dim", 0), getattr(attention, "config", None)
+        heads = getattr(config, "num_attention_heads", 0)
+        width = heads * head or x.shape[2]
         trained = sum(local_bytes(p) for p in self._parameters() if p.requires_grad)
         slabs = 0 if self._host is None else self._host.most
         return fitting_level(rows, x.shape, width, x.element_size(), trained, slabs, room)

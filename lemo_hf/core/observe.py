@@ -53,6 +53,7 @@ def observe(
     looking: list[str] = []
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
+            row = family.of_layer(layer)
             positions: dict[str, Any] = {}
             for sublayer in ("attention", "mlp"):
 
@@ -61,6 +62,7 @@ def observe(
                     args: tuple[Any, ...],
                     kwargs: dict[str, Any],
                     layer: nn.Module = layer,
+                    row: Family = row,
                     index: int = index,
                     at: str = sublayer,
                     pos: dict[str, Any] = positions,
@@ -68,20 +70,20 @@ def observe(
                     x = args[0] if args else kwargs["hidden_states"]
                     if at == "attention":
                         pos["embeddings"] = kwargs.get("position_embeddings")
-                        pos["ids"] = kwargs.get("position_ids") if family.reads_positions else None
+                        pos["ids"] = kwargs.get("position_ids") if row.reads_positions else None
                     if at not in sublayers or looking:
                         return
                     x = x.view(*input_ids.shape, x.shape[-1])  # OPT's MLP sees rows alone
                     looking.append(at)  # scoring calls the very norm that is hooked
                     see(
                         ScoreInputs(
-                            *(layer, family, index, at, x, pos["embeddings"], sparse_pass, None),
+                            *(layer, row, index, at, x, pos["embeddings"], sparse_pass, None),
                             position_ids=pos["ids"],
                         )
                     )
                     looking.pop()
 
-                module = layer if sublayer == "attention" else _mlp_start(layer, family)
+                module = layer if sublayer == "attention" else _mlp_start(layer, row)
                 handle = module.register_forward_pre_hook(before, with_kwargs=True)
                 hooks.callback(handle.remove)
         model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)

@@ -168,7 +168,7 @@ def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., T
 
 def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     """The MLP of ``layer``; ``again`` as for `Sublayer`, False if its calls gather weights."""
-    parts = tuple(getattr(layer, name) for name in family.mlp)
+    parts = tuple(getattr(layer, name) for name in (*family.mlp, *_beside(family)))
     calls = mlp_calls(layer, family)
     # ZeRO-3 leaves nothing of a weight between calls, so `rerun_rows` could hand no gradient on,
     # and processes with more tiles would wait for the others forever.
@@ -205,7 +205,19 @@ def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tenso
     parts = [getattr(layer, name) for name in family.mlp]
     if family.mlp_returns_tuple:
         parts.append(itemgetter(0))
+    if family.mlp_beside is not None:
+        return [partial(_sum, partial(_chain, parts), getattr(layer, family.mlp_beside))]
     return [partial(part, residual=0.0) for part in parts] if family.adds_residual else parts
+
+
+def _beside(family: Family) -> tuple[str, ...]:
+    return () if family.mlp_beside is None else (family.mlp_beside,)
+
+
+def _sum(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], hidden: Tensor
+) -> Tensor:
+    return first(hidden) + second(hidden)
 
 
 def _chain(modules: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lemo_hf.planning.dry_step import DryModel
 from lemo_hf.planning.trained import Trained, check_count
 
 # What to do about a model whose memory is not predicted.
+FARTHEST = 2**22  # tokens: where looking for the longest row ends, since each look takes seconds
 MEASURE = "run a few steps and read lemo/peak_memory_gib in the logs."
 
 
@@ -116,7 +117,7 @@ class Planner:
             found = self.plans(lemo, blocks * size, room)
             return max(phase.peak for phase in found.values()) - room
 
-        most = math.inf if self._window is None else self._window // size
+        most = min(FARTHEST, self._window or FARTHEST) // size
         return size * _highest(beyond, most, first=(256, 1024))
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
@@ -190,8 +191,8 @@ def longest(
     for what else needs memory.
 
     Returns:
-        Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window;
-        0 if not even one block fits.
+        Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window
+        or `FARTHEST`; 0 if not even one block fits.
     """
     if not math.isfinite(memory_gib - reserve_gib):
         raise ValueError(f"memory_gib={memory_gib} and reserve_gib={reserve_gib} must be finite.")
@@ -284,14 +285,14 @@ def _window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _highest(beyond: Callable[[int], float], most: float, first: tuple[int, int]) -> int:
+def _highest(beyond: Callable[[int], float], most: int, first: tuple[int, int]) -> int:
     """The highest number up to ``most`` that is not ``beyond`` (above 0), 0 if there is none.
 
     ``beyond`` rises, for the most part in a line: tried is where that would cross zero.
 
     Args:
         beyond: By how much a number is.
-        most: A number, or infinity.
+        most: Nothing above it is tried.
         first: The two to try first.
     """
     low, high = 0, most + 1
@@ -304,7 +305,7 @@ def _highest(beyond: Callable[[int], float], most: float, first: tuple[int, int]
             (x, y), (last, value) = seen[-2:]
             slope = (value - y) / (last - x)
             guess = math.floor(last - value / slope) if slope > 0 else 2 * last
-            if len(seen) > 8 and high < math.inf:  # no line: halves
+            if len(seen) > 8:  # no line: halves
                 guess = (low + high) // 2
         tried = int(min(max(guess, low + 1), high - 1, 4 * low + max(first)))
         seen.append((tried, beyond(tried)))

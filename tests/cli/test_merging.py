@@ -92,9 +92,10 @@ def test_a_tied_model(config, tied, lemo, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_families(family, dtype, lemo, tmp_path):
-    if (family, dtype) == ("phimoe", "bfloat16"):
+    if family in ("phimoe", "qwen3_5_text") and dtype == "bfloat16":
         pytest.skip(
-            "of random experts it may choose others where weights are rounded; it is refused"
+            "random experts are chosen otherwise, and random states differ by more than rounding, "
+            "where weights are rounded; it is refused"
         )
     base = str(tmp_path / "base")
     make_model(family, tie_word_embeddings=True).save_pretrained(base)

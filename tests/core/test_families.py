@@ -46,9 +46,10 @@ def test_retention_1_is_the_stock_model(family):
     loss, gradients = loss_and_gradients(model, **batch())
     exact = exact_gradients(model, **batch())
     worst = max(relative_error(gradients[name], exact[name]) for name in moved(exact))
-    parallel = family_of(model.get_base_model().config).parallel
+    row = family_of(model.get_base_model().config)
+    bound = 1e-5 if row.recurrent is None else 1e-4  # states add up rounding
     runs = [{"recompute": "none"}, {"recompute": "mlp"}]
-    runs += [{"recompute": "full", "mlp_retention": None if parallel else 1.0}, {}]
+    runs += [{"recompute": "full", "mlp_retention": None if row.parallel else 1.0}, {}]
     runs += [] if family in EAGER else [{"attention": "sdpa"}]
     for run in runs:
         attention = run.pop("attention", "eager")
@@ -67,7 +68,7 @@ def test_retention_1_is_the_stock_model(family):
         assert found[0] == pytest.approx(loss, rel=1e-6), run
         assert found[1].keys() == gradients.keys() == exact.keys()
         error = max(relative_error(found[1][name], exact[name]) for name in moved(exact))
-        assert error <= (2 * worst if attention == "eager" else 1e-5) and worst < 1e-5, run
+        assert error <= (2 * worst if attention == "eager" else bound) and worst < bound, run
 
 
 def moved(gradients):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from support.batches import compare, left_padded, packed
-from support.models import SIZES, batch, loss_and_gradients, relative_error, with_lora
+from support.models import (
+    DELTA,
+    EXPERTS_OF_QWEN,
+    SIZES,
+    batch,
+    loss_and_gradients,
+    relative_error,
+    with_lora,
+)
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -49,6 +57,16 @@ PARTS = {
         {"image_token_id": 96},
     ),
     "qwen2_5_vl": ({"rope_parameters": MROPE}, QWEN, {}),
+    "qwen3_5": (
+        {"layer_types": ["linear_attention", "full_attention"], **DELTA},
+        QWEN,
+        {},
+    ),
+    "qwen3_5_moe": (
+        {"layer_types": ["linear_attention", "full_attention"], **DELTA, **EXPERTS_OF_QWEN},
+        QWEN,
+        {},
+    ),
     "qwen3_vl": (
         {"rope_parameters": MROPE},
         {**QWEN, "deepstack_visual_indexes": [0]},

@@ -18,7 +18,13 @@ from lemo_hf.core.families import FAMILIES
 # Which build their causal mask without position ids: the stock model knows no documents.
 NO_DOCUMENTS = ("opt", "falcon", "falcon-rw", "falcon-11b", "falcon-40b", "bloom")
 # Whose output is the update, where it is not "mlp".
-UPDATE = {"opt": "fc2", "granitemoe": "block_sparse_moe", "gpt_oss": "mlp.experts"}
+UPDATE = {
+    "opt": "fc2",
+    "granitemoe": "block_sparse_moe",
+    "gpt_oss": "mlp.experts",
+    "granitemoehybrid": "block_sparse_moe shared_mlp",
+    **dict.fromkeys(("lfm2", "lfm2_moe", "bamba", "jamba"), "feed_forward"),
+}
 CONFIG = LeMoConfig(
     retention=0.5, block_size=8, policy="random", agree_across_layers=False, segment_size=50
 )

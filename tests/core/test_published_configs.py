@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from support.models import loss_and_gradients, relative_error
+from support.models import LINEAR, MAMBA, loss_and_gradients, relative_error
 from support.published_configs import PUBLISHED
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -30,6 +30,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "sliding_window": 24,
 }
+CONVOLUTIONS = ["conv", "full_attention"] * 2
 LATENT = {"head_dim": 64, "num_key_value_heads": 4}
 # What a config class leaves open, and heads that cannot be wider together than the stream.
 OPEN = {
@@ -41,6 +42,15 @@ OPEN = {
     "youtu": LATENT,
     "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite": LATENT,
+    "qwen3_next": {"layer_types": LINEAR},
+    "qwen3_5_text": {"layer_types": LINEAR},
+    "qwen3_5_moe_text": {"layer_types": LINEAR},
+    "olmo_hybrid": {"layer_types": LINEAR},
+    "lfm2": {"layer_types": CONVOLUTIONS},
+    "lfm2_moe": {"layer_types": CONVOLUTIONS, "num_dense_layers": 1},
+    "granitemoehybrid": {**MAMBA, "layer_types": LINEAR, "shared_intermediate_size": 24},
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from support.allocations import LLAMA, QKVO, peak_of_a_step, tiny
-from support.models import EAGER
+from support.models import EAGER, SIZES
 from support.paths import ROOT
 from transformers import AutoConfig
 from triton.runtime.jit import KernelInterface
@@ -373,6 +373,12 @@ def test_the_longest_row_is_the_boundary(lemo, checkpointing):
     assert not plan(LLAMA, lemo, tokens + size, **settings).fits(40)
     settings |= {"memory_gib": 45, "reserve_gib": 5}
     assert longest(LLAMA, lemo, **settings) == tokens
+
+
+def test_looking_ends_somewhere(monkeypatch):
+    """A small model on a large card would be looked at for hours."""
+    monkeypatch.setattr("lemo_hf.planning.plan.FARTHEST", 4096)
+    assert longest(AutoConfig.for_model("llama", **SIZES), LeMoConfig(), 80) == 4096
 
 
 def test_no_row_fits_beside_the_weights_and_windows_bound_them():

@@ -82,7 +82,8 @@ def compare(model, inputs, config, monkeypatch, mlp_output="mlp"):
     labels = inputs["labels"]
     rest = {k: v for k, v in inputs.items() if k != "labels"}
     model.zero_grad()
-    with masked_dense(layers, sets, mlp_output, family.attention):
+    recurrent = family.recurrent and family.recurrent.attention
+    with masked_dense(layers, sets, mlp_output, family.attention, recurrent):
         expected = expected_loss(model(**rest, use_cache=False).logits, labels, supervised, real)
         expected.backward()
     assert loss == pytest.approx(expected.item(), rel=2e-6)

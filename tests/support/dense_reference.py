@@ -5,6 +5,7 @@ eliminated tokens' sublayer outputs to zero. Nothing of lemo_hf takes part but t
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -32,17 +33,19 @@ def recorded_sets(monkeypatch):
 
 
 @contextmanager
-def masked_dense(layers, sets, mlp_output, attention_name="self_attn"):
+def masked_dense(layers, sets, mlp_output, attention_name="self_attn", recurrent_name=None):
     """Make the stock ``layers`` behave as if they kept ``sets``.
 
     Args:
         layers: Decoder layers, all of them sparse.
         sets: ``(attention keep_mask, MLP keep_mask)`` a layer, ``[B, T]`` bool each.
-        mlp_output: Name of the module whose output is the MLP's update.
+        mlp_output: Name of the module whose output is the MLP's update; several that add to it.
         attention_name: Of the attention of a layer. Where it and the MLP are handed the residual
             and add it themselves (BLOOM), what is left of their output is the residual.
+        recurrent_name: Of what stands in its place in layers that pass a state on, if any do. It is
+            run on each row's kept tokens alone, one after the other.
     """
-    handles = []
+    handles, shortened = [], []
     for layer, (attention, mlp) in zip(layers, sets, strict=True):
 
         def hide_keys(_, args, kwargs, keep=attention):
@@ -61,15 +64,31 @@ def masked_dense(layers, sets, mlp_output, attention_name="self_attn"):
             rest = args[1] if len(args) == 2 else 0
             return torch.where(keep.reshape(*output.shape[:-1], 1), output, rest)
 
-        module = getattr(layer, attention_name)
-        handles.append(module.register_forward_pre_hook(hide_keys, with_kwargs=True))
-        handles.append(module.register_forward_hook(zero_attention))
-        handles.append(layer.get_submodule(mlp_output).register_forward_hook(zero_mlp))
+        module = getattr(layer, recurrent_name or "", None)
+        if module is None:
+            module = getattr(layer, attention_name)
+            handles.append(module.register_forward_pre_hook(hide_keys, with_kwargs=True))
+            handles.append(module.register_forward_hook(zero_attention))
+        else:
+            module.forward = partial(_on_kept_alone, module, attention)
+            shortened.append(module)
+        for name in mlp_output.split():
+            handles.append(layer.get_submodule(name).register_forward_hook(zero_mlp))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in shortened:
+            del module.forward
+
+
+def _on_kept_alone(module, keep, hidden_states, **_):
+    rows = []
+    for row, kept in zip(hidden_states, keep, strict=True):
+        update = type(module).forward(module, row[kept][None])
+        rows.append(torch.zeros_like(row).index_put((kept.nonzero()[:, 0],), update[0]))
+    return torch.stack(rows)
 
 
 def expected_loss(logits, labels, supervised, attention_mask=None):

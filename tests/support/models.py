@@ -45,6 +45,20 @@ EXPERTS = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
 }
+LINEAR = ["linear_attention", "full_attention"] * 2
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS_OF_QWEN = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
 NO_SETTING = object()
 GPT = {"n_positions": 512, "n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXTRA = {
@@ -142,6 +156,40 @@ EXTRA = {
     },
     "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_next": {**DELTA, **EXPERTS_OF_QWEN, "layer_types": LINEAR},
+    "qwen3_5_text": {**DELTA, "layer_types": LINEAR},
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS_OF_QWEN, "layer_types": LINEAR},
+    "olmo_hybrid": {**DELTA, "layer_types": LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": LINEAR,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
     "opt": {
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
