@@ -1,4 +1,4 @@
-"""The tables of DPO steps and of models whose layers pass a state on."""
+"""The tables of DPO and of models whose layers pass a state on."""
 
 from step_table import markdown
 
@@ -25,6 +25,25 @@ def preference_table(header: dict, rows: list[dict]) -> str:
         f"r = {header['lora']['r']} on q, k, v, o, gradient checkpointing, bf16; TRL "
         f"{header['trl']}, transformers {header['transformers']}, torch {header['torch']}, commit "
         f"`{header['commit']}`, {header['date']}, `benchmarks/bench_preference.py`."
+    )
+
+
+def preference_quality_table(header: dict, rows: list[dict]) -> str:
+    """Right answers of the preference task after equal times."""
+    lines = [["", "learning rate", "seed", "held-out pairs right", "steps", "peak GiB"]]
+    for row in rows:
+        share = f"{100 * row['accuracy']:.1f} %"
+        if row["way"] == "base":
+            lines.append(["before training", "", "", share, "", ""])
+            continue
+        name = row["way"].replace("lemo", "LeMo,") if "lemo" in row["way"] else "dense (TRL)"
+        steps, peak = str(row["steps"]), f"{row['peak_gib']:.1f}"
+        lines.append([name, f"{row['rate']:g}", str(row["seed"]), share, steps, peak])
+    return (
+        f"{markdown(lines)}\n\nSmolLM2-135M-Instruct, prompts of about {header['tokens']:,} "
+        f"tokens, {header['seconds']:g} s of training each, {header['gpu']}, TRL's trainer, LoRA r = 16 on "
+        f"all linears, 96 held-out pairs judged with all tokens kept; commit "
+        f"`{header['commit']}`, {header['date']}, `benchmarks/quality/preference.py`."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kernel_table import ablation_table, kernel_tables
 from plan_table import plan_table
-from preference_table import hybrid_table, preference_table
+from preference_table import hybrid_table, preference_quality_table, preference_table
 from step_table import (
     completion_table,
     longest_tables,
@@ -27,6 +27,7 @@ README = HERE.parent / "README.md"
 DEMO = HERE.parent / "docs" / "demo.md"
 REPORT = HERE.parent / "docs" / "demo" / "report.json"
 QUALITY_RUN = "quality"
+SEVERAL = ("bench_longest", "bench_completion")  # files a GPU
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
@@ -76,10 +77,11 @@ def blocks() -> dict[str, str]:
         "bench_scaling": scaling_table,
         "bench_preference": preference_table,
         "bench_hybrid": hybrid_table,
+        "preference_quality": preference_quality_table,
     }
     found = {}
     for name, make in makers.items():
-        files = results(f"{name}*" if name == "bench_longest" else name)
+        files = results(f"{name}*" if name in SEVERAL else name)
         found[name] = "\n\n".join(make(*content) for content in files)
     return {**found, "plan": plan_table()}
 
