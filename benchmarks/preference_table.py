@@ -41,8 +41,8 @@ def preference_quality_table(header: dict, rows: list[dict]) -> str:
         lines.append([name, f"{row['rate']:g}", str(row["seed"]), share, steps, peak])
     return (
         f"{markdown(lines)}\n\nSmolLM2-135M-Instruct, prompts of about {header['tokens']:,} "
-        f"tokens, {header['seconds']:g} s of training each, {header['gpu']}, TRL's trainer, LoRA r = 16 on "
-        f"all linears, 96 held-out pairs judged with all tokens kept; commit "
+        f"tokens, {header['seconds']:g} s of training each, {header['gpu']}, TRL's trainer, LoRA "
+        f"r = 16 on all linears, 96 held-out pairs judged with all tokens kept; commit "
         f"`{header['commit']}`, {header['date']}, `benchmarks/quality/preference.py`."
     )
 

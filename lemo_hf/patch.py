@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo_hf.config import LeMoConfig, check_config
+from lemo_hf.check import check
+from lemo_hf.config import LeMoConfig
 from lemo_hf.core.attention import fastest_attention, implementation_of
-from lemo_hf.core.checks import check_adapters, check_family, check_model, check_predictors
+from lemo_hf.core.checks import check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
+from lemo_hf.core.family import Family
 from lemo_hf.core.fp8 import forget, keep_in_fp8
+from lemo_hf.core.inner_model import transformers_model
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
@@ -61,13 +64,12 @@ def apply_lemo(
         OSError: ``config.predictor`` does not exist or cannot be reached.
         ValueError: The model, one of its settings, the config or the predictors do not fit.
     """
-    check_config(config)
-    check_adapters(model)
+    family = check(model, config)
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     _spare_forks()
-    lemo = LeMo(model, config, predictors)
+    lemo = LeMo(model, config, family, predictors)
     setattr(model, _LEMO, lemo)
     train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
     train_eagerly(model, partial(_run, train))
@@ -148,13 +150,6 @@ def lemo_of(model: nn.Module) -> "LeMo | None":
     return getattr(transformers_model(model), _LEMO, None)
 
 
-def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT or a compiled model, or ``model`` itself."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)
-    return cast(PreTrainedModel, model if base is None else base())
-
-
 def input_device(model: nn.Module) -> torch.device:
     """Where ``model`` reads token ids."""
     return cast(Tensor, transformers_model(model).get_input_embeddings().weight).device
@@ -174,12 +169,11 @@ class LeMo:
         self,
         model: PreTrainedModel,
         config: LeMoConfig,
+        family: Family,
         predictors: LeMoPredictor | Sequence[BlockPredictor | None] | None,
     ):
-        family = check_model(model)
         layers = cast(nn.ModuleList, model.get_submodule(family.layers))
         rules = config.layer_rules(len(layers))
-        check_family(config, family, model.config.model_type)
         if predictors is None and config.predictor is not None:
             predictors = load_predictor(config, BaseModel.of_model(model))
         self.predictor: LeMoPredictor | None = None

@@ -34,7 +34,6 @@ from lemo_hf.core.router_load import RouterLoad
 from lemo_hf.core.sequence_checks import (
     check_sequence_call,
     check_sequence_loss,
-    check_sequence_model,
 )
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.kernels.launch import sharded
@@ -91,8 +90,6 @@ class Passes:
         self._head = model.get_output_embeddings
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.levels = Levels(model.parameters, family, len(self._layers), host)
-        if config.sequence_parallel_size > 1:
-            check_sequence_model(config, model, family)
         self.group = sequence_group(config.sequence_parallel_size)
         self.resting = self.plain = self.asked = False
         self.current: SparsePass | None = None

@@ -1,0 +1,35 @@
+"""All that is refused of a model and a config, before anything of the model is changed."""
+
+from torch import nn
+
+from lemo_hf.config import LeMoConfig, check_config
+from lemo_hf.core.checks import check_adapters, check_family, check_model
+from lemo_hf.core.family import Family
+from lemo_hf.core.inner_model import transformers_model
+from lemo_hf.core.sequence_checks import check_sequence_model
+
+
+def check(model: nn.Module, config: LeMoConfig) -> Family:
+    """Whether LeMo can work on a model as a config says.
+
+    What depends on predictors is checked with them, and what depends on a batch at its pass.
+
+    Args:
+        model: A causal LM, or a PEFT model around one.
+        config: The user's choice.
+
+    Returns:
+        The row of the model's family.
+
+    Raises:
+        ValueError: It cannot; the message names the value and the way out.
+    """
+    check_config(config)
+    check_adapters(model)
+    inner = transformers_model(model)
+    family = check_model(inner)
+    config.layer_rules(len(inner.get_submodule(family.layers)))  # type: ignore[arg-type]
+    check_family(config, family, inner.config.model_type)
+    if config.sequence_parallel_size > 1:
+        check_sequence_model(config, inner, family)
+    return family
