@@ -72,6 +72,11 @@ def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -
     return max(512, rows, width // 2 if trained else 0)
 
 
+def _starts(count: int, size: int) -> Sequence[int]:
+    """Where segments begin."""
+    return range(0, count, size)
+
+
 class _SegmentCrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden, targets, weights, head, norm, how, options, *parameters):
@@ -88,7 +93,7 @@ class _SegmentCrossEntropy(Function):
             head = head.forward
         targets, weights, labelled = _labelled(targets, weights, how.most_labels)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), how.segment_size):
+        for start in _starts(len(targets), how.segment_size):
             part = slice(start, start + how.segment_size)
             index = None if labelled is None else labelled[part]
             source = hidden[part] if index is None else hidden

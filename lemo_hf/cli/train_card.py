@@ -10,7 +10,7 @@ from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import LeMoConfig
-from lemo_hf.planning.plan import GIB, longest, plan, plans
+from lemo_hf.planning.plan import GIB, Plan, Planner
 
 PRESET = "card"  # which holds what a card does not decide
 OFFLOADS = (8, 16, 32, 64, 128)  # GiB to pin, at most half of the host's memory
@@ -27,8 +27,8 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     """Set ``data.tokens``, checkpointing and offload where they were not said.
 
     The first of these ways that fits is taken: to store everything, to compute again, and to
-    offload as well. Without ``data.tokens`` rows are as long as the last of them allows, and no
-    longer than the model's positions.
+    offload as well. Without ``data.tokens`` rows are as long as the model's positions, or as the
+    last of the ways allows if that is less.
 
     Returns:
         What there is for the run, and a sentence on what was chosen.
@@ -55,32 +55,46 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
         "autocast": args.bf16 or args.fp16,
     }
-    room: dict[str, Any] = {"memory_gib": memory_gib, "reserve_gib": RESERVE_GIB}
-    ways = []
-    for checkpointing, offload in _ways(settings, start):
-        lemo = start
-        if lemo is not None and offload is not None:
-            lemo = dataclasses.replace(lemo, offload_gib=offload)
-        more = {"gradient_checkpointing": checkpointing, **common, **room}
-        ways.append((checkpointing, offload, lemo, more, longest(config, lemo, **more)))
-    most = max(length for *_, length in ways)
-    if tokens is None:
-        tokens = min(most, config.get_text_config().max_position_embeddings)
+    room = (memory_gib - RESERVE_GIB) * GIB
+    ways = list(_ways(settings, start))
+    planners = {
+        checkpointing: Planner(config, gradient_checkpointing=checkpointing, **common)
+        for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in ways)
+    }
+
+    def phases_of(way: tuple[bool, float | None], length: int) -> list[Plan]:
+        if start is None:
+            return [planners[way[0]].plan(None, length, room)]
+        return list(planners[way[0]].plans(_offloading(start, way[1]), length, room).values())
+
+    def fitting(length: int) -> tuple[tuple[bool, float | None], list[Plan]] | None:
+        """The first way by which rows of ``length`` fit, and its phases."""
+        for way in ways:
+            phases = phases_of(way, length)
+            if all(phase.peak <= room for phase in phases):
+                return way, phases
+        return None
+
+    asked = tokens
+    tokens = tokens or config.get_text_config().max_position_embeddings
+    chosen = fitting(tokens)
+    if chosen is None:
+        checkpointing, offload = ways[-1]
+        lemo = None if start is None else _offloading(start, offload)
+        most = planners[checkpointing].longest(lemo, room)
+        chosen = fitting(most) if most and asked is None else None
+        if chosen is None:
+            raise ValueError(
+                f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit, the longest "
+                f"that do have {most:,}: ask for these, for less retention, or for a larger card."
+            )
+        tokens = most
+    if asked is None:
         settings.set("data", "tokens", tokens, "--memory-gib")
-    if not 0 < tokens <= most:
-        raise ValueError(
-            f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit, the longest that "
-            f"do have {most:,}: ask for these, for less retention, or for a larger card."
-        )
-    checkpointing, offload, lemo, more, _ = next(way for way in ways if way[-1] >= tokens)
+    (checkpointing, offload), phases = chosen
     settings.set("training", "activation_checkpointing", checkpointing, "--memory-gib")
     if offload is not None:
         settings.set("lemo", "offload_gib", offload, "--memory-gib")
-    phases = (
-        [plan(config, None, tokens, **more)]
-        if lemo is None
-        else plans(config, lemo, tokens, **more).values()
-    )
     highest = max(phases, key=lambda phase: phase.peak)
     levels = " and ".join(WORDS[level] for level in dict.fromkeys(highest.levels))
     levels = levels or ("layers are computed again" if checkpointing else WORDS["none"])
@@ -91,6 +105,10 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     )
     positions = load_config(settings.build().model, tokens)
     return dataclasses.replace(found, config=positions), said
+
+
+def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:
+    return lemo if gib is None else dataclasses.replace(lemo, offload_gib=gib)
 
 
 def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[tuple[bool, float | None]]:

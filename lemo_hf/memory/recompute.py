@@ -169,6 +169,19 @@ class _ReuseAttention(TorchDispatchMode):
         return tuple(self.unit.get(x) for x in next(self.kept))
 
 
+def by_tiles(
+    run: Callable[[Tensor], tuple[Tensor, Tensor | None]], flat: Tensor, tile: int, which: int
+) -> list[Tensor]:
+    """Result ``which`` of ``run`` on each tile of rows of ``flat [1, R, H]``."""
+    made = (run(part)[which] for part in flat.split(tile, 1))
+    return [x for x in made if x is not None]  # all of them
+
+
+def _starts(count: int, tile: int) -> Sequence[int]:
+    """Where tiles begin."""
+    return range(0, count, tile)
+
+
 class _Rerun(Function):
     """See `rerun_rows`."""
 
@@ -202,8 +215,7 @@ class _Rerun(Function):
             out = total.new_empty(()).expand_as(total)
         else:
             flat = total.view(1, -1, total.shape[-1])
-            made = (run(part)[0 if behind else 1] for part in flat.split(tile, 1))
-            tiles = [x for x in made if x is not None]  # all of them
+            tiles = by_tiles(run, flat, tile, 0 if behind else 1)
             out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
             out = out.view_as(total)
         ctx.behind = behind
@@ -225,7 +237,7 @@ class _Rerun(Function):
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
         kind, dtype, enabled = ctx.autocast
         with _restored(ctx.rng, total.device), torch.autocast(kind, dtype=dtype, enabled=enabled):
-            for start in range(0, flat.shape[1], ctx.tile):
+            for start in _starts(flat.shape[1], ctx.tile):
                 part = slice(start, start + ctx.tile)
                 with torch.enable_grad():
                     rows = flat[:, part].detach().requires_grad_()

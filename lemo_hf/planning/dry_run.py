@@ -11,7 +11,7 @@ leaves, are those of the layer before the gap.
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 from lemo_hf.altered import altering
-from lemo_hf.kernels import launch
-from lemo_hf.memory import offload
+from lemo_hf.kernels import launch, segment_cross_entropy
+from lemo_hf.memory import offload, recompute
+from lemo_hf.memory.recompute import by_tiles
 from lemo_hf.planning import quantized
 
 ROUNDED = 512  # bytes: PyTorch's allocator hands out no less
@@ -238,10 +239,28 @@ def _as_on_a_gpu() -> Iterator[None]:
         with (
             altering(launch, DEVICES=cpu, WIDENING=cpu, PLAIN=plain),
             altering(offload, _copy=nothing),
+            altering(segment_cross_entropy, _starts=_first_starts),
+            altering(recompute, _starts=_first_starts, by_tiles=_some_tiles),
         ):
             yield
     finally:
         KernelInterface.__getitem__ = launched
+
+
+def _first_starts(count: int, size: int) -> Sequence[int]:
+    """Segments of the loss, and tiles of rows, take as much memory from the second on."""
+    return range(0, count, size)[:3]
+
+
+def _some_tiles(run: Callable, flat: Tensor, tile: int, which: int) -> list[Tensor]:
+    """`by_tiles`, of which those between the first and the last take what their results do."""
+    count = flat.shape[1]
+    last = (count - tile) // tile * tile
+    if last <= 2 * tile:
+        return by_tiles(run, flat, tile, which)
+    first = by_tiles(run, flat[:, : 2 * tile], tile, which)
+    between = first[0].new_empty(1, last - 2 * tile, first[0].shape[2])
+    return [*first, between, *by_tiles(run, flat[:, last:], tile, which)]
 
 
 def _by_part(blocks: Iterable[list]) -> Counter[str]:
