@@ -27,8 +27,8 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     """Set ``data.tokens``, checkpointing and offload where they were not said.
 
     The first of these ways that fits is taken: to store everything, to compute again, and to
-    offload as well. Without ``data.tokens`` rows are as long as the model's positions, or as the
-    last of the ways allows if that is less.
+    offload as well. Without ``data.tokens`` rows are as long as the model's positions and sliding
+    window, or as the last of the ways allows if that is less.
 
     Returns:
         What there is for the run, and a sentence on what was chosen.
@@ -76,7 +76,8 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         return None
 
     asked = tokens
-    tokens = tokens or config.get_text_config().max_position_embeddings
+    windows = [planner.window for planner in planners.values() if planner.window is not None]
+    tokens = tokens or min([config.get_text_config().max_position_embeddings, *windows])
     chosen = fitting(tokens)
     if chosen is None:
         checkpointing, offload = ways[-1]

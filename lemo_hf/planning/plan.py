@@ -65,6 +65,7 @@ class Planner:
 
     Attributes:
         targets: Names of the adapted linears, or ``["all-linear"]``.
+        window: The longest row that no sliding window cuts, tokens, or None.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
@@ -74,7 +75,7 @@ class Planner:
         check_count("batch_size", batch_size)
         how = Trained(**trained)
         _check_config(config)
-        self._window = _window(config)
+        self.window = _window(config)
         self._model = DryModel(config, how, batch_size)
         self.targets = self._model.targets
 
@@ -83,11 +84,11 @@ class Planner:
     ) -> Plan:
         """See `plan`; ``room`` in bytes."""
         check_count("tokens", tokens)
-        if self._window is not None and self._window < tokens:
+        if self.window is not None and self.window < tokens:
             raise ValueError(
-                f"the config's sliding_window={self._window} is shorter than {tokens} tokens: "
+                f"the config's sliding_window={self.window} is shorter than {tokens} tokens: "
                 "masks of tokens x tokens are not predicted. Plan for rows of at most "
-                f"{self._window} tokens, or {MEASURE}"
+                f"{self.window} tokens, or {MEASURE}"
             )
         later = finish and lemo is not None and lemo.finish < 1
         lemo = _of_step(lemo, finish)
@@ -117,7 +118,7 @@ class Planner:
             found = self.plans(lemo, blocks * size, room)
             return max(phase.peak for phase in found.values()) - room
 
-        most = min(FARTHEST, self._window or FARTHEST) // size
+        most = min(FARTHEST, self.window or FARTHEST) // size
         return size * _highest(beyond, most, first=(256, 1024))
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
@@ -253,7 +254,11 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
 
 
 def _check_config(config: Any) -> None:
-    family_of(config)
+    if family_of(config).recurrent is not None:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not predicted: what its recurrent layers store "
+            f"depends on the kernels that are installed for them: {MEASURE}"
+        )
     if config.model_type in MULTIMODAL:
         raise ValueError(
             f"model_type {config.model_type!r} is not predicted as a whole: plan its language "

@@ -70,6 +70,17 @@ def test_the_longest_row_of_a_card(card, lemo, folder):
     assert tokens % 64 == 0 and tokens > 8192
 
 
+def test_rows_are_no_longer_than_a_sliding_window(lemo, folder):
+    model = LlamaConfig.from_pretrained("8b").to_dict() | {"model_type": "mistral"}
+    model |= {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    (folder / "8b" / "config.json").write_text(json.dumps(model))
+    code, out, err = lemo(
+        *FLAGS, "--model", "8b", "--dataset", "book.txt", "--dry-run", "--memory-gib", "80"
+    )
+    assert code == 0, err
+    assert yaml.safe_load(out)["data"]["tokens"] == 4096
+
+
 def test_what_needs_least_time_is_taken(lemo, folder):
     """Short rows are stored whole; longer ones computed again, then offloaded as well."""
     found = [planned(lemo, "--memory-gib", "24", "--tokens", n) for n in (512, 16384, 40960)]

@@ -13,6 +13,7 @@ from triton.runtime.jit import KernelInterface
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
 from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.hybrids import HYBRIDS
 from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import WORKSPACES
@@ -119,7 +120,7 @@ WAYS = pytest.mark.parametrize(
     [
         pytest.param(family, marks=() if family in KINDS else pytest.mark.soak)
         for family in FAMILIES
-        if family not in EAGER  # which stores scores
+        if family not in (*EAGER, *HYBRIDS)  # scores are stored; the others are refused
     ],
 )
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
@@ -393,6 +394,7 @@ def test_no_row_fits_beside_the_weights_and_windows_bound_them():
         ("gemma2", {}, "attn_logit_softcapping=50.0"),
         ("mamba", {}, "'mamba' is not supported"),
         ("gemma3", {}, "not predicted as a whole: plan its language model"),
+        ("lfm2", {}, "'lfm2' is not predicted: what its recurrent layers store depends"),
         ("gpt_oss", {}, "by 'eager' alone, which stores scores"),
         ("mistral", {"sliding_window": 512}, "sliding_window=512 is shorter than 1024"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
