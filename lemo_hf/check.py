@@ -3,8 +3,9 @@
 from torch import nn
 
 from lemo_hf.config import LeMoConfig, check_config
-from lemo_hf.core.checks import check_adapters, check_family, check_model
+from lemo_hf.core.checks import check_adapters, check_model
 from lemo_hf.core.family import Family
+from lemo_hf.core.family_checks import check_family, check_shared_keys
 from lemo_hf.core.inner_model import transformers_model
 from lemo_hf.core.sequence_checks import check_sequence_model
 
@@ -30,6 +31,8 @@ def check(model: nn.Module, config: LeMoConfig) -> Family:
     family = check_model(inner)
     config.layer_rules(len(inner.get_submodule(family.layers)))  # type: ignore[arg-type]
     check_family(config, family, inner.config.model_type)
+    if family.shares_keys:
+        check_shared_keys(config, inner.config.get_text_config())
     if config.sequence_parallel_size > 1:
         check_sequence_model(config, inner, family)
     return family

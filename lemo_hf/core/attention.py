@@ -34,7 +34,8 @@ def fastest_attention(
         return None
     config: Any = module.config  # transformers', whose fields differ by family
     heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    groups = getattr(module, "num_key_value_groups", None)  # which may differ by layer
+    keys = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
     size = getattr(module, "head_dim", None) or config.hidden_size // heads
     return _tried(heads, keys, size, device, dtype)
 

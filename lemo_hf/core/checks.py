@@ -133,27 +133,6 @@ def _way_to_dense(layer: int, head: Sequence) -> str:
     )
 
 
-def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
-    """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
-    if family.own_attention and config.policy in ("oracle", "pooled"):
-        raise ValueError(
-            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
-            "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
-        )
-    if family.recurrent is not None and config.policy in ("oracle", "pooled"):
-        raise ValueError(
-            f"policy={config.policy!r}: some layers of {model_type!r} pass a state from token to "
-            "token and have no queries and keys to compare. Use policy='auto'."
-        )
-    for name in ("mlp_retention", "mlp_threshold"):
-        if family.parallel and getattr(config, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the "
-                "same rows and add to them at once, so that they keep the same blocks. Set "
-                f"{name}=None."
-            )
-
-
 def check_block_size(config: LeMoConfig, longest: int) -> None:
     """Raises ValueError if not even the longest sequence has more than one block."""
     if longest < config.block_size:

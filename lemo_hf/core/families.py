@@ -21,6 +21,16 @@ _GEMMA_2 = replace(
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )
+_GEMMA_4 = Family(
+    attention_output_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_output_norm="post_feedforward_layernorm",
+    half_rotary=False,  # queries and keys turn one after the other
+    own_attention=True,
+    layer_input=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"),
+    layer_scale="layer_scalar",
+    logits_softcap="final_logit_softcapping",
+)
 _OLMO_2 = Family(
     attention_norm=None,
     attention_output_norm="post_attention_layernorm",
@@ -108,6 +118,7 @@ FAMILIES = {
     "gemma": replace(_GEMMA, logits_softcap=None),
     "gemma2": _GEMMA_2,
     "gemma3_text": _GEMMA_2,
+    "gemma4_text": _GEMMA_4,
     "vaultgemma": replace(_GEMMA, mlp_norm="pre_feedforward_layernorm"),
     "granite": _GRANITE,
     "granite_swa": _GRANITE,
@@ -208,7 +219,16 @@ FAMILIES = {
 
 # Whose language model is one of the above, by the type of its own config: (here, there).
 _TEXT_TYPES = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
+MULTIMODAL = (
+    "gemma3",
+    "llava",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "gemma4",
+)
 
 
 def _falcon(row: Family, config: Any) -> Family:
@@ -245,10 +265,20 @@ def _bloom(row: Family, config: Any) -> Family:
     return row
 
 
+def _gemma_4(row: Family, config: Any) -> Family:
+    if config.enable_moe_block:
+        raise ValueError(
+            "enable_moe_block=True is not supported: experts of Gemma 4 stand beside its MLP, with "
+            "norms of their own. Its dense sizes are supported."
+        )
+    return replace(row, shares_keys=config.num_kv_shared_layers > 0)
+
+
 # What depends on the model's config besides its type.
 _BY_CONFIG: dict[str, Callable[[Family, Any], Family]] = {
     "bloom": _bloom,
     "falcon": _falcon,
+    "gemma4_text": _gemma_4,
     "granitemoehybrid": granite_4,
     "gpt_neox": lambda row, config: replace(row, parallel=config.use_parallel_residual),
     "stablelm": _stablelm,

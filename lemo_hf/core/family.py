@@ -23,12 +23,16 @@ class Family:
     are added at once; where ``mlp_norm`` is ``attention_norm``, it is taken once.
     ``half_rotary``: if attention rotates, then the two halves of a head, as Llama does.
     ``reads_positions``: attention reads ``position_ids``, besides cos and sin.
-    ``own_attention``: attention calls no function of transformers' `AttentionInterface`, so that
-    its queries and keys cannot be looked at.
+    ``own_attention``: queries and keys cannot be looked at, since attention calls no function of
+    transformers' `AttentionInterface` or takes keys of other layers.
     ``adds_residual``: attention and MLP are handed the residual and add it themselves.
     ``recurrent`` is the row of layers that have its ``attention`` in place of this row's: a module
     that passes a state from token to token (``carries_state``), such as linear attention, Mamba or
     a convolution. It reads the kept rows as one shorter sequence.
+    ``layer_input`` names gate, projection and norm of a third sublayer, which mixes the stream with
+    an input of each token that the layer has of its own (Gemma 4), if a layer has that gate.
+    ``layer_scale`` names a factor that the layer's stream is multiplied by at its end.
+    ``shares_keys``: some layers read keys and values of earlier ones.
     ``mlp_beside`` names a module that reads what the MLP reads, and whose update is added to its.
     ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
     as the first of two.
@@ -60,6 +64,9 @@ class Family:
     recurrent: "Family | None" = None
     carries_state: bool = False
     mlp_beside: str | None = None
+    layer_input: tuple[str, ...] = ()
+    layer_scale: str | None = None
+    shares_keys: bool = False
     mlp_returns_tuple: bool = False
     returns_tuple: bool = False
     logits_divisor: str | None = None  # in the model's config, and so are these

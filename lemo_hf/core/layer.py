@@ -29,6 +29,7 @@ from lemo_hf.core.sublayer import (
     Sublayer,
     attention_sublayer,
     balanced,
+    ending,
     mlp_sublayer,
     run_sublayers,
 )
@@ -167,6 +168,7 @@ def _sparse_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     position_ids: Tensor | None = None,
     use_cache: bool | None = None,
+    per_layer_input: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The stream ``x [B, T, H]``, its kept rows updated in place."""
@@ -227,23 +229,33 @@ def _sparse_forward(
 
     level = setup.recompute or _level(layer, setup, sparse_pass, x)
     attention = attention_sublayer(layer, setup.family, attend)
-    mlp = mlp_sublayer(layer, setup.family, again=level != "none")
+    # A unit that runs again makes nothing of an MLP that runs again by itself, and more follows.
+    alone = level != "none" and not setup.family.layer_input
+    mlp = mlp_sublayer(layer, setup.family, again=alone)
     if level == "mlp" and not mlp.again:
         level = "selective"  # an MLP that cannot run again alone does so with the layer
     if level == "selective" and mlp.beside:
         level = "lean"  # the sum that "selective" keeps does not exist
     update = partial(_update, layer, setup, level)
 
-    def routed(kept: KeptSet) -> Sublayer:
-        if sparse_pass.load is None:
-            return mlp
-        return balanced(mlp, layer, setup.family, sparse_pass.load, sparse_pass.counted(kept))
+    def rest(kept: KeptSet) -> list[Sublayer]:
+        last = mlp
+        if sparse_pass.load is not None:
+            counted = sparse_pass.counted(kept)
+            last = balanced(mlp, layer, setup.family, sparse_pass.load, counted)
+        return ending(last, layer, setup.family, partial(_rows, per_layer_input, kept))
 
-    x = update(x, kept, share, [attention, routed(kept)] if shares else [attention])
+    x = update(x, kept, share, [attention, *rest(kept)] if shares else [attention])
     if setup.mlp_rule is not None:
         mlp_kept = sparse_pass.choose(setup.index, "mlp", setup.mlp_rule, partial(score, "mlp"))
-        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), [routed(mlp_kept)])
+        x = update(x, mlp_kept, sparse_pass.share(mlp_kept), rest(mlp_kept))
     return close_stream(x) if setup.closes and not sparse_pass.owns_gradient else x
+
+
+def _rows(x: Tensor | None, kept: KeptSet) -> Tensor:
+    """Kept rows ``[B, K, D]`` of ``x [B, T, D]``."""
+    assert x is not None
+    return x if kept.whole else x.gather(1, kept.index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
@@ -252,7 +264,7 @@ def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
         return open_stream(x)
     if setup.index > 0:
         return x
-    if not sparse_pass.owns_embeddings:
+    if not sparse_pass.owns_embeddings or setup.family.layer_input:  # made of the embeddings too
         return open_stream(x)
     # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.
     return (x.detach() if x.is_leaf else x).contiguous()

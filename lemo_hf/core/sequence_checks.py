@@ -38,7 +38,8 @@ def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Fam
             f"policy='oracle' compares queries and keys of the whole sequence, which no process "
             f"has with {prefix}: use policy='pooled' or 'predictor'."
         )
-    if family.reads_positions or family.own_attention or family.recurrent is not None:
+    own = family.own_attention or family.recurrent is not None or family.layer_scale is not None
+    if family.reads_positions or own:
         raise ValueError(
             f"the attention of {type(model).__name__} reads more than its rows, cos and sin, which "
             f"is not supported with {prefix}: use one process a sequence."

@@ -190,6 +190,37 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
     return replace(mlp, again=again, again_run=again_run, width=width, beside=family.parallel)
 
 
+def ending(
+    mlp: Sublayer, layer: nn.Module, family: Family, own: Callable[[], Tensor]
+) -> list[Sublayer]:
+    """``mlp`` and what follows it; ``own()`` is the layer's own input of its rows ``[B, K, D]``."""
+    sublayers = [mlp]
+    if family.layer_input and hasattr(layer, family.layer_input[0]):
+        gate, projection, _ = (getattr(layer, name) for name in family.layer_input)
+        activation = getattr(layer, family.activation)
+
+        def run(hidden: Tensor) -> Tensor:
+            return projection(activation(gate(hidden)) * own())
+
+        norm = family.layer_input[-1]
+        sublayers.append(_sublayer(layer, family, run, (gate, projection), None, norm, None))
+    if family.layer_scale is not None:
+        factor = _Factor(partial(getattr, layer, family.layer_scale))
+        sublayers[-1] = replace(sublayers[-1], post_norm=factor)
+    return sublayers
+
+
+class _Factor(nn.Module):
+    """Multiplies the stream by what ``get`` returns, which is not part of this module."""
+
+    def __init__(self, get: Callable[[], Tensor]):
+        super().__init__()
+        self._get = get
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return (rows * self._get()).to(rows.dtype)
+
+
 def balanced(
     mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad, counted: Tensor | None
 ) -> Sublayer:

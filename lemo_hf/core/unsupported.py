@@ -23,11 +23,11 @@ WHY_NOT = {
         minimax_m3_vl_text solar_open
     """,
     "its layers read more than the stream: keys and values of other layers, or more inputs": """
-        gemma3n_text gemma4_assistant gemma4_text gemma4_unified_assistant
+        gemma3n_text gemma4_assistant gemma4_unified_assistant
         gemma4_unified_text
     """,
     "it reads more than text (images, sound)": """
-        cohere_compass_text dots3_note emu3 fuyu gemma3n gemma4 gemma4_unified
+        cohere_compass_text dots3_note emu3 fuyu gemma3n gemma4_unified
         git got_ocr2 llama4 moshi moss_transcribe_diarize phi4_multimodal
     """,
     "it is the decoder of an encoder-decoder, whose layers attend to the encoder": """

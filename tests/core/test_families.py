@@ -47,9 +47,13 @@ def test_retention_1_is_the_stock_model(family):
     exact = exact_gradients(model, **batch())
     worst = max(relative_error(gradients[name], exact[name]) for name in moved(exact))
     row = family_of(model.get_base_model().config)
-    bound = 1e-5 if row.recurrent is None else 1e-4  # states add up rounding
+    long = row.recurrent is not None or row.layer_input  # rounding adds up
+    bound = 1e-4 if long else 1e-5
     runs = [{"recompute": "none"}, {"recompute": "mlp"}]
-    runs += [{"recompute": "full", "mlp_retention": None if row.parallel else 1.0}, {}]
+    runs += [
+        {"recompute": "full", "mlp_retention": None if row.parallel or row.layer_scale else 1.0},
+        {},
+    ]
     runs += [] if family in EAGER else [{"attention": "sdpa"}]
     for run in runs:
         attention = run.pop("attention", "eager")

@@ -57,6 +57,18 @@ PARTS = {
         {"image_token_id": 96},
     ),
     "qwen2_5_vl": ({"rope_parameters": MROPE}, QWEN, {}),
+    "gemma4": (
+        {
+            "model_type": "gemma4_text",
+            "layer_types": ["full_attention", "full_attention"],
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 6,
+            "num_kv_shared_layers": 1,
+        },
+        {**VISION, "model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2},
+        {"image_token_id": 96, "audio_config": None},
+    ),
     "qwen3_5": (
         {"layer_types": ["linear_attention", "full_attention"], **DELTA},
         QWEN,
@@ -122,7 +134,11 @@ def test_half_is_the_masked_dense_model(name, monkeypatch):
     linears = r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj|down_proj)"
     model = with_lora(multimodal(name), target_modules=linears)
     config = LeMoConfig(
-        retention=0.5, block_size=8, policy="random", agree_across_layers=False, segment_size=50
+        retention=0.5,
+        block_size=8,
+        policy="random",
+        agree_across_layers=name == "gemma4",
+        segment_size=50,
     )
     for case in (left_padded, packed):
         if case is left_padded or name != "qwen2_5_vl":  # whose stock model knows no documents

@@ -42,6 +42,12 @@ OPEN = {
     "youtu": LATENT,
     "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite": LATENT,
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 6,
+    },
     "qwen3_next": {"layer_types": LINEAR},
     "qwen3_5_text": {"layer_types": LINEAR},
     "qwen3_5_moe_text": {"layer_types": LINEAR},
@@ -61,6 +67,7 @@ def published_model(family, published):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     kind = CONFIG_MAPPING[family]
     whole = kind(**published)
+    whole.allow_global_per_layer_attribute_access = True  # of those whose layers differ in heads
     own = property  # which a config computes from others, as Falcon its head_dim
     small = {
         name: value

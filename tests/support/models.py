@@ -156,6 +156,15 @@ EXTRA = {
     },
     "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 24,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 6,
+        "num_kv_shared_layers": 0,
+        "final_logit_softcapping": 5.0,
+    },
     "qwen3_next": {**DELTA, **EXPERTS_OF_QWEN, "layer_types": LINEAR},
     "qwen3_5_text": {**DELTA, "layer_types": LINEAR},
     "qwen3_5_moe_text": {**DELTA, **EXPERTS_OF_QWEN, "layer_types": LINEAR},
@@ -210,6 +219,15 @@ VARIANTS = {
         {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma4-shared": (
+        "gemma4_text",
+        {
+            "layer_types": ["full_attention"] * 4,
+            "num_kv_shared_layers": 1,
+            "attention_k_eq_v": True,
+        },
+    ),
+    "gemma4-31b": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
 }
