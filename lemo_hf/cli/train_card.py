@@ -67,13 +67,15 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
             return [planners[way[0]].plan(None, length, room)]
         return list(planners[way[0]].plans(_offloading(start, way[1]), length, room).values())
 
+    def fits(phases: list[Plan]) -> bool:
+        return all(phase.peak <= room for phase in phases)
+
     def fitting(length: int) -> tuple[tuple[bool, float | None], list[Plan]] | None:
         """The first way by which rows of ``length`` fit, and its phases."""
-        for way in ways:
-            phases = phases_of(way, length)
-            if all(phase.peak <= room for phase in phases):
-                return way, phases
-        return None
+        if not fits(last := phases_of(ways[-1], length)):
+            return None  # nor by any other, which all store more
+        found = ((way, phases_of(way, length)) for way in ways[:-1])
+        return next((x for x in found if fits(x[1])), (ways[-1], last))
 
     asked = tokens
     windows = [planner.window for planner in planners.values() if planner.window is not None]
