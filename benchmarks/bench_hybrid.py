@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quality.texts import Texts
-from benchmarks.record import command_line, environment
+from benchmarks.record import command_line, environment, save
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 
 SIZES = {
@@ -100,7 +100,7 @@ def taught(
             group["lr"] = rate * warm * (0.1 + 0.9 * (1 + math.cos(math.pi * rest)) / 2)
         block = np.stack([next(source) for _ in range(args.rows)]).astype(np.int64)
         ids = torch.from_numpy(block).to(device).view(args.rows * pieces, -1)
-        if pieces == 2:  # as much work as half of the tokens: one piece of each row
+        if pieces == 2:  # one half of each row: as many tokens as LeMo keeps
             ids = ids[step % 2 :: 2]
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
@@ -150,7 +150,7 @@ def run(args: Any) -> list[dict]:
             more = taught(model, way, rows(texts, args.tokens, 2), args, args.steps, 0.3 * RATE)
             found.append({**row, "way": way, **more, "perplexity": perplexity(model, windows)})
             print(json.dumps(found[-1]), flush=True)
-            args.output.write_text(json.dumps({"header": header, "rows": found}, indent=1))
+            save(args.output, header, found)
     return found
 
 

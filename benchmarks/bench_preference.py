@@ -61,13 +61,11 @@ class Timer(TrainerCallback):
 
 def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Timer) -> Any:
     """The trainer of one turn, on a model of its own."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from token_pairs import token_pairs, trainer_class
+    from trl import DPOConfig
 
     from lemo_hf import LeMoConfig
-    from lemo_hf.integrations.trl_dpo import LeMoDPOTrainer
 
     kind, _, share = provider.partition(" ")
     longest = args.prompt + args.completion
@@ -78,17 +76,10 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
         f"{name}_ids": torch.randint(1, vocabulary, (args.steps + 1, n)).tolist()
         for name, n in lengths.items()
     }
-    columns = InMemoryTable.from_pydict(rows)
-
-    class Ready(LeMoDPOTrainer if kind == "lemo" else DPOTrainer):  # type: ignore[misc]
-        """Its rows are token ids already."""
-
-        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-            return dataset
 
     options = {"lemo_config": LeMoConfig(retention=float(share))} if kind == "lemo" else {}
     targets = list(SHAPES[args.model].targets)
-    return Ready(
+    return trainer_class(kind == "lemo")(
         model=model,
         args=DPOConfig(
             output_dir=folder,
@@ -105,7 +96,7 @@ def trainer_of(provider: str, args: argparse.Namespace, folder: str, timer: Time
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset(columns, fingerprint="random rows"),
+        train_dataset=token_pairs(rows, "random rows"),
         processing_class=AutoTokenizer.from_pretrained(ROOT / "examples/demo/model"),
         peft_config=LoraConfig(**LORA | {"target_modules": targets}, task_type="CAUSAL_LM"),
         callbacks=[timer],

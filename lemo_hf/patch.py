@@ -235,7 +235,10 @@ class LeMo:
         weight = next(attention.parameters())
         kernels = fastest_attention(attention, weight.device, weight.dtype)
         name = implementation_of(attention)
-        return f"{name} ({kernels[0].name.lower()})" if kernels else name
+        name = f"{name} ({kernels[0].name.lower()})" if kernels else name
+        if self.passes.family.recurrent is None:
+            return name
+        return f"{name}, recurrent layers on kept tokens as one shorter sequence"
 
     @contextmanager
     def training(self) -> Iterator[None]:

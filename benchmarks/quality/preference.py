@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from benchmarks.quality.completion_rows import TITLE
 from benchmarks.quality.facts import LEXICAL_KINDS
+from benchmarks.quality.model import ALPHA, RANK
 from benchmarks.quality.row import Row, RowSet
 from benchmarks.quality.rows import row_of
 from benchmarks.quality.source import Source
 from benchmarks.quality.texts import Texts
-from benchmarks.record import command_line, environment
+from benchmarks.record import GIB, command_line, environment, save
 
-RANK, ALPHA = 16, 32
 VALUE = LEXICAL_KINDS[0]
 
 
@@ -109,13 +109,11 @@ def judged(model: Any, held_out: list[Pair], device: torch.device) -> dict[str, 
 
 def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: Any) -> dict:
     """Train in one way, and judge."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
+    from benchmarks.token_pairs import token_pairs, trainer_class
     from lemo_hf import LeMoConfig
-    from lemo_hf.integrations.trl_dpo import LeMoDPOTrainer
 
     device = torch.device("cpu" if args.cpu else "cuda")
     kind, _, share = way.partition(" ")
@@ -129,16 +127,10 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
         for name in ("prompt", "chosen", "rejected")
     }
 
-    class Ready(LeMoDPOTrainer if kind == "lemo" else DPOTrainer):  # type: ignore[misc]
-        """Its rows are token ids already."""
-
-        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-            return dataset
-
     clock = Clock(args.seconds)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     with TemporaryDirectory() as folder:
-        trainer = Ready(
+        trainer = trainer_class(kind == "lemo")(
             model=model,
             args=DPOConfig(
                 output_dir=folder,
@@ -157,7 +149,7 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset(InMemoryTable.from_pydict(columns), fingerprint=f"pairs {seed}"),
+            train_dataset=token_pairs(columns, f"pairs {seed}"),
             processing_class=AutoTokenizer.from_pretrained(args.base),
             peft_config=lora,
             callbacks=[clock],
@@ -166,7 +158,7 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
         if not args.cpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    peak = 0.0 if args.cpu else torch.cuda.max_memory_allocated() / 2**30
+    peak = 0.0 if args.cpu else torch.cuda.max_memory_allocated() / GIB
     speed = {"steps": clock.steps, "seconds": round(clock.took, 1), "peak_gib": round(peak, 2)}
     return {**speed, **judged(trainer.model, data["test"], device)}
 
@@ -200,7 +192,7 @@ def main() -> None:
         found_of = run_of(way, float(rate), int(seed), data, args)
         rows.append({"way": way, "rate": float(rate), "seed": int(seed), **found_of})
         print(json.dumps(rows[-1]), flush=True)
-        args.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+        save(args.output, header, rows)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,9 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         return next((x for x in found if fits(x[1])), (ways[-1], last))
 
     asked = tokens
-    windows = [planner.window for planner in planners.values() if planner.window is not None]
-    tokens = tokens or min([config.get_text_config().max_position_embeddings, *windows])
+    window = next(iter(planners.values())).window
+    positions = config.get_text_config().max_position_embeddings
+    tokens = tokens or min(positions, window or positions)
     chosen = fitting(tokens)
     if chosen is None:
         checkpointing, offload = ways[-1]
@@ -102,12 +103,14 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     levels = " and ".join(WORDS[level] for level in dict.fromkeys(highest.levels))
     levels = levels or ("layers are computed again" if checkpointing else WORDS["none"])
     pinned = "" if offload is None else f", up to {offload:g} GiB wait in pinned host memory"
+    cut = asked is None and tokens == window
+    why = " (as the model's sliding window; longer ones are not predicted)" if cut else ""
     said = (
         f"Planned for {memory_gib:g} GiB, {RESERVE_GIB:g} of them left to CUDA: rows of {tokens:,} "
-        f"tokens; {levels}{pinned}. The predicted peak is {highest.peak / GIB:.1f} GiB."
+        f"tokens{why}; {levels}{pinned}. The predicted peak is {highest.peak / GIB:.1f} GiB."
     )
-    positions = load_config(settings.build().model, tokens)
-    return dataclasses.replace(found, config=positions), said
+    longer = load_config(settings.build().model, tokens)
+    return dataclasses.replace(found, config=longer), said
 
 
 def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:

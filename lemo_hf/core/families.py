@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lemo_hf.core.family import Family
+from lemo_hf.core.family import GRANITE_MOE, OLMO_2, Family, with_experts
 from lemo_hf.core.hybrids import HYBRIDS, granite_4
 from lemo_hf.core.unsupported import why_not
 
 _LLAMA = Family()
-_MOE = Family(intermediate=None, gate=(), router="gate")
+_MOE = with_experts(Family())
 _GEMMA = Family(norm="rms_plus_one", logits_softcap="final_logit_softcapping")
 _GEMMA_2 = replace(
     _GEMMA,
@@ -21,21 +21,13 @@ _GEMMA_2 = replace(
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )
-_GEMMA_4 = Family(
-    attention_output_norm="post_attention_layernorm",
-    mlp_norm="pre_feedforward_layernorm",
-    mlp_output_norm="post_feedforward_layernorm",
+_GEMMA_4 = replace(
+    _GEMMA_2,
+    norm="rms",
     half_rotary=False,  # queries and keys turn one after the other
     own_attention=True,
     layer_input=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"),
     layer_scale="layer_scalar",
-    logits_softcap="final_logit_softcapping",
-)
-_OLMO_2 = Family(
-    attention_norm=None,
-    attention_output_norm="post_attention_layernorm",
-    mlp_norm=None,
-    mlp_output_norm="post_feedforward_layernorm",
 )
 _GRANITE = Family(residual_scale="residual_multiplier", logits_divisor="logits_scaling")
 _GLM = Family(gate=("gate_up_proj",), activation="activation_fn", half_rotary=False)
@@ -106,13 +98,7 @@ FAMILIES = {
     "deepseek_v3": replace(_MOE, half_rotary=False),
     "glm4_moe_lite": replace(_MOE, half_rotary=False),
     "phimoe": replace(_MOE, norm="layer", router="router"),
-    "granitemoe": replace(
-        _MOE,
-        mlp=("block_sparse_moe",),
-        router="router",
-        residual_scale="residual_multiplier",
-        logits_divisor="logits_scaling",
-    ),
+    "granitemoe": GRANITE_MOE,
     # cos and sin are half as wide as a head
     "gpt_oss": replace(_MOE, router="router", half_rotary=False, mlp_returns_tuple=True),
     "gemma": replace(_GEMMA, logits_softcap=None),
@@ -133,9 +119,9 @@ FAMILIES = {
         _GLM, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"
     ),
     "olmo": Family(norm="own"),  # without a weight
-    "olmo2": _OLMO_2,
-    "olmo3": _OLMO_2,
-    "exaone4": _OLMO_2,
+    "olmo2": OLMO_2,
+    "olmo3": OLMO_2,
+    "exaone4": OLMO_2,
     "apertus": replace(
         _UP_DOWN, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"
     ),

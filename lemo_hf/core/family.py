@@ -1,6 +1,6 @@
 """What must be known of a model family: where the parts of its decoder layer are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -76,8 +76,9 @@ class Family:
     def of_layer(self, layer: nn.Module) -> "Family":
         """The row of one layer of the family."""
         row = self.recurrent
-        there = row is not None and getattr(layer, row.attention, None) is not None
-        return row if row is not None and there else self
+        if row is not None and getattr(layer, row.attention, None) is not None:
+            return row
+        return self
 
     def divisor(self, config: Any) -> float:
         """What logits are divided by."""
@@ -88,3 +89,25 @@ class Family:
     def softcap(self, config: Any) -> float | None:
         """The soft cap of logits, if there is one."""
         return None if self.logits_softcap is None else getattr(config, self.logits_softcap)
+
+
+def with_experts(row: Family, router: str = "gate") -> Family:
+    """``row`` with experts for an MLP."""
+    return replace(row, intermediate=None, gate=(), router=router)
+
+
+# Rows that more than one table begins with.
+OLMO_2 = Family(
+    attention_norm=None,
+    attention_output_norm="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_output_norm="post_feedforward_layernorm",
+)
+GRANITE_MOE = with_experts(
+    Family(
+        mlp=("block_sparse_moe",),
+        residual_scale="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    "router",
+)

@@ -8,7 +8,7 @@ tokens are left out, the state goes from the last token before the gap to the fi
 from dataclasses import replace
 from typing import Any
 
-from lemo_hf.core.family import Family
+from lemo_hf.core.family import GRANITE_MOE, OLMO_2, Family, with_experts
 
 
 def _state(row: Family, module: str) -> Family:
@@ -22,11 +22,6 @@ def _state(row: Family, module: str) -> Family:
         carries_state=True,
         recurrent=None,
     )
-
-
-def _experts(row: Family, router: str = "gate") -> Family:
-    """``row`` with experts for an MLP."""
-    return replace(row, intermediate=None, gate=(), router=router)
 
 
 def _hybrid(row: Family, module: str) -> Family:
@@ -43,39 +38,23 @@ _LFM_2 = Family(
     intermediate="feed_forward.w2",
     final_norm="model.embedding_norm",
 )
-_GRANITE_4 = Family(
-    mlp=("block_sparse_moe",),
-    gate=(),
-    router="router",
-    intermediate=None,
-    mlp_beside="shared_mlp",
-    residual_scale="residual_multiplier",
-    logits_divisor="logits_scaling",
-)
 _BAMBA = Family(
     mlp=("feed_forward",),
     mlp_norm="pre_ff_layernorm",
     intermediate="feed_forward.down_proj",
     final_norm="model.final_layernorm",
 )
-_OLMO_HYBRID = Family(
-    attention_norm=None,
-    attention_output_norm="post_attention_layernorm",
-    mlp_norm=None,
-    mlp_output_norm="post_feedforward_layernorm",
-)
-
 HYBRIDS = {
-    "qwen3_next": _hybrid(_experts(_QWEN), "linear_attn"),
+    "qwen3_next": _hybrid(with_experts(_QWEN), "linear_attn"),
     "qwen3_5_text": _hybrid(_QWEN, "linear_attn"),
-    "qwen3_5_moe_text": _hybrid(_experts(_QWEN), "linear_attn"),
+    "qwen3_5_moe_text": _hybrid(with_experts(_QWEN), "linear_attn"),
     # Layers with linear attention have their norms before it, those with attention behind it.
-    "olmo_hybrid": replace(_OLMO_HYBRID, recurrent=_state(Family(), "linear_attn")),
+    "olmo_hybrid": replace(OLMO_2, recurrent=_state(Family(), "linear_attn")),
     "lfm2": _hybrid(_LFM_2, "conv"),
-    "lfm2_moe": _hybrid(_experts(_LFM_2), "conv"),
-    "granitemoehybrid": _hybrid(_GRANITE_4, "mamba"),
+    "lfm2_moe": _hybrid(with_experts(_LFM_2), "conv"),
+    "granitemoehybrid": _hybrid(replace(GRANITE_MOE, mlp_beside="shared_mlp"), "mamba"),
     "bamba": _hybrid(replace(_BAMBA, half_rotary=False, returns_tuple=True), "mamba"),
-    "jamba": _hybrid(_experts(_BAMBA, "router"), "mamba"),
+    "jamba": _hybrid(with_experts(_BAMBA, "router"), "mamba"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What attention reads besides the rows themselves, gathered to a kept set."""
+"""What a layer reads besides the rows of the stream, gathered to a kept set."""
 
 from typing import Any
 
@@ -58,6 +58,12 @@ def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
         mask = mask.masked_fill(~query & itself, 0.0)
         return mask.masked_fill(~visible, hidden)
     return mask.contiguous()
+
+
+def kept_rows(x: Tensor | None, kept: KeptSet) -> Tensor:
+    """``[B, T, D]`` to ``[B, K, D]``; only layers that are given ``x`` ask."""
+    assert x is not None
+    return x if kept.whole else x.gather(1, kept.index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def kept_alibi(alibi: Tensor, kept: KeptSet) -> Tensor:

@@ -20,7 +20,7 @@ from lemo_hf.config import UNITS, KeepRule
 from lemo_hf.core.attention import fastest_attention, implementation_of, using
 from lemo_hf.core.attention_call import call_attention
 from lemo_hf.core.family import Family
-from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions
+from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions, kept_rows
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import deep_copy, pickled_as
 from lemo_hf.core.policies import ScoreInputs, rank
@@ -229,7 +229,8 @@ def _sparse_forward(
 
     level = setup.recompute or _level(layer, setup, sparse_pass, x)
     attention = attention_sublayer(layer, setup.family, attend)
-    # A unit that runs again makes nothing of an MLP that runs again by itself, and more follows.
+    # An MLP that runs again by itself hands nothing on when its layer runs again, and here a
+    # sublayer behind it needs what it makes.
     alone = level != "none" and not setup.family.layer_input
     mlp = mlp_sublayer(layer, setup.family, again=alone)
     if level == "mlp" and not mlp.again:
@@ -243,19 +244,13 @@ def _sparse_forward(
         if sparse_pass.load is not None:
             counted = sparse_pass.counted(kept)
             last = balanced(mlp, layer, setup.family, sparse_pass.load, counted)
-        return ending(last, layer, setup.family, partial(_rows, per_layer_input, kept))
+        return ending(last, layer, setup.family, partial(kept_rows, per_layer_input, kept))
 
     x = update(x, kept, share, [attention, *rest(kept)] if shares else [attention])
     if setup.mlp_rule is not None:
         mlp_kept = sparse_pass.choose(setup.index, "mlp", setup.mlp_rule, partial(score, "mlp"))
         x = update(x, mlp_kept, sparse_pass.share(mlp_kept), rest(mlp_kept))
     return close_stream(x) if setup.closes and not sparse_pass.owns_gradient else x
-
-
-def _rows(x: Tensor | None, kept: KeptSet) -> Tensor:
-    """Kept rows ``[B, K, D]`` of ``x [B, T, D]``."""
-    assert x is not None
-    return x if kept.whole else x.gather(1, kept.index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
@@ -304,7 +299,7 @@ def _level(layer: nn.Module, setup: LayerSetup, sparse_pass: SparsePass, x: Tens
     """What the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
-    return setup.passes.levels.of(sparse_pass, layer, x)
+    return setup.passes.levels.of(sparse_pass, x)
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:

@@ -24,7 +24,7 @@ class Levels:
     Args:
         parameters: Of the model.
         family: Where its parts are.
-        num_layers: How many layers it has.
+        layers: The decoder layers.
         host: Where layers store what they would keep on the device, or None.
     """
 
@@ -32,19 +32,19 @@ class Levels:
         self,
         parameters: Callable[[], Iterator[nn.Parameter]],
         family: Family,
-        num_layers: int,
+        layers: Sequence[nn.Module],
         host: HostMemory | None,
     ):
         self._parameters, self._family = parameters, family
-        self._num_layers, self._host = num_layers, host
+        self._layers, self._host = layers, host
         self._found: dict[tuple, str] = {}
 
-    def of(self, sparse_pass: SparsePass, layer: nn.Module, x: Tensor) -> str:
-        """What all layers of the pass compute again: one of `UNITS`; ``layer`` reads ``x``."""
+    def of(self, sparse_pass: SparsePass, x: Tensor) -> str:
+        """What all layers of the pass compute again: one of `UNITS`; a layer reads ``x``."""
         if sparse_pass.level is None:  # it is the first that asks
-            rows = tuple(sparse_pass.stored_rows(self._num_layers))
+            rows = tuple(sparse_pass.stored_rows(len(self._layers)))
             if (x.shape, rows) not in self._found:
-                level = self._fitting(layer, x, rows)
+                level = self._fitting(x, rows)
                 if level not in self._found.values():
                     logger.info(
                         "recompute=%r is what fits beside batches of %d x %d tokens",
@@ -58,17 +58,22 @@ class Levels:
             sparse_pass.level = self._found[x.shape, rows]
         return sparse_pass.level
 
-    def _fitting(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows]) -> str:
+    def _fitting(self, x: Tensor, rows: Sequence[LayerRows]) -> str:
+        if self._family.recurrent is not None:
+            return UNITS[-1]  # nobody knows what recurrent layers would store
         if x.device.type != "cuda":
             return UNITS[0]
-        return self.fitting(layer, x, rows, free_bytes(x.device))
+        return self.fitting(x, rows, free_bytes(x.device))
 
-    def fitting(self, layer: nn.Module, x: Tensor, rows: Sequence[LayerRows], room: int) -> str:
+    def fitting(self, x: Tensor, rows: Sequence[LayerRows], room: int) -> str:
         """The level that fits ``room`` bytes of the device beside all else, if layers keep so."""
-        attention: Any = getattr(layer, self._family.of_layer(layer).attention)
-        head, config = getattr(attention, "head_dim", 0), getattr(attention, "config", None)
-        heads = getattr(config, "num_attention_heads", 0)
-        width = heads * head or x.shape[2]
+        width = max(self._width(layer) or x.shape[2] for layer in self._layers)
         trained = sum(local_bytes(p) for p in self._parameters() if p.requires_grad)
         slabs = 0 if self._host is None else self._host.most
         return fitting_level(rows, x.shape, width, x.element_size(), trained, slabs, room)
+
+    def _width(self, layer: nn.Module) -> int:
+        """Of the queries of all heads; 0 if the layer does not say."""
+        attention: Any = getattr(layer, self._family.attention)
+        config = getattr(attention, "config", None)  # BLOOM's has none
+        return getattr(config, "num_attention_heads", 0) * getattr(attention, "head_dim", 0)

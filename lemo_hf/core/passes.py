@@ -89,7 +89,7 @@ class Passes:
         self.config, self.family, self.last, self.host = config, family, last, host
         self._head = model.get_output_embeddings
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
-        self.levels = Levels(model.parameters, family, len(self._layers), host)
+        self.levels = Levels(model.parameters, family, self._layers, host)
         self.group = sequence_group(config.sequence_parallel_size)
         self.resting = self.plain = self.asked = False
         self.current: SparsePass | None = None

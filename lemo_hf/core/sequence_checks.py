@@ -41,8 +41,8 @@ def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Fam
     own = family.own_attention or family.recurrent is not None or family.layer_scale is not None
     if family.reads_positions or own:
         raise ValueError(
-            f"the attention of {type(model).__name__} reads more than its rows, cos and sin, which "
-            f"is not supported with {prefix}: use one process a sequence."
+            f"layers of {type(model).__name__} read more than their rows, cos and sin, which is "
+            f"not supported with {prefix}: use one process a sequence."
         )
     inner = model.get_submodule(family.layers.rpartition(".")[0])
     if not hasattr(inner, "rotary_emb"):

@@ -138,9 +138,9 @@ class DryModel:
         count = len(self.layers)
         host = HostMemory(lemo.offload_gib or 0, last=count)
         there = self.static.total() + x.nbytes - (0 if later else self.static["optimizer states"])
-        levels = Levels(self.base.parameters, self.family, count, host)
+        levels = Levels(self.base.parameters, self.family, self.layers, host)
         rows = list(sparse.stored_rows(count))
-        return levels.fitting(self.layers[0], x, rows, int(room - there))
+        return levels.fitting(x, rows, int(room - there))
 
     def _ids(self, tokens: int) -> Tensor:
         """A batch without padding, labelled throughout."""

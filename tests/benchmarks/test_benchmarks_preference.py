@@ -1,17 +1,26 @@
 """The benchmark of DPO steps runs, and what it writes is what it has measured."""
 
 import argparse
+import re
 import sys
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
-from support.paths import ROOT
+from support.paths import DEMO, ROOT
+from transformers import AutoTokenizer
 
 pytest.importorskip("trl", minversion="1.16")
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_preference
 from record import load
+
+from benchmarks.quality.preference import pairs
+from benchmarks.quality.row import RowSet
+from benchmarks.quality.source import Source
+from benchmarks.quality.texts import Texts
 
 ASKED = {
     "model": "Llama-3 8B",
@@ -52,3 +61,20 @@ def test_providers_take_turns(tmp_path, monkeypatch):
 def test_a_turn_is_a_process_and_says_what_failed(tmp_path):
     found = bench_preference.in_a_process("lemo 2", ["--tiny", "--prompt", "64"])
     assert found["status"].startswith("failed: ValueError: retention must lie")
+
+
+def test_pairs_ask_for_one_fact_and_reject_another():
+    """The question stands whole before its answer, and the book tells both numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    text = (DEMO / "text" / "train-alice-adams.txt").read_text(encoding="utf-8")
+    ids = np.array(tokenizer(text, verbose=False)["input_ids"], np.uint16)
+    none = {"train": [], "test": []}
+    source = Source(Texts({"train": [ids], "test": [ids]}, none, none, {}), tokenizer)
+    for pair in islice(pairs(source, RowSet("lexical", 1024)), 20):
+        prompt = tokenizer.decode(pair.prompt)
+        book, _, question = prompt.rpartition("Questions about the text above.")
+        assert re.fullmatch(r"\nQuestion: What is the number of the [\w ]+\?\nAnswer:", question)
+        thing = question.split("number of the ")[1].split("?")[0]
+        right, wrong = tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected)
+        assert f"The number of the {thing} is{right}." in book
+        assert right != wrong and re.search(rf"number of the [\w ]+ is{wrong}\.", book)

@@ -81,6 +81,7 @@ def test_rows_are_no_longer_than_a_sliding_window(lemo, folder):
     )
     assert code == 0, err
     assert yaml.safe_load(out)["data"]["tokens"] == 4096
+    assert "rows of 4,096 tokens (as the model's sliding window; longer ones are not" in out
 
 
 def test_what_needs_least_time_is_taken(lemo, folder):

@@ -1,7 +1,6 @@
 """Gemma 4: inputs of a layer's own, a factor of the stream, keys and values of earlier layers."""
 
 import pytest
-import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -12,20 +11,11 @@ KINDS = ["sliding_attention", "full_attention"]
 SHARED = {"num_hidden_layers": 6, "layer_types": KINDS * 3, "num_kv_shared_layers": 2}
 
 
-def scaled(model):
-    """The factors of a published checkpoint are not 1."""
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if "layer_scalar" in name:
-                buffer.fill_(0.6)
-    return model
-
-
 @pytest.mark.parametrize("recompute", ["none", "mlp", "selective", "lean", "full"])
 @pytest.mark.parametrize("retention", [1.0, 0.5])
 def test_shared_keys_at_every_level_of_recompute(recompute, retention):
     """Two layers read keys of layers 2 and 3; layers 0 and 1 keep everything."""
-    model = scaled(make_model("gemma4_text", "sdpa", **SHARED))
+    model = make_model("gemma4_text", "sdpa", **SHARED)
     config = LeMoConfig(
         retention=retention, block_size=8, policy="recent", dense_first_layers=2, recompute="none"
     )

@@ -44,20 +44,31 @@ def test_a_contiguous_set_is_the_stock_model_on_that_piece(family, recompute, mo
 
 
 def test_the_state_passes_over_what_is_left_out():
-    """A change before a gap moves what comes behind it, in a model whose attention cannot."""
+    """In layers that see three tokens each, the last ones before a gap move what comes behind it.
+
+    No layer attends, so without the state nothing before the gap could.
+    """
     model = make_model("lfm2", num_hidden_layers=2, layer_types=["conv", "conv"])
-    config = LeMoConfig(retention=0.5, block_size=10, policy="recent")
+    lemo = apply_lemo(model, LeMoConfig(retention=0.5, block_size=10, policy="recent"))
+    assert "no attention" in lemo.describe()
     inputs = batch(1, 40)
-    inputs["labels"][:, :-5] = -100
-    inputs["labels"][:, 5:10] = inputs["input_ids"][:, 5:10]  # which keeps the first block
+    inputs["labels"][:, :31] = -100  # behind the gap from 10 to 30, and 30 predicts the first
     losses = []
-    for token in (3, 4):
-        inputs["input_ids"][0, 8] = token
-        lemo = apply_lemo(model, config)
-        assert "no attention" in lemo.describe()
-        losses.append(loss_and_gradients(model, **inputs)[1]["model.layers.1.conv.conv.weight"])
-        remove_lemo(model)
-    assert not torch.equal(*losses)
+    for place, token in ((8, 3), (8, 4), (2, 5)):
+        inputs["input_ids"][0, place] = token
+        losses.append(loss_and_gradients(model, **inputs)[0])
+    assert losses[0] != losses[1]  # two layers see four tokens back, over the gap
+    assert losses[1] == losses[2]  # and no more than four
+
+
+def test_recurrent_layers_are_named_and_run_again_whole():
+    """What they would store is not known, so that memory cannot decide."""
+    model = make_model("qwen3_5_text")
+    lemo = apply_lemo(model, LeMoConfig(block_size=8))
+    assert "recurrent layers on kept tokens as one shorter sequence" in lemo.describe()
+    model.gradient_checkpointing_enable()
+    loss_and_gradients(model, **batch())
+    assert list(lemo.passes.levels._found.values()) == ["full"]
 
 
 def test_layers_have_the_row_of_their_kind():
@@ -82,11 +93,11 @@ def test_bounds_of_documents_are_refused():
         model(**batch(), seq_idx=torch.zeros(2, 70, dtype=torch.int32))
 
 
-def test_no_sequence_parallelism(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text"])
+def test_no_sequence_parallelism(family):
     config = LeMoConfig(block_size=8, sequence_parallel_size=2)
-    with pytest.raises(ValueError, match="sequence_parallel_size=2"):
-        apply_lemo(make_model("qwen3_5_text"), config)
+    with pytest.raises(ValueError, match="layers of .* read more than their rows, cos and sin"):
+        apply_lemo(make_model(family, "sdpa"), config)
 
 
 def test_small_granites_have_one_mlp():

@@ -98,6 +98,9 @@ def multimodal(name, implementation="eager"):
         for parameter in model.float().parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.6)
     return model.train()
 
 

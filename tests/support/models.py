@@ -259,6 +259,9 @@ def make_model(model_type: str, implementation: str = "eager", **overrides) -> n
                 parameter.normal_(0, 0.15)
             elif "norm" in name:
                 parameter.add_(torch.rand_like(parameter) * 0.4 - 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4's, which begin with 1
+                buffer.fill_(0.6)
     return model.train()
 
 

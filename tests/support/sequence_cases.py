@@ -130,7 +130,7 @@ REFUSED = {
     "short": ({}, {}, {"tokens": 8}, "8 tokens has fewer blocks"),
     "padding": ({}, {}, {"padding": 5}, "padding and masks"),
     "packed": ({}, {}, {"document": 30}, "packed documents"),
-    "positions": ({"model_type": "ministral3"}, {}, {}, "reads more than its rows"),
+    "positions": ({"model_type": "ministral3"}, {}, {}, "read more than their rows"),
     "window": ({"model_type": "mistral"}, {}, {}, "a sliding window of 24"),
     "no_labels": ({}, {}, {"labels": False}, "labels that it is given"),
 }
