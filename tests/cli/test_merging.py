@@ -92,10 +92,10 @@ def test_a_tied_model(config, tied, lemo, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_families(family, dtype, lemo, tmp_path):
-    if family in ("phimoe", "qwen3_5_text") and dtype == "bfloat16":
+    if family in ("phimoe", "qwen3_5_text", "gemma4_text") and dtype == "bfloat16":
         pytest.skip(
-            "random experts are chosen otherwise, and random states differ by more than rounding, "
-            "where weights are rounded; it is refused"
+            "where weights are rounded, random experts are chosen otherwise, and random states and "
+            "streams that a factor of 0.6 makes small are off by a tenth and more; it is refused"
         )
     base = str(tmp_path / "base")
     make_model(family, tie_word_embeddings=True).save_pretrained(base)
