@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo_hf.batch.images import block_groups, together
 from lemo_hf.batch.pairs import partners
 from lemo_hf.batch.row_counts import Counts, RowCounts
 from lemo_hf.batch.selection import block_any
@@ -50,6 +51,8 @@ class BatchFacts:
         rows: Counts of each row, where the host knows them already.
         pairs: Rows i and B/2 + i are two answers to one prompt. They keep the same of it, and
             answers are kept whole however short the prompt is.
+        images: ``[B, T]`` bool: tokens of images, of which each is kept whole or left out; None:
+            there are none.
 
     Attributes:
         valid: ``[B, T]`` bool, False at padding; None if there is none.
@@ -57,7 +60,8 @@ class BatchFacts:
         real: ``[B, N]`` bool: blocks with tokens.
         required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
             of each document, those with labels, and one that has something to predict in each
-            document that has anything.
+            document that has anything, and all of an image that one of these holds a part of.
+        groups: ``[B, N]`` of blocks that are kept together; None: each stands alone.
         row_tokens: ``[B, 1]`` int64: tokens of each row that are no padding.
         label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part; of
             pairs all.
@@ -76,6 +80,7 @@ class BatchFacts:
         vocabulary: int | None = None,
         rows: list[RowCounts] | None = None,
         pairs: bool = False,
+        images: Tensor | None = None,
     ):
         self.pairs = pairs
         self.block_size, self.vocabulary = block_size, vocabulary
@@ -94,6 +99,7 @@ class BatchFacts:
         if valid is None:
             valid = torch.ones(shape, dtype=torch.bool, device=device)
         self.real = block_any(valid, block_size)
+        self.groups = None if images is None else block_groups(images & valid, block_size)
         self.required, self.label_blocks, table = self._blocks(valid, targets, vocabulary)
         if pairs:
             table = torch.cat([table, self._apart(valid).sum(1, keepdim=True)], 1)
@@ -236,6 +242,8 @@ class BatchFacts:
             required = self._with_something_to_predict(
                 required | label_blocks, block_any(predicts, size)
             )
+        if self.groups is not None:
+            required = together(required, self.groups)
         in_required = required.repeat_interleave(size, 1)[:, : self.tokens] & valid
         counts = [valid, real, required, in_required, label_blocks, predicts, wrong]
         return required, label_blocks, torch.stack([count.sum(1) for count in counts], 1)

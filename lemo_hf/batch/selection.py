@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lemo_hf.batch.images import keep_groups, mean_scores
 from lemo_hf.predictors.training_free import Places, ranks
 
 # Rows that a layer keeps for its attention, and for an MLP with a kept set of its own (or None).
@@ -51,6 +52,7 @@ def keep_blocks(
     required: Tensor,
     budget: Tensor | int,
     documents: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The best ``budget[b]`` blocks of each row, required ones first.
 
@@ -64,6 +66,8 @@ def keep_blocks(
         budget: ``[B, 1]`` blocks to keep, or their number in each row; at least the row's
             required ones.
         documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
+        groups: ``[B, N]`` of blocks that are kept together, see `block_groups`; or None. Then a row
+            may keep less than its budget, if what is left holds no further group.
 
     Returns:
         ``[B, N]`` bool.
@@ -78,6 +82,8 @@ def keep_blocks(
         rank = torch.empty_like(order).scatter_(1, order.gather(1, by_document), places.place)
         scores = -(rank + 0.5) / places.size
         scores = scores.masked_fill(required, high).masked_fill(~real, low)
+    if groups is not None:
+        return keep_groups(scores, groups, budget) & real
     return (ranks(scores) < budget) & real
 
 
@@ -87,6 +93,7 @@ def blocks_above(
     required: Tensor,
     threshold: float,
     documents: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The blocks that score at least ``threshold`` times the mean of their document's real blocks.
 
@@ -96,6 +103,7 @@ def blocks_above(
         required: ``[B, N]`` bool: always kept.
         threshold: At least 0, which keeps every real block.
         documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
+        groups: ``[B, N]`` of blocks that count as they do on average, see `block_groups`; or None.
 
     Returns:
         ``[B, N]`` bool. Rows keep different numbers of blocks.
@@ -107,6 +115,8 @@ def blocks_above(
     places = Places.of(real, documents)
     sums = torch.zeros_like(scores).scatter_add_(1, places.document, scores)
     mean = sums.gather(1, places.document) / places.size.clamp_min(1)
+    if groups is not None:
+        scores = mean_scores(scores, groups)
     return ((scores >= threshold * mean) | required) & real
 
 

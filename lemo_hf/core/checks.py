@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lemo_hf.config import KeepRule, LeMoConfig
-from lemo_hf.core.families import MULTIMODAL, family_of
+from lemo_hf.core.families import family_of
 from lemo_hf.core.family import Family
 from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
@@ -152,7 +152,6 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
     """
     model_config: Any = model.config
     check_attention(model_config.get_text_config())
-    _check_text_alone(model, model_config.model_type, kwargs)
     _check_no_documents(model_config, kwargs)
     if kwargs.get("fused_lm_head") and not promised and torch.is_grad_enabled():
         raise ValueError(
@@ -178,34 +177,6 @@ def _check_no_documents(config: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"{', '.join(given)}: bounds of packed documents count all tokens, and recurrent "
             "layers of a sparse pass read kept ones alone. Train on one document a row."
-        )
-
-
-def _check_text_alone(model: nn.Module, model_type: str, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for images and sound, of which a part would be left out."""
-    given = [
-        name
-        for name, value in kwargs.items()
-        if value is not None
-        and ("pixel" in name or "image" in name or "video" in name or name == "mm_encoder_outputs")
-    ]
-    if given:
-        raise ValueError(
-            f"{', '.join(given)}: sparse passes of {type(model).__name__} take text alone, since "
-            "blocks could leave out a part of an image. Train on text, or call remove_lemo(model) "
-            "for batches with images."
-        )
-    kinds = kwargs.get("token_type_ids")
-    if model_type in MULTIMODAL and kinds is not None and bool(kinds.any()):
-        raise ValueError(
-            "token_type_ids other than 0 mark images, and sparse passes of "
-            f"{type(model).__name__} take text alone. Leave token_type_ids out."
-        )
-    positions = kwargs.get("position_ids")
-    if positions is not None and positions.dim() > 2:
-        raise ValueError(
-            f"position_ids of {positions.dim()} dimensions are places in images; text has "
-            "[B, T]. Leave position_ids out: the model makes them."
         )
 
 

@@ -25,6 +25,7 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import asks_for_router_logits, check_call, check_router_loss
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.family import Family
+from lemo_hf.core.images import images_of
 from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
 from lemo_hf.core.levels import Levels
@@ -168,6 +169,7 @@ class Passes:
             self.plain = True
             return (), kwargs
         check_call(model, kwargs, outside is not None or self.pairs is not None)
+        images = images_of(model, kwargs, pairs=self.pairs is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
         load = None
@@ -199,6 +201,7 @@ class Passes:
             load=load,
             leader=leader,
             pairs=self.pairs is not None,
+            images=images,
         )
         if shards is not None:
             kwargs = shards.take(kwargs)

@@ -39,7 +39,7 @@ class SparsePass(BatchFacts):
         load: Of the routers, where the loss asks for its balance.
         leader: The pass over the same batch whose sets this one keeps; None: it chooses.
         **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
-            ``vocabulary``, ``rows`` and ``pairs``, see `BatchFacts`.
+            ``vocabulary``, ``rows``, ``pairs`` and ``images``, see `BatchFacts`.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
@@ -145,7 +145,12 @@ class SparsePass(BatchFacts):
             blocks = self.real
             if rule.threshold > 0:
                 blocks = blocks_above(
-                    score(), self.real, self.required, rule.threshold, self.block_documents
+                    score(),
+                    self.real,
+                    self.required,
+                    rule.threshold,
+                    self.block_documents,
+                    self.groups,
                 )
                 if self.pairs:
                     blocks = blocks | (partners(blocks) & self.prompt)
@@ -170,8 +175,15 @@ class SparsePass(BatchFacts):
         else:
             scores = pair_scores(score(), self.prompt) if self.pairs else score()
             blocks = keep_blocks(
-                scores, self.real, self.required, self._column(budgets), self.block_documents
+                scores,
+                self.real,
+                self.required,
+                self._column(budgets),
+                self.block_documents,
+                self.groups,
             )
+        if self.groups is not None:  # a row may keep less
+            return blocks, slots, False
         exact = all(row.tokens == row.most_tokens(row.blocks, self.block_size) for row in self.rows)
         return blocks, slots, exact
 
