@@ -28,6 +28,7 @@ from lemo_hf.core.inner_model import transformers_model
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
+from lemo_hf.core.sink_attention import NAME as SINKS
 from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import sharded
@@ -236,6 +237,8 @@ class LeMo:
         kernels = fastest_attention(attention, weight.device, weight.dtype)
         name = implementation_of(attention)
         name = f"{name} ({kernels[0].name.lower()})" if kernels else name
+        if name == "eager" and hasattr(attention, "sinks"):
+            name += f" (which stores every score; attn_implementation={SINKS!r} stores none)"
         if self.passes.family.recurrent is None:
             return name
         return f"{name}, recurrent layers on kept tokens as one shorter sequence"

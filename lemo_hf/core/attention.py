@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lemo_hf.core import sink_attention
+
 TOKENS = 4096  # of the trial, for queries as wide as WIDE; more where they are narrower
 WIDE = 4096
 _CANDIDATES = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -30,13 +32,14 @@ def fastest_attention(
         device: Where it runs.
         dtype: Of its queries.
     """
-    if device.type != "cuda" or implementation_of(module) != "sdpa" or dtype.itemsize != 2:
+    if device.type != "cuda" or not by_sdpa(implementation_of(module)) or dtype.itemsize != 2:
         return None
     config: Any = module.config  # transformers', whose fields differ by family
     heads = config.num_attention_heads
     groups = getattr(module, "num_key_value_groups", None)  # which may differ by layer
     keys = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
     size = getattr(module, "head_dim", None) or config.hidden_size // heads
+    size += sink_attention.WIDER if implementation_of(module) == sink_attention.NAME else 0
     return _tried(heads, keys, size, device, dtype)
 
 
@@ -44,6 +47,11 @@ def implementation_of(module: nn.Module) -> str:
     """Name of the attention that an attention module runs; without a config it has but one."""
     config: Any = getattr(module, "config", None)
     return "eager" if config is None else config._attn_implementation
+
+
+def by_sdpa(implementation: str) -> bool:
+    """Whether an attention implementation calls PyTorch's `scaled_dot_product_attention`."""
+    return implementation in ("sdpa", sink_attention.NAME)
 
 
 def using(backends: tuple[SDPBackend, ...] | None) -> AbstractContextManager:

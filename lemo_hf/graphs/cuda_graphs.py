@@ -25,6 +25,7 @@ from lemo_hf.batch.row_counts import RowCounts
 from lemo_hf.batch.selection import num_kept_blocks
 from lemo_hf.batch.tally import Seen
 from lemo_hf.config import LeMoConfig
+from lemo_hf.core.attention import by_sdpa
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.lazy_logits import Logits, stock_class, with_logits
 from lemo_hf.core.loss import shifted
@@ -288,7 +289,7 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
     if getattr(model.config, "output_router_logits", False):
         return "the auxiliary loss of experts is made outside the graph"
     attention = model.config.get_text_config()._attn_implementation
-    if attention != "sdpa":
+    if not by_sdpa(attention):
         return f"{attention} attention asks the host; take attn_implementation='sdpa'"
     if any("dynamic" in kind or kind == "longrope" for kind in _rope_types(model)):
         return "the host picks the frequencies of its rotary embedding by length"

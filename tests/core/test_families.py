@@ -55,6 +55,7 @@ def test_retention_1_is_the_stock_model(family):
         {},
     ]
     runs += [] if family in EAGER else [{"attention": "sdpa"}]
+    runs += [{"attention": "lemo_sinks"}] if family == "gpt_oss" else []
     for run in runs:
         attention = run.pop("attention", "eager")
         model.set_attn_implementation(attention)
