@@ -36,7 +36,9 @@ def preference_quality_table(header: dict, rows: list[dict]) -> str:
         if row["way"] == "base":
             lines.append(["before training", "", "", share, "", ""])
             continue
-        name = row["way"].replace("lemo", "LeMo,") if "lemo" in row["way"] else "dense (TRL)"
+        kind, _, kept = row["way"].partition(" ")
+        names = {"lemo": f"LeMo, {kept}", "cut": f"prompts cut to {kept} (TRL)"}
+        name = names.get(kind, "dense (TRL)")
         steps, peak = str(row["steps"]), f"{row['peak_gib']:.1f}"
         lines.append([name, f"{row['rate']:g}", str(row["seed"]), share, steps, peak])
     return (

@@ -107,6 +107,11 @@ def judged(model: Any, held_out: list[Pair], device: torch.device) -> dict[str, 
     return {"accuracy": round(share, 4), "margin": round(sum(margins) / len(margins), 3)}
 
 
+def cut(prompt: list[int], share: float) -> list[int]:
+    """The last ``share`` of a prompt, which the question ends: what truncation would leave."""
+    return prompt[-max(1, round(share * len(prompt))) :]
+
+
 def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: Any) -> dict:
     """Train in one way, and judge."""
     from peft import LoraConfig
@@ -126,7 +131,8 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
         f"{name}_ids": [getattr(data["train"][i], name) for i in chosen]
         for name in ("prompt", "chosen", "rejected")
     }
-
+    if kind == "cut":
+        columns["prompt_ids"] = [cut(prompt, float(share)) for prompt in columns["prompt_ids"]]
     clock = Clock(args.seconds)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     with TemporaryDirectory() as folder:
@@ -169,7 +175,12 @@ def main() -> None:
     add("--base", type=Path, required=True, help="directory made by make_base.py")
     add("--texts", type=Path, required=True, help="folder made by prepare.py")
     add("--output", type=Path, required=True, help="a JSON file")
-    add("--runs", nargs="+", required=True, help="WAY:RATE:SEED, e.g. dense:1e-4:0 or 'lemo 0.3:…'")
+    add(
+        "--runs",
+        nargs="+",
+        required=True,
+        help="WAY:RATE:SEED, e.g. dense:1e-4:0, 'cut 0.3:…' or 'lemo 0.3:…'",
+    )
     add("--tokens", type=int, default=8192, help="of a row from which a pair is made")
     add("--pairs", type=int, default=600, help="to train on")
     add("--held-out", type=int, default=96)

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_preference
 from record import load
 
-from benchmarks.quality.preference import pairs
+from benchmarks.quality.preference import cut, pairs
 from benchmarks.quality.row import RowSet
 from benchmarks.quality.source import Source
 from benchmarks.quality.texts import Texts
@@ -75,6 +75,8 @@ def test_pairs_ask_for_one_fact_and_reject_another():
         book, _, question = prompt.rpartition("Questions about the text above.")
         assert re.fullmatch(r"\nQuestion: What is the number of the [\w ]+\?\nAnswer:", question)
         thing = question.split("number of the ")[1].split("?")[0]
+        assert tokenizer.decode(cut(pair.prompt, 0.3)).endswith(question)
+        assert len(cut(pair.prompt, 0.3)) == round(0.3 * len(pair.prompt))
         right, wrong = tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected)
         assert f"The number of the {thing} is{right}." in book
         assert right != wrong and re.search(rf"number of the [\w ]+ is{wrong}\.", book)

@@ -137,6 +137,11 @@ PUBLISHED = [
     (
         "dots1",
         "rednote-hilab/dots.llm1.inst",
-        {"first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        {
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0},
+        },
     ),
 ]
