@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
 from support.paths import ROOT
 
 
+@pytest.mark.soak
 def test_what_is_done_to_commands_changes_no_result(tmp_path):
     tally = tmp_path / "tally.json"
     packages = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]

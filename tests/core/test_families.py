@@ -19,8 +19,6 @@ from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.families import FAMILIES, family_of
 from lemo_hf.tune.looked_at import LookedAt
 
-pytestmark = pytest.mark.oldest
-
 
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])
 def family(request):
@@ -36,6 +34,7 @@ def exact_gradients(model, input_ids, labels):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.oldest
 def test_retention_1_is_the_stock_model(family):
     """One stock reference; at each level of recomputation, with each attention, checkpointed."""
     model = with_lora(make_model(family, num_hidden_layers=2))

@@ -105,6 +105,7 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", CASES)

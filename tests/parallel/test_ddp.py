@@ -117,10 +117,18 @@ trainer.train()
 @pytest.mark.parametrize(
     "how, said",
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", ["rank      : 1", "Signal 9 (SIGKILL)"]),
-        ('raise RuntimeError("this row is broken")', ["rank      : 1", "this row is broken"]),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            ["rank      : 1", "Signal 9 (SIGKILL)"],
+            id="killed",
+        ),
+        pytest.param(
+            'raise RuntimeError("this row is broken")',
+            ["rank      : 1", "this row is broken"],
+            id="raised",
+            marks=pytest.mark.soak,
+        ),
     ],
-    ids=["killed", "raised"],
 )
 def test_a_lost_process_ends_the_job_which_resumes(tmp_path, how, said):
     ended = start(LOST.replace("HOW", how), tmp_path, 2)

@@ -98,16 +98,19 @@ def test_with_adapters(passes, processes):
     assert_same(read(passes, f"{processes}-lora"), one_pass("recompute_full", lora=True), 2e-5)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ALL)
 def test_two_processes_train_as_one(trained, tmp_path, name):
     assert_same(read(trained, f"2-{name}"), alone(tmp_path, **ALL[name]))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["lora-answers", "full-lengths"])
 def test_parameters_shared_out_as_well(trained, tmp_path, name):
     assert_same(read(trained, f"2-fsdp-{name}"), alone(tmp_path, **ALL[name]))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["lora-answers", "full-lengths"])
 def test_two_pairs_take_rows_of_their_own(trained, tmp_path, name):
     expected = alone(tmp_path, **ALL[name])
@@ -116,6 +119,7 @@ def test_two_pairs_take_rows_of_their_own(trained, tmp_path, name):
         assert_same(read(trained, "4-streamed"), expected)
 
 
+@pytest.mark.soak
 def test_they_resume_what_they_saved_and_what_one_process_saved(trained, tmp_path):
     uninterrupted = alone(tmp_path, **SAVED)
     assert_same(read(trained, "2-saved"), uninterrupted)
