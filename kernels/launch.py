@@ -53,5 +53,5 @@ def row_block(width: int) -> dict[str, int]:
     """
     block = triton.next_power_of_2(width)
     if block > 65536:
-        raise ValueError(f"rows of {width} elements do not fit a program; the most is 65536")
+        raise ValueError(f"rows of {width} elements do not fit a Triton program; the most is 65536")
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}

@@ -206,7 +206,7 @@ class LeMoConfig:
                 raise ValueError(f"{name} must be a string or None, got {shown(value)}")
         if self.predictor is None and self.predictor_revision is not None:
             raise ValueError(
-                f"predictor_revision={shown(self.predictor_revision)} without a predictor: set "
+                f"predictor_revision={shown(self.predictor_revision)} needs a predictor: set "
                 "predictor='organisation/name'."
             )
         if self.policy is None:
@@ -217,7 +217,7 @@ class LeMoConfig:
         elif self.predictor is not None and self.policy != "predictor":
             raise ValueError(
                 f"predictor={shown(self.predictor)} and policy={self.policy!r} cannot both choose "
-                "the blocks: leave policy unset, or predictor."
+                "the blocks: leave one of them unset."
             )
 
     def layer_rules(self, num_layers: int) -> list[tuple[KeepRule, KeepRule | None] | None]:
@@ -256,7 +256,7 @@ class LeMoConfig:
             if self.agree_across_layers and len({value[i] for i in sparse}) > 1:
                 raise ValueError(
                     f"{name}={shown(value)} differs between layers, which then cannot agree on one "
-                    "kept set: set agree_across_layers=False."
+                    "kept set: give one value, or set agree_across_layers=False."
                 )
             per_layer[name] = list(value)
         attention = map(KeepRule, per_layer["retention"], per_layer["threshold"])
@@ -285,8 +285,8 @@ class LeMoConfig:
         for name, (default, instead) in _REMOVED.items():
             if values.pop(name, default) != default:
                 logger.warning(
-                    "%s of a LeMoConfig by lemo_hf %s is left out: this version has no such "
-                    "field. %s",
+                    "%s in a LeMoConfig of lemo_hf %s is ignored: this version has no such field. "
+                    "%s",
                     *(name, shown(written_by), instead),
                 )
         known = {field.name for field in dataclasses.fields(cls)}
@@ -295,7 +295,8 @@ class LeMoConfig:
             names = shortened(", ".join(sorted(unknown)))
             raise ValueError(
                 f"unknown keys in a LeMoConfig: {names}{nearest(sorted(unknown)[0], known)} If a "
-                "newer version wrote them: pip install -U lemo-hf; else remove them."
+                "newer version of lemo-hf wrote them, update it (pip install -U lemo-hf); "
+                "otherwise correct or remove them."
             )
         return cls(**values)
 

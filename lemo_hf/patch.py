@@ -135,11 +135,11 @@ def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
         lemo.passes.resting = True
     else:
         raise ValueError(
-            "the model has LeMo of an earlier trainer on it and is in parts on several processes "
-            "(FSDP2, ZeRO-3), so that it cannot come off: load the model anew."
+            "the model has LeMo of an earlier trainer on it and is split over several processes "
+            "(FSDP2, ZeRO-3), so LeMo cannot be removed: load the model anew."
         )
     logger.warning(
-        "the model had LeMo of an earlier trainer on it (%s): the newest trainer's holds (%s).",
+        "the model had LeMo of an earlier trainer on it (%s); now it has the newest one's (%s).",
         lemo.config.brief(),
         None if config is None else config.brief(),
     )
@@ -322,9 +322,9 @@ class LeMo:
         if kept >= IDLE:
             self._warned = True
             logger.warning(
-                "rows keep %.0f%% of their tokens, and retention=%g was asked for: they are too "
-                "short, or have labels in too many blocks, to leave out more. Blocks shorter than "
-                "block_size=%d leave out more; else training without LeMo is as good. Said once.",
+                "rows keep %.0f%% of their tokens, and retention=%g was asked for: the rows are "
+                "too short, or have labels in too many blocks, to leave out more. Set a block_size "
+                "below %d, or train without LeMo, which is as good here. This is said once.",
                 *(100 * kept, asked, self.config.block_size),
             )
 

@@ -69,7 +69,9 @@ class LeMoMixin(_Mixed):
                     self._apply_lemo(self._model(), lemo_config)
             except OSError as error:
                 # A checkpoint may hold the predictor, and evaluation needs none: train() decides.
-                logger.warning("the predictor is needed by train() unless it resumes: %s", error)
+                logger.warning(
+                    "train() needs the predictor, unless it resumes from a checkpoint: %s", error
+                )
 
     def _model(self) -> nn.Module:
         assert self.model is not None  # Trainer refuses to be made without one
@@ -94,8 +96,8 @@ class LeMoMixin(_Mixed):
     def _refuse_callbacks(self) -> None:
         if self._lemo_callbacks():
             raise ValueError(
-                "this trainer has a lemo_config and a LeMoCallback, and its model can have one "
-                "LeMo: leave one of them out."
+                "this trainer has a lemo_config and a LeMoCallback, and a model can have LeMo only "
+                "once: leave one of them out."
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -304,7 +306,8 @@ class LeMoMixin(_Mixed):
             return
         if given is not None:
             logger.warning(
-                "%s was trained with another predictor than %r: resuming with the checkpoint's.",
+                "%s was trained with another predictor than %r: resuming with the checkpoint's "
+                "predictor.",
                 checkpoint,
                 config.predictor,
             )

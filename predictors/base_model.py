@@ -106,15 +106,15 @@ class BaseModel:
         if wrong:
             raise ValueError(
                 f"the predictors were trained for another architecture: {wrong}. Use predictors of "
-                f"this model (lemo train-predictor makes them; these are {self.name or 'unnamed'}'"
-                "s), or policy='overlap', which needs none."
+                "this model (lemo train-predictor makes them; these were made for "
+                f"{self.name or 'an unnamed model'}), or policy='overlap', which needs none."
             )
         known = None not in (self.fingerprint, model.fingerprint)
         other = self._differences(model, ("fingerprint",) if known else _IDENTITY)
         if other:
             logger.warning(
-                "the predictors were trained on another base model (%s): %s. They fit its shapes; "
-                "whether they choose well is not known.",
+                "the predictors were trained on another base model (%s): %s. They fit this model's "
+                "shapes, but may not choose well for it.",
                 self.name or "unnamed",
                 other,
             )

@@ -34,8 +34,8 @@ def find_predictor(base: BaseModel, block_size: int) -> str:
     """
     if base.name is None:
         raise ValueError(
-            "predictor='auto' asks the Hub by the model's name, and this model was loaded from a "
-            f"directory or made from scratch. {_WAY_OUT}"
+            "predictor='auto' asks the Hub by the model's name, which a model from a directory or "
+            f"from scratch does not have. {_WAY_OUT}"
         )
     rejected = {}
     for repo in _tagged(base.name):
@@ -78,7 +78,7 @@ def _misfit(repo: str, base: BaseModel, block_size: int) -> str | None:
     if not theirs.same_architecture(base):
         return "made for another architecture"
     if base.fingerprint is None:
-        logger.warning("%s may be for other weights: the model's cannot be read here", repo)
+        logger.warning("%s may be for other weights: those of this model cannot be read here", repo)
     elif theirs.fingerprint != base.fingerprint:
         return "made for other weights"
     if size != block_size:

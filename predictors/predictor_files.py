@@ -110,13 +110,13 @@ def read_section(path: str | os.PathLike) -> dict[str, Any]:
     section = values.get("predictor")
     if isinstance(section, str):
         raise ValueError(
-            f"{path} holds no predictor, it refers to {shown(section)}: load the predictor from "
+            f"{path} holds no predictor but refers to {shown(section)}: load the predictor from "
             "there."
         )
     if not isinstance(section, dict):
         raise ValueError(
-            f"{path} has no object under the key 'predictor' (got {shown(section)}): it is a "
-            "LeMoConfig alone. LeMoPredictor.save_pretrained writes one with a predictor."
+            f"{path} has no object under the key 'predictor' (got {shown(section)}): it holds a "
+            "LeMoConfig alone. LeMoPredictor.save_pretrained writes a file with a predictor."
         )
     found = section.get("format")
     if type(found) is not int or found != FORMAT:
@@ -160,7 +160,9 @@ def read_tensors(
                 )
             tensors = {name: file.get_tensor(name).float().clone() for name in shapes}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}). {_AGAIN}") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}). {_AGAIN}"
+        ) from error
     for name, tensor in tensors.items():
         wrong = math.prod(tensor.shape) - int(torch.isfinite(tensor).sum())
         if wrong:

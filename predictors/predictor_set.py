@@ -83,8 +83,8 @@ class LeMoPredictor(nn.Module):
         count = info.base.num_hidden_layers
         if len(layers) != count or all(predictor is None for predictor in layers):
             raise ValueError(
-                f"a predictor needs an entry a layer (the base model has {count}), None for layers "
-                f"without one but not for all; got {len(layers)}."
+                f"layers must have one entry for each of the base model's {count} layers, and not "
+                f"only None; got {len(layers)} entries."
             )
         expected = {"hidden_size": info.base.hidden_size, "block_size": info.block_size}
         for layer, predictor in enumerate(layers):

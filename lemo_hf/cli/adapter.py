@@ -40,7 +40,7 @@ def load_adapter(
         from peft.utils import get_peft_model_state_dict, load_peft_weights
         from safetensors import SafetensorError
     except ImportError as error:
-        raise ImportError(f'adapter {adapter}: pip install "lemo-hf[peft]".') from error
+        raise ImportError(f'adapter {adapter} needs peft: pip install "lemo-hf[peft]".') from error
 
     config = PeftConfig.from_pretrained(adapter)
     try:
@@ -134,8 +134,8 @@ def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], to
         rows, lost = tokens, set(range(there, tokens)) - _indices(config, names, tied)
         if lost:
             raise ValueError(
-                f"{adapter} adds tokens to the {there:,} of its base model, and does not hold the "
-                f"rows of {len(lost):,} of them (the first is {min(lost)}): save it again, with "
+                f"{adapter} adds tokens to the {there:,} of its base model, but lacks the rows of "
+                f"{len(lost):,} of them (the first is {min(lost)}): save it again, with "
                 "save_pretrained(..., save_embedding_layers=True)."
             )
     if rows != there:

@@ -91,7 +91,7 @@ def _start_config(source: str | None, predictor: str | None, block_size: int | N
     given: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     if predictor is not None and predictor != "auto":
         if source is not None:
-            raise ValueError("--predictor brings a config of its own: leave out --config.")
+            raise ValueError("--predictor has a config of its own: leave out --config.")
         find_files(predictor, [CONFIG_NAME])
         source = predictor
     elif predictor is not None:

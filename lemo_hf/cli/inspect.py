@@ -58,7 +58,7 @@ def inspect(
         lone = f"--question {question!r} without --answer"
         if question is None:
             lone = f"--answer {answer!r} without --question"
-        raise ValueError(f"{lone}: give both, or neither, which labels the whole text.")
+        raise ValueError(f"{lone}: give both, or neither to label the whole text.")
     if output is not None:
         check_output(output, "--output", directory=True)
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
@@ -83,7 +83,9 @@ def inspect(
     words = read_text(text)
     row = text_row(tokenizer, words, tokens or 8192, question, answer, needle or ())
     if tokens is not None and len(row.input_ids) < tokens:
-        raise ValueError(f"--tokens {tokens}: {text} has {len(row.input_ids)}.")
+        raise ValueError(
+            f"--tokens {tokens}: {text} has only {len(row.input_ids)} tokens. Give fewer."
+        )
     blocks = -(-len(row.input_ids) // lemo_config.block_size)
     if blocks < FEW:
         raise ValueError(

@@ -25,7 +25,8 @@ def loading(name: str) -> Iterator[None]:
             raise
         what = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
-            f"model {name!r} cannot be loaded, a file of it may be damaged ({what}): get it again."
+            f"model {name!r} cannot be loaded; one of its files may be damaged ({what}): get it "
+            "again."
         ) from error
 
 
@@ -45,7 +46,7 @@ def load_causal_lm(name: str, **kwargs: Any) -> Any:
         raise ValueError(
             f"model {name!r} has no values for {count} of {type(model).__name__}, which would be "
             f"random: {shortened(', '.join(missing))}. Name a checkpoint of this class. A "
-            "multimodal checkpoint holds its language model under other names: name one of the "
-            "text model alone."
+            "multimodal checkpoint stores its language model under other names: name a checkpoint "
+            "of the text model alone."
         )
     return model

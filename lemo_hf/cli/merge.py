@@ -90,8 +90,8 @@ def _check_weights(section: Any) -> None:
     config = prepared_config(section.name, **shared)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{section.name} has quantised weights, which would round what is added to them: give "
-            "--model, the unquantised one that it was made of."
+            f"{section.name} has quantised weights, which would round what the adapter adds: give "
+            "--model, the unquantised model that it was made from."
         )
 
 

@@ -96,10 +96,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor, model: Any, what: st
     limit = ROUNDING.get(dtype, 1e-3)
     if not share <= limit:
         raise ValueError(
-            f"{what} merges to another model: its logits differ from the adapted model's by "
-            f"{share:.2g} of the largest, and rounding to {str(dtype).removeprefix('torch.')} "
-            f"explains {limit:g}. Nothing was written: try --dtype float32, or use the "
-            "adapter without merging."
+            f"{what} does not merge exactly: the merged model's logits differ from the adapted "
+            f"model's by {share:.2g} of the largest, and rounding to "
+            f"{str(dtype).removeprefix('torch.')} explains {limit:g}. Nothing was written: try "
+            "--dtype float32, or use the adapter without merging."
         )
     return share
 

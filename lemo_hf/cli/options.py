@@ -142,7 +142,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         wanted = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"--rope-parameters is no JSON ({error}): {shortened(text)}") from error
+        raise ValueError(
+            f"--rope-parameters is not valid JSON ({error}): {shortened(text)}"
+        ) from error
     if not isinstance(wanted, dict):
         raise ValueError(f"--rope-parameters must be a JSON object, got {shortened(text)}")
     return wanted

@@ -58,8 +58,8 @@ def change_positions(
     if nested:
         if not given.keys() <= own.keys() or not all(isinstance(x, dict) for x in given.values()):
             raise ValueError(
-                f"--rope-parameters {given}: {text.model_type!r} has a set for each of "
-                f"{', '.join(sorted(own))}: say for which, as in "
+                f"--rope-parameters {given}: {text.model_type!r} has one set of parameters for "
+                f"each of {', '.join(sorted(own))}: name the ones you mean, as in "
                 f'{{"{min(own)}": {{"rope_type": "linear", "factor": 4.0}}}}.'
             )
         changed = {kind: _merged(text, own[kind] or {}, new) for kind, new in given.items()}
@@ -90,13 +90,13 @@ def _check_stretched(
 ) -> None:
     if rope_type not in STRETCHED:
         raise ValueError(
-            f"--rope-type must be linear, yarn or dynamic, got {rope_type!r}: other types take "
-            "more than a length, give them as --rope-parameters."
+            f"--rope-type must be linear, yarn or dynamic, got {rope_type!r}: other types need "
+            "more than a length: give --rope-parameters."
         )
     if length is None:
         raise ValueError(
-            f"--rope-type {rope_type} stretches positions to a length, which is not known "
-            "here: give --rope-parameters."
+            f"--rope-type {rope_type} stretches positions to a length, and this command knows "
+            "none: give --rope-parameters."
         )
     if nested:
         raise ValueError(
@@ -106,11 +106,11 @@ def _check_stretched(
     if own.get("rope_type", "default") != "default":
         raise ValueError(
             f"--rope-type {rope_type}: the model's positions are stretched already ({own}): give "
-            "--rope-parameters to put something else in their place."
+            "--rope-parameters to replace them."
         )
     if rope_type == "dynamic" and most is not None:
         raise ValueError(
-            f"--rope-type dynamic begins behind max_position_embeddings, the model's own "
+            "--rope-type dynamic begins after the model's max_position_embeddings, "
             f"{text.max_position_embeddings}: leave out --max-position-embeddings."
         )
 

@@ -41,7 +41,10 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     if tokens is None:
         settings.set("data", "tokens", 2, "--memory-gib")
         if settings.values.get("model", {}).get("rope_type") is not None:
-            raise ValueError("model.rope_type stretches positions to which length? Say --tokens.")
+            raise ValueError(
+                "model.rope_type stretches positions to the length of a row, which is not known: "
+                "give --tokens."
+            )
     run = settings.build()
     found = look(run)
     config, start = found.config, run.lemo
@@ -89,8 +92,9 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         chosen = fitting(most) if most and asked is None else None
         if chosen is None:
             raise ValueError(
-                f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit, the longest "
-                f"that do have {most:,}: ask for these, for less retention, or for a larger card."
+                f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit; the longest "
+                f"that fit have {most:,}. Ask for shorter rows, a lower retention, or a larger "
+                "card."
             )
         tokens = most
     if asked is None:

@@ -42,8 +42,9 @@ def kind_of(row: Mapping[str, Any], data: DataSection, name: str) -> tuple[str, 
         return None
     known = "" if data.text_column else f" nor those of chats ({', '.join(map('+'.join, KINDS))})"
     raise ValueError(
-        f"{name} has no column {column!r}{known}; its columns are: {shortened(', '.join(row))}"
-        f"{nearest(column, row)} data.text_column names the text's."
+        f"{name} has no column {column!r}{known}; its columns are: "
+        f"{shortened(', '.join(row))}{nearest(column, row)} Name the column with the text in "
+        "data.text_column."
     )
 
 
@@ -103,7 +104,7 @@ def _chat(
         messages = _turns(row[kind[0]], "user", where)
         if answers and all(turn["role"] != "assistant" for turn in messages):
             raise ValueError(
-                f"{where} has no turn of the assistant, and its turns alone get labels: leave the "
+                f"{where} has no turn of the assistant, and only these turns get labels: leave the "
                 "row out, or set data.answers_only to false."
             )
         return {"messages": messages, **beside}

@@ -75,17 +75,18 @@ class Settings:
                     found[name] = make()
             if not (self.full or "lora" in self.values):
                 mistakes.add(
-                    "say what is trained: --lora.r 8 and other fields of LoraConfig, or --full."
+                    "the run must say what it trains: give --lora.r 8 and other fields of "
+                    "LoraConfig, or --full."
                 )
             if not self.values.get("training", {}).get("output_dir"):
                 mistakes.add(f"training.output_dir is missing: {_FLAGS['training.output_dir']}.")
             if {"data", "training"} <= found.keys():
                 data, training = found["data"], found["training"]
                 if data.streaming and training.max_steps <= 0:
-                    mistakes.add("data.streaming has no last row: say training.max_steps.")
+                    mistakes.add("data.streaming has no last row: set training.max_steps.")
                 if training.do_eval and data.heldout is None and data.eval_share is None:
                     mistakes.add(
-                        "training.eval_strategy evaluates, on what? Say data.eval_dataset, "
+                        "training.eval_strategy needs rows to evaluate on: set data.eval_dataset, "
                         "data.eval_split or data.eval_share."
                     )
         return Run(**found)

@@ -80,14 +80,18 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
     data = run.data
     if not chats:
         if data.chat_template is not None:
-            raise ValueError("data.chat_template is of chats, and the rows are text: leave it out.")
+            raise ValueError(
+                "data.chat_template is for chats, and the rows are text: leave it out."
+            )
         return None
     if data.min_tokens is not None:
-        raise ValueError("data.min_tokens is of text that is cut, and these are chats: drop it.")
+        raise ValueError(
+            "data.min_tokens is for text that is cut, and the rows are chats: leave it out."
+        )
     if len(chats) < len(firsts):
         raise ValueError(
-            "some datasets hold chats and others text: name the text's column by "
-            "data.text_column, which all then must have, or train one after the other."
+            "some datasets hold chats and others text: name the column with the text in "
+            "data.text_column (all datasets must have it), or train on one after the other."
         )
     if find_spec("trl") is None:
         raise ImportError('chats and instructions need TRL: pip install "lemo-hf[trl]".')
@@ -96,9 +100,9 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
         return form
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer of {run.model.name!r} has no chat template: give one by "
-            "data.chat_template FILE, take an instruct model, or rows whose prompt and completion "
-            "are texts."
+            f"the tokenizer of {run.model.name!r} has no chat template: give one in "
+            "data.chat_template, use an instruct model, or rows whose prompt and completion are "
+            "texts."
         )
     if form == "messages" and data.answers_only:
         from trl.chat_template_utils import get_training_chat_template

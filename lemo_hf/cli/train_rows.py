@@ -44,7 +44,9 @@ def text_rows(
     # Neighbours may be of one document: those held out are the last ones, in one piece.
     held = max(1, round(data.eval_share * len(rows)))
     if held == len(rows):
-        raise ValueError(f"eval_share={data.eval_share:g} of {held} rows leaves none to train on.")
+        raise ValueError(
+            f"eval_share={data.eval_share:g} of {held} rows leaves no row to train on."
+        )
     return rows[:-held], rows[-held:][: data.max_eval_rows]
 
 
@@ -95,8 +97,8 @@ def packed_rows(
                 row, made = {name: [] for name in row}, made + 1
     if not made:
         raise ValueError(
-            f"the documents have {len(row['input_ids'])} tokens in all, a row has {tokens}: ask "
-            "for shorter rows, or use more text."
+            f"the documents have {len(row['input_ids'])} tokens in all, fewer than a row of "
+            f"{tokens}: ask for shorter rows, or use more text."
         )
 
 

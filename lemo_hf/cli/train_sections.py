@@ -81,7 +81,9 @@ class DataSection:
                 if value is not None and value < least:
                     mistakes.add(f"{name} must be at least {least}, got {value}")
             if self.packing and self.min_tokens is not None:
-                mistakes.add(f"min_tokens={self.min_tokens} has no meaning with packing: drop it")
+                mistakes.add(
+                    f"min_tokens={self.min_tokens} has no meaning with packing: leave it out"
+                )
             if self.weights is not None and (
                 isinstance(self.dataset, str)
                 or len(self.weights) != len(self.dataset)
@@ -97,8 +99,8 @@ class DataSection:
                 others = [self.eval_dataset, self.eval_split, self.streaming or None]
                 if others != [None] * 3:
                     mistakes.add(
-                        f"eval_share={self.eval_share:g} excludes eval_dataset, eval_split "
-                        "and streaming: drop it, or these"
+                        f"eval_share={self.eval_share:g} excludes eval_dataset, eval_split and "
+                        "streaming: leave it out, or leave them out"
                     )
 
     @property

@@ -57,8 +57,8 @@ def find_config(name: str) -> Path:
     if stem in presets:
         return presets[stem]
     raise FileNotFoundError(
-        f"--config {name}: there is neither such a file nor such a preset"
-        f"{nearest(stem, presets)} Presets: {', '.join(presets)}."
+        f"--config {name}: there is no such file and no such preset{nearest(stem, presets)} "
+        f"Presets: {', '.join(presets)}."
     )
 
 

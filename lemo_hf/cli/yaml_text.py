@@ -72,7 +72,7 @@ def parse_yaml(text: str, source: str) -> Any:
     # PyYAML's constructors fail in their own ways: of `!!bool maybe` a KeyError is what comes.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         what = " ".join(str(error).split())  # PyYAML's messages have several lines
-        raise ValueError(f"{source} is no valid YAML: {what}") from error
+        raise ValueError(f"{source} is not valid YAML: {what}") from error
 
 
 def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
@@ -82,7 +82,7 @@ def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
     if node in known:
         if not known[node]:
             line = node.start_mark.line + 1
-            raise ValueError(f"the {node.id} in line {line} holds itself by an alias")
+            raise ValueError(f"the {node.id} in line {line} contains itself by an alias")
         return known[node]
     known[node] = 0
     parts = node.value

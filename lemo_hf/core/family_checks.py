@@ -10,8 +10,8 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
     """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
     if family.own_attention and config.policy in ("oracle", "pooled"):
         raise ValueError(
-            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
-            "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
+            f"policy={config.policy!r}: transformers' attention of {model_type!r} does not give "
+            "out its queries and keys, so they cannot be compared. Use policy='auto'."
         )
     if family.recurrent is not None and config.policy in ("oracle", "pooled"):
         raise ValueError(
@@ -24,8 +24,7 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
         if family.parallel and getattr(config, name) is not None:
             raise ValueError(
                 f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the "
-                "same rows and add to them at once, so that they keep the same blocks. Set "
-                f"{name}=None."
+                f"same rows at the same time, so they must keep the same blocks. Set {name}=None."
             )
 
 
@@ -43,13 +42,12 @@ def _check_one_set(config: LeMoConfig, model_type: str) -> None:
         if value != needed:
             raise ValueError(
                 f"{name}={value}: layers of {model_type!r} scale the stream and read keys and "
-                f"values of earlier ones, so that all must keep the same tokens. Set {name}="
-                f"{needed}."
+                f"values of earlier layers, so all must keep the same tokens. Set {name}={needed}."
             )
     if isinstance(config.retention, tuple | list) or isinstance(config.threshold, tuple | list):
         raise ValueError(
             f"retention and threshold by layer: layers of {model_type!r} scale the stream and read "
-            "keys and values of earlier ones, so that all must keep the same tokens. Give one "
+            "keys and values of earlier layers, so all must keep the same tokens. Give one "
             "number, and dense_first_layers for layers that keep everything."
         )
 
@@ -62,6 +60,6 @@ def check_shared_keys(config: LeMoConfig, model_config: Any) -> None:
     if config.dense_first_layers > min(givers):
         raise ValueError(
             f"dense_first_layers={config.dense_first_layers}: layer {min(givers)} gives its keys "
-            f"and values to layers from {first} on, so that they must keep the same tokens. Set "
+            f"and values to layers from {first} on, so they must keep the same tokens. Set "
             f"dense_first_layers to {min(givers)} or less."
         )

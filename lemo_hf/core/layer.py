@@ -318,7 +318,7 @@ def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bo
     if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa', "
-            "or 'eager' where transformers has no 'sdpa' for the model."
+            f"and the sequence has {sparse_pass.tokens} tokens. Use attn_implementation='sdpa' (or "
+            "'eager', if transformers has no 'sdpa' for the model), or shorter sequences."
         )
     return True

@@ -47,7 +47,7 @@ class Levels:
                 level = self._fitting(x, rows)
                 if level not in self._found.values():
                     logger.info(
-                        "recompute=%r is what fits beside batches of %d x %d tokens",
+                        "recompute=%r fits the memory for batches of %d x %d tokens",
                         level,
                         sparse_pass.batch,
                         sparse_pass.tokens,

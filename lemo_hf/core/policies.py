@@ -108,9 +108,9 @@ def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[
     """
     if inputs.family.own_attention:
         raise ValueError(
-            f"{type(_attention(inputs)).__name__} of transformers keeps its queries and keys to "
-            "itself, so that nobody can see what it looks at: no predictor can be trained, and no "
-            "recall measured, for this family. Use policy='auto'."
+            f"{type(_attention(inputs)).__name__} of transformers does not give out its queries "
+            "and keys. For this family no predictor can be trained and no recall measured. Use "
+            "policy='auto'."
         )
     sparse_pass = inputs.sparse_pass
     captured = query_key(
@@ -208,8 +208,8 @@ def _shared_words(inputs: ScoreInputs) -> Tensor:
     sparse_pass = inputs.sparse_pass
     if sparse_pass.input_ids is None:
         raise ValueError(
-            "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
-            "policy='chunks'."
+            "policy='overlap' compares tokens, and the batch has inputs_embeds instead of "
+            "input_ids: use policy='chunks'."
         )
     shared = _overlap_scores(
         sparse_pass.input_ids,
@@ -231,8 +231,8 @@ def auto(inputs: ScoreInputs) -> Tensor:
         return chunks(inputs)
     if sparse_pass.input_ids is None:
         logger.warning_once(
-            "LeMo: the model is given inputs_embeds, so that no words can be compared: blocks are "
-            "kept by chance (policy 'chunks')."
+            "LeMo: the batch has inputs_embeds instead of input_ids, so no words can be compared. "
+            "Blocks are kept by chance (policy='chunks')."
         )
         return chunks(inputs)
     return overlap(inputs)

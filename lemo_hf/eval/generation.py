@@ -44,7 +44,7 @@ def continue_greedily(
     if not prompts:
         return []
     if not all(prompts):
-        raise ValueError("a prompt without a token cannot be continued.")
+        raise ValueError("a prompt has no token: give at least one.")
     inner = transformers_model(model)
     ends = {*_end_tokens(inner, tokenizer), *stop_tokens}
     longest, device = max(map(len, prompts)), input_device(model)

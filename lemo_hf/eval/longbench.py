@@ -182,13 +182,13 @@ def _prompt_length(
             raise ValueError("the model's config has no max_position_embeddings: give max_length.")
         if fits < 2:
             raise ValueError(
-                f"the model's context of {context_of(model)} tokens has no room for a prompt "
-                f"beside the {task.max_new_tokens} that {task.name} generates: give max_length."
+                f"the model's context of {context_of(model)} tokens has no room for a prompt: "
+                f"{task.name} generates {task.max_new_tokens}. Give max_length."
             )
         return fits
     if fits is not None and max_length > fits and PartialState().is_main_process:
         logger.warning(
-            "%s: prompts of %d tokens and %d new ones may exceed the model's context of %d.",
+            "%s: prompts of %d tokens and %d generated ones may exceed the model's context of %d.",
             task.name,
             max_length,
             task.max_new_tokens,

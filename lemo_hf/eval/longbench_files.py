@@ -34,8 +34,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         return
     if any(folder.glob("*.jsonl")):
         raise ValueError(
-            f"{folder} has predictions but no {SETTINGS_NAME}: how they were made is not known. "
-            "Give another folder; score_folder scores those."
+            f"{folder} has predictions but no {SETTINGS_NAME}, so their settings are not known. "
+            "Give another folder, or score these with score_folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, {"settings": settings, "rows": {}})

@@ -44,7 +44,10 @@ def load_task(
     """
     choose_tasks([task], extended=extended)
     if data is not None and revision is not None:
-        raise ValueError(f"revision {revision!r} is one of the Hub's data, but data is given.")
+        raise ValueError(
+            f"revision {revision!r} names a version of the Hub's data, and data was given too: "
+            "leave out one of them."
+        )
     name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
     if data is None:
         instead = "give data, a copy of it or a folder of its files"

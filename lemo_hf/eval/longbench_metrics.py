@@ -89,7 +89,7 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> 
         ValueError: There are no classes.
     """
     if not all_classes:
-        raise ValueError("classification needs the names of all classes, all_classes is empty.")
+        raise ValueError("classification needs the names of all classes: all_classes is empty.")
     named = [name for name in all_classes if name in prediction]
     # The list shrinks while it is walked, as in the benchmark: the class that follows a removed
     # one is not looked at.

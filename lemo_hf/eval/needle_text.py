@@ -64,8 +64,8 @@ class NeedleTemplate:
                     raise ValueError(f"{name} must contain {part}, got {text!r}.")
         if self.question.find("{value}") != len(self.question) - len("{value}"):
             raise ValueError(
-                f"question must end with {{value}} and hold it once, got {self.question!r}: the "
-                "model is asked for what comes last."
+                f"question must end with {{value}} and contain it once, got {self.question!r}: "
+                "the model is asked for its end."
             )
         if self.digits < 4:
             raise ValueError(f"digits must be at least 4, got {self.digits}.")
@@ -96,12 +96,12 @@ class Writer:
     def __init__(self, tokenizer: Any, template: NeedleTemplate, keys: int):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"{type(tokenizer).__name__} does not tell where in a text its tokens are: use the "
-                "fast tokenizer of the model (AutoTokenizer gives it where there is one)."
+                f"{type(tokenizer).__name__} gives no places of tokens in the text: use the "
+                "model's fast tokenizer (AutoTokenizer loads it if there is one)."
             )
         words = [f"{adj}-{noun}" for adj in ADJECTIVES.split() for noun in NOUNS.split()]
         if keys > len(words):
-            raise ValueError(f"there are {len(words):,} different keys, got keys={keys:,}.")
+            raise ValueError(f"keys={keys:,} is too many: there are {len(words):,} different keys.")
         self.tokenizer, self.template = tokenizer, template
         self.words, self.keys = words, keys
         self.bos = start_tokens(tokenizer)

@@ -90,7 +90,9 @@ def needle_rows(
     """
     _at_least(1, samples=samples, keys=keys)
     if not lengths or not depths:
-        raise ValueError(f"name lengths and depths, got {list(lengths)} and {list(depths)}.")
+        raise ValueError(
+            f"lengths and depths must not be empty, got {list(lengths)} and {list(depths)}."
+        )
     for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(

@@ -121,7 +121,7 @@ def perplexity(
         stride = max_length // 2 if protocol == "sliding" else min(LONGLORA_STRIDE, max_length)
     if not 1 <= stride <= max_length:
         raise ValueError(
-            f"stride must be from 1 to max_length={max_length}, or tokens are left out: got "
+            f"stride must be from 1 to max_length={max_length}, so that every token is scored, got "
             f"{stride}."
         )
     for name, value in (("batch_size", batch_size), ("buckets", buckets)):
@@ -230,7 +230,7 @@ class _Windows:
             )
         if self.skipped and PartialState().is_main_process:
             logger.warning(
-                "%d of %d documents are too short to have a window and were left out.",
+                "%d of %d documents are shorter than a window and were left out.",
                 self.skipped,
                 self.skipped + self.documents,
             )
@@ -336,8 +336,8 @@ def _warn_of_positions(config: Any, max_length: int) -> None:
     longest = max(longest, int(original * (rope.get("factor") or 1)))
     if max_length > longest:
         logger.warning(
-            "max_length=%d is beyond the model's %d positions: figures show how it extrapolates. "
-            "Scale its RoPE, or use a smaller max_length.",
+            "max_length=%d is beyond the model's %d positions: the figures show how it "
+            "extrapolates. Scale its RoPE, or use a smaller max_length.",
             max_length,
             longest,
         )

@@ -35,7 +35,7 @@ def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> n
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
         raise ValueError(
-            f"{path} has {size} bytes: a file of 16-bit token ids has an even number of them, and "
+            f"{path} has {size} bytes: a file of 16-bit token ids has an even number of bytes, and "
             "is not empty."
         )
     tokens = np.memmap(path, dtype=DTYPE, mode="r")

@@ -147,7 +147,9 @@ class CudaGraphs:
     def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
-            logger.warning("cuda_graphs: a batch ran without one, since %s. Said once.", why)
+            logger.warning(
+                "cuda_graphs: a batch ran without one, since %s. This is said once.", why
+            )
 
     def _notice_changes(self, model: PreTrainedModel) -> None:
         """Graphs read and write where weights and buffers were, and keep what they kept."""
@@ -227,7 +229,7 @@ def _forward_and_backward(
         weights = [*(alias[p] for p in trained), *trained]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
     if any(x is not None for x in found[len(trained) :]):
-        raise RuntimeError("it uses weights past the modules that hold them")
+        raise RuntimeError("it uses weights without calling the modules that hold them")
     pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
     kept = {name: x for name, x in output.items() if name not in ("loss", "logits")}
     rest = stock_class(output)(**kept)

@@ -253,8 +253,8 @@ def _first_sparse(config: LeMoConfig, num_layers: int) -> tuple[int, float]:
     shares = [rule.retention for rule in rules.values() if rule.retention is not None]
     if not shares:
         raise ValueError(
-            f"threshold={config.threshold} says how much is kept, and policies are compared at one "
-            "retention: set retention, and threshold=None."
+            f"threshold={config.threshold} decides how much is kept, and policies are compared at "
+            "one retention: set a retention and threshold=None."
         )
     return min(rules), round(sum(shares) / len(shares), 6)
 

@@ -66,7 +66,7 @@ def text_row(
     """
     if (question is None) != (answer is None):
         raise ValueError(
-            f"question {question!r} and answer {answer!r}: give both, or neither, which labels the "
+            f"question {question!r} and answer {answer!r}: give both, or neither to label the "
             "whole text."
         )
     ids = list(tokenizer(text, verbose=False)["input_ids"])
@@ -77,8 +77,8 @@ def text_row(
         wanted = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         if len(asked) + len(wanted) >= tokens:
             raise ValueError(
-                f"question and answer have {len(asked) + len(wanted)} tokens, of a row of {tokens}."
-                " Give a longer row."
+                f"question and answer have {len(asked) + len(wanted)} tokens, more than fit a row "
+                f"of {tokens}: give a longer row."
             )
     ids = ids[: tokens - len(asked) - len(wanted)]
     passages = tuple(_find(tokenizer, text, needle, len(ids)) for needle in needles)
@@ -101,7 +101,7 @@ def _find(tokenizer: Any, text: str, needle: str, tokens: int) -> Passage:
     )
     if end > tokens:
         raise ValueError(
-            f"{needle!r} ends at token {end:,} of the text, of which the row holds the first "
+            f"{needle!r} ends at token {end:,} of the text, and the row has only the first "
             f"{tokens:,}: give a longer row, or other words."
         )
     return Passage(" ".join(found.group().split()), first, max(first, end - 1))

@@ -68,7 +68,7 @@ def shared_words(
         ValueError: There is another number of rows, or no ids are known.
     """
     if sparse_pass.input_ids is None or sparse_pass.batch != 1:
-        raise ValueError(f"give a pass over one row of token ids, got {sparse_pass.batch} rows.")
+        raise ValueError(f"the pass must have one row of token ids, got {sparse_pass.batch} rows.")
     ids: list[int] = sparse_pass.input_ids[0].tolist()
     size = sparse_pass.config.block_size
     words = _Words(ids, sparse_pass.asking_tokens[0].tolist(), size)

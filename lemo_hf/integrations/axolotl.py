@@ -65,6 +65,6 @@ def check_axolotl(cfg: Any) -> None:
     if cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
         raise ValueError(
             f"sample_packing: true with attn_implementation: {cfg.get('attn_implementation')} "
-            "hands the model one attention mask for all documents of a row, in which LeMo cannot "
-            "tell them apart: use flash_attention_2, or sample_packing: false."
+            "gives the model one attention mask for all documents of a row, and LeMo cannot tell "
+            "the documents apart: use flash_attention_2, or sample_packing: false."
         )

@@ -138,7 +138,7 @@ def _check(args: TrainingArguments, config: LeMoConfig) -> None:
     if config.sequence_parallel_size > 1:
         raise ValueError(
             f"sequence_parallel_size={config.sequence_parallel_size}: processes that share a "
-            "sequence must be given the same rows, which a callback cannot do. Use LeMoTrainer."
+            "sequence must get the same rows, which a callback cannot arrange. Use LeMoTrainer."
         )
     if args.label_smoothing_factor and config.supervise == "kept":
         raise ValueError(

@@ -30,7 +30,7 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
             raise ValueError(
                 "the experts' auxiliary loss is not supported in TRL, which makes its loss outside "
                 "the model: set SFTConfig(router_aux_loss_coef=0.0), or use LeMoTrainer, which "
-                "takes it over kept tokens."
+                "computes it over kept tokens."
             )
 
     def _loss_is_outside(self) -> bool:
@@ -41,8 +41,8 @@ def check_args(args: Any) -> None:
     """Raises ValueError for TRL's ways to store less, which see whole layers of a dense pass."""
     if getattr(args, "activation_offloading", False):
         raise ValueError(
-            "activation_offloading=True is not supported: sparse layers decide themselves what "
-            "they store. Set it to False and use LeMoConfig(offload_gib=...)."
+            "activation_offloading=True is not supported: sparse layers decide for themselves what "
+            "to store. Set it to False and use LeMoConfig(offload_gib=...)."
         )
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         raise ValueError(

@@ -52,8 +52,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     ) -> LeMo:
         if self.aux_loss_enabled:
             raise ValueError(
-                "the auxiliary loss of experts is not supported: sparse layers route kept tokens "
-                "only, which it does not expect. Set DPOConfig(router_aux_loss_coef=0.0)."
+                "the auxiliary loss of experts is not supported: it covers all tokens, and sparse "
+                "layers route kept tokens only. Set DPOConfig(router_aux_loss_coef=0.0)."
             )
         _check_adapters(model)
         lemo = super()._apply_lemo(model, config, predictor)
@@ -64,8 +64,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
             if len(follower.rules) != len(lemo.rules):
                 raise ValueError(
                     f"ref_model has {len(follower.rules)} layers and the model {len(lemo.rules)}: "
-                    "a layer of the reference keeps what the same layer of the model keeps. Give "
-                    "a ref_model of as many layers, or none."
+                    "each layer of the reference keeps what the same layer of the model keeps. "
+                    "Give a ref_model with as many layers, or none."
                 )
             follower.passes.pairs = self._pairs
         return lemo
@@ -136,22 +136,23 @@ def _check(args: Any, config: LeMoConfig) -> None:
     """Raises ValueError where policy and reference could not read the same tokens."""
     if args.truncation_mode != "keep_start" and args.max_length is not None:
         raise ValueError(
-            f"truncation_mode={args.truncation_mode!r} cuts the prompt at another place for each "
-            "of its completions, which then cannot keep the same of it. Set it to 'keep_start', or "
-            "max_length=None."
+            f"truncation_mode={args.truncation_mode!r} cuts the prompt at a different place for "
+            "each completion, and the two cannot keep the same prompt tokens then. Set it to "
+            "'keep_start', or max_length=None."
         )
     if config.sequence_parallel_size > 1:
         raise ValueError(
-            f"sequence_parallel_size={config.sequence_parallel_size}: processes that share a "
-            "sequence make the loss of the model themselves, and here it is TRL's. Set it to 1."
+            f"sequence_parallel_size={config.sequence_parallel_size}: it needs the model's own "
+            "loss, and DPO uses TRL's. Set it to 1."
         )
     if not args.precompute_ref_log_probs:
         return
     if config.policy not in OF_TOKENS:
         raise ValueError(
             f"precompute_ref_log_probs=True and policy={config.policy!r}, which asks the model "
-            "that is trained: its choice would change after the reference has run. Set policy to "
-            f"one of {', '.join(map(repr, OF_TOKENS))}, or precompute_ref_log_probs=False."
+            "that is trained: its choice would differ from what the reference has read. Set "
+            f"policy to one of {', '.join(map(repr, OF_TOKENS))}, or "
+            "precompute_ref_log_probs=False."
         )
     if config.dense_finish:
         raise ValueError(

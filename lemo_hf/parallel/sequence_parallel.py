@@ -61,7 +61,7 @@ def sequence_group(size: int) -> SequenceGroup | None:
     if world % size:
         raise ValueError(
             f"sequence_parallel_size={size} needs a multiple of {size} processes, and there are "
-            f"{world}: start them by accelerate launch --num_processes {size} ..."
+            f"{world}: start them with accelerate launch --num_processes {size} ..."
         )
     return _group(dist.group.WORLD, size)
 

@@ -36,7 +36,7 @@ def newest_whole_checkpoint(args: Any) -> str | None:
         wrong = damage(checkpoint, args)
         if wrong is None:
             return str(checkpoint)
-        logger.warning("%s is not whole and left out: %s.", checkpoint, wrong)
+        logger.warning("%s is incomplete and was skipped: %s.", checkpoint, wrong)
     return None
 
 

@@ -103,8 +103,8 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise OSError(
-                f"{repo!r} is no directory, and the Hub shows no repository of that name. If "
-                "it is private or gated, log in (`hf auth login`) or pass a token that may read it."
+                f"{repo!r} is not a directory, and the Hub shows no repository of that name. If it "
+                "is private or gated, log in (`hf auth login`) or pass a token that may read it."
             ) from error
         raise OSError(
             f"{name} of {repo!r}{at} could not be downloaded ({type(error).__name__}: {error}). "
@@ -126,7 +126,7 @@ def read_text(path: str | os.PathLike, most: int = MOST_BYTES) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8.") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8.") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -142,7 +142,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(
-            f"{path} is no valid JSON ({error}): restore it, or download it again."
+            f"{path} is not valid JSON ({error}): restore it, or download it again."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}.")

@@ -65,18 +65,18 @@ def read_rows(file: IO[bytes], name: Any, most: int | None = None) -> Iterator[R
         number += 1
         size += len(line)
         if most is not None and size > most:
-            raise ValueError(f"{name} has more than {most:,} bytes: split it into several.")
+            raise ValueError(f"{name} has more than {most:,} bytes: split it into several files.")
         if len(line) > MOST_BYTES:
             raise ValueError(
-                f"{name}, line {number} has more than {MOST_BYTES:,} bytes: write each row in a "
-                "line of its own, and longer ones as several."
+                f"{name}, line {number} has more than {MOST_BYTES:,} bytes: write each row in its "
+                "own line, and split rows that are longer."
             )
         if line.isspace():
             continue
         try:
             values = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{name}, line {number} is no valid JSON: {error}") from error
+            raise ValueError(f"{name}, line {number} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             found = type(values).__name__
             raise ValueError(f"{name}, line {number} must be an object, got {found}.")

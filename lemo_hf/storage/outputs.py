@@ -41,7 +41,7 @@ def check_output(path: str | os.PathLike, name: str, *, directory: bool = False)
         while not os.path.lexists(above):
             above = os.path.dirname(above)
         if not os.path.isdir(above):
-            raise OSError(f"{above} is no directory")
+            raise OSError(f"{above} is not a directory")
         with tempfile.TemporaryFile(dir=above) as file:
             file.write(SAMPLE)
             file.flush()

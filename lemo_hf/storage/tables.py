@@ -31,7 +31,8 @@ def paths_of(dataset: Names) -> list[str]:
         builders = {BUILDERS.get(suffix_of(path) or "") for path in paths}
         if len(builders) > 1 or None in builders:
             raise ValueError(
-                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
+                f"all files must have the same format, one of {', '.join(BUILDERS)}, got "
+                f"{', '.join(paths)}."
             )
     elif len(paths) > 1:
         raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")

@@ -79,8 +79,8 @@ def calibrate_thresholds(
         raise ValueError(f"retention must lie in (0, 1], got {retention!r}")
     if config.policy in ("recent", "window"):
         raise ValueError(
-            f"policy={config.policy!r} scores a block by its place, which no threshold can learn "
-            "from: set policy='pooled' or 'oracle', or a predictor."
+            f"policy={config.policy!r} scores blocks by their place, for which no threshold can be "
+            "learned: set policy='pooled' or 'oracle', or a predictor."
         )
     base = dataclasses.replace(
         config, retention=None, threshold=0.0, agree_across_layers=False, cuda_graphs=False
@@ -157,8 +157,8 @@ class _Calibration:
                     least = self.mean_retention(tried[high][2])
                     raise ValueError(
                         f"retention={self.retention:g} cannot be reached: the first and last block "
-                        f"and those with answers are always kept, {least:.3g} of the rows. Ask "
-                        "for more, or use a smaller block_size."
+                        f"and label blocks are always kept, {least:.3g} of the rows. Ask for a "
+                        "higher retention, or use a smaller block_size."
                     )
         else:
             while excess(low := low / growth) < 0 and low > 1 / LARGEST:

@@ -197,7 +197,7 @@ def _as_batch(row: Row, device: torch.device) -> dict[str, Tensor]:
     mask = row.get("attention_mask")
     if mask is not None and not torch.as_tensor(mask).all():
         raise ValueError(
-            "a calibration row has padding (zeros in its attention_mask): cut it to its tokens."
+            "a calibration row has padding (zeros in its attention_mask): remove the padding."
         )
     ids = torch.as_tensor(row["input_ids"], device=device).view(1, -1)
     labels = torch.as_tensor(row.get("labels", row["input_ids"]), device=device).view(1, -1)

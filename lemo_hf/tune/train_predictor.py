@@ -303,17 +303,17 @@ class _Run:
                     self._take(file)
                     return facts["done"]
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}). {again}") from error
+            raise ValueError(f"{path} is damaged ({error}). {again}") from error
         told = ", ".join(
             f"{key} was {facts.get(key)!r} and is {self._facts[key]!r}" for key in changed
         )
         if facts["done"] == facts.get("steps"):
             logger.warning(
-                "%s is of another training, which has ended (%s): starting anew.", path, told
+                "%s belongs to another training, which has ended (%s): starting anew.", path, told
             )
             return 0
         raise ValueError(
-            f"{path} is of a training with other {', '.join(changed)}: {told}. {again}"
+            f"{path} belongs to a training with other {', '.join(changed)}: {told}. {again}"
         )
 
     def _take(self, file: Any) -> None:

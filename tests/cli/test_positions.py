@@ -152,7 +152,9 @@ def test_layers_with_positions_of_their_own(tmp_path):
     assert found["sliding_attention"] == own["sliding_attention"]
     assert found["full_attention"] == {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}
     for wrong in ({"rope_type": "linear", "factor": 8.0}, {"full": {"factor": 8.0}}):
-        with pytest.raises(ValueError, match="has a set for each of full_attention, sliding_att"):
+        with pytest.raises(
+            ValueError, match="has one set of parameters for each of full_attention, sliding_att"
+        ):
             asked(name, rope_parameters=wrong)
     with pytest.raises(ValueError, match="no single set of rotary parameters"):
         asked(name, rope_type="linear", length=4096)

@@ -62,7 +62,7 @@ def test_what_the_host_must_act_for_is_refused(field, value):
         LeMoConfig(cuda_graphs=True, **{field: value})
     with pytest.raises(ValueError, match="need one kept set: with agree_across_layers=False"):
         LeMoConfig(cuda_graphs=True, agree_across_layers=False)
-    with pytest.raises(ValueError, match="mlp_retention=0.5 it is known only at the end"):
+    with pytest.raises(ValueError, match="mlp_retention=0.5 only the end of a pass"):
         LeMoConfig(cuda_graphs=True, mlp_retention=0.5)
     with pytest.raises(ValueError, match="cuda_graphs must be one of .* got 1"):
         LeMoConfig(cuda_graphs=1)
@@ -566,8 +566,8 @@ def holds_weights(model):
 @pytest.mark.parametrize(
     ("device", "hook", "why"),
     [
-        ("cpu", holds_weights, "past the modules"),
-        pytest.param("cuda", holds_weights, "past the modules", marks=gpu),
+        ("cpu", holds_weights, "without calling the modules"),
+        pytest.param("cuda", holds_weights, "without calling the modules", marks=gpu),
         pytest.param("cuda", reads_the_device, "captur", marks=gpu),
     ],
     indirect=["device"],

@@ -258,7 +258,7 @@ def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch)
             train_predictor(another, ROWS, HOW, output_dir=tmp_path)
     assert path.read_bytes() == begun
     path.write_bytes(begun[:-1])
-    with pytest.raises(ValueError, match="is no whole safetensors file .* delete it to start anew"):
+    with pytest.raises(ValueError, match="is damaged .* delete it to start anew"):
         train_predictor(model, ROWS, HOW, output_dir=tmp_path)
     path.write_bytes(begun)
     resumed = train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
