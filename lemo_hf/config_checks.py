@@ -1,4 +1,4 @@
-"""Whether a `LeMoConfig` says what it can say; an error names the field and the value."""
+"""Checks of a `LeMoConfig`; an error names the field and the value."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Predictors on the Hub for a base model: what ``predictor="auto"`` takes.
+"""Predictors on the Hub for a base model, for ``predictor="auto"``.
 
-A predictor's model card says ``base_model`` and the tag ``lemo-predictor``
-(`LeMoPredictor.push_to_hub`), by which the Hub finds it; its ``lemo_config.json`` has the
+A predictor's model card has ``base_model`` and the tag ``lemo-predictor``
+(`LeMoPredictor.push_to_hub`), by which the Hub finds it. Its ``lemo_config.json`` has the
 fingerprint of the weights that it belongs to.
 """
 
@@ -22,10 +22,10 @@ _WAY_OUT = (
 
 
 def find_predictor(base: BaseModel, block_size: int) -> str:
-    """The most downloaded repository whose predictors belong to a model's weights.
+    """Find the most downloaded repository whose predictors belong to a model's weights.
 
     Args:
-        base: The model that is to be trained.
+        base: Model that is to be trained.
         block_size: Tokens a block, of its `LeMoConfig`.
 
     Raises:
@@ -67,7 +67,7 @@ def _tagged(name: str) -> list[str]:
 
 
 def _misfit(repo: str, base: BaseModel, block_size: int) -> str | None:
-    """Why the predictors of ``repo`` do not fit, or None."""
+    """Why the predictors of ``repo`` do not fit, in words, or None."""
     try:
         (path,) = find_files(repo, [CONFIG_NAME])
         section = read_section(path)

@@ -1,4 +1,4 @@
-"""A model's files: damaged ones told in one line, and weights that they do not hold refused."""
+"""Loading of models: damaged files are reported in one line, and missing weights are refused."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from lemo_hf.shown import shortened
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Tell what loading the model ``name`` fails with.
+    """Report in one line why loading the model ``name`` fails.
 
     Raises:
-        ValueError: In the place of errors that name neither the model nor what is wrong with it.
+        ValueError: Loading failed with an error that names neither the model nor the cause.
     """
     try:
         yield
@@ -31,10 +31,11 @@ def loading(name: str) -> Iterator[None]:
 
 
 def load_causal_lm(name: str, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, which would draw weights that no file holds.
+    """`AutoModelForCausalLM.from_pretrained`, without weights drawn at random for missing ones.
 
     Raises:
-        ValueError: There are such weights. A head that is tied to the embeddings is none.
+        ValueError: The checkpoint lacks weights. A head that is tied to the embeddings may be
+            missing.
     """
     from transformers import AutoModelForCausalLM
 

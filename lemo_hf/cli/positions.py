@@ -1,4 +1,4 @@
-"""Rotary positions of a model's config, changed as options ask for it."""
+"""Rotary positions of a model's config, changed as options ask."""
 
 import math
 from typing import Any
@@ -35,11 +35,11 @@ def change_positions(
     max_position_embeddings: int | None,
     length: int | None,
 ) -> None:
-    """Change a config's positions to what `prepared_config` was asked for.
+    """Change a config's positions as the arguments of `prepared_config` ask.
 
     Raises:
-        ValueError: The model has no such positions, or what is asked for would not be what runs,
-            or not what a saved model loads.
+        ValueError: The model has no such positions, or it would run or load with other positions
+            than those asked for.
     """
     if rope_type is None and rope_parameters is None and max_position_embeddings is None:
         return
@@ -116,7 +116,8 @@ def _check_stretched(
 
 
 def _stretched(text: Any, rope_type: str, length: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What makes ``length`` tokens fit where the model's own fitted, and ``given`` over it."""
+    """RoPE parameters that stretch the model's positions to ``length`` tokens, with those ``given``
+    over them."""
     wanted = _with_type(given).get("rope_type", rope_type)
     if wanted != rope_type:
         raise ValueError(
@@ -130,10 +131,11 @@ def _stretched(text: Any, rope_type: str, length: int, given: dict[str, Any]) ->
 
 
 def _with_type(given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with their type under transformers' name; many models were published with another.
+    """Parameters with their type as ``rope_type``, transformers' name for it; many models were
+    published with ``type``.
 
     Raises:
-        ValueError: Two types are given.
+        ValueError: The two names are given different types.
     """
     kinds = [given[name] for name in ("type", "rope_type") if given.get(name) is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
@@ -146,10 +148,12 @@ def _with_type(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(text: Any, own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """One set of parameters with others over it; of another type's, only what that reads too.
+    """One set of parameters with new ones over it. If the type changes, only those of the old that
+    the new type reads stay.
 
     Raises:
-        ValueError: The type is none, lacks something, or would not read something.
+        ValueError: The type is unknown, a parameter that it needs is missing, or it would not read
+            one.
     """
     own, given = _with_type(own), _with_type(given)
     before = own.get("rope_type", "default")
@@ -206,7 +210,7 @@ def _check_values(text: Any, merged: dict[str, Any], names: tuple[str, ...]) -> 
 
 
 def _wanted(name: str, value: Any, pairs: int) -> str | None:
-    """What a value must be; None if it is that."""
+    """What a value must be, in words; None if it is right."""
     if name == "truncate":
         return None if isinstance(value, bool) else "true or false"
     if name in _LISTS:

@@ -1,4 +1,4 @@
-"""`lemo train --memory-gib`: what fits a card is found by the memory plan, before a run."""
+"""`lemo train --memory-gib`: settings that fit a card, found by the memory plan before a run."""
 
 import dataclasses
 import os
@@ -24,14 +24,14 @@ WORDS = {
 
 
 def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
-    """Set ``data.tokens``, checkpointing and offload where they were not said.
+    """Set ``data.tokens``, checkpointing and offload where the user did not.
 
-    The first of these ways that fits is taken: to store everything, to compute again, and to
-    offload as well. Without ``data.tokens`` rows are as long as the model's positions and sliding
-    window, or as the last of the ways allows if that is less.
+    The first of these ways that fits is taken: store everything, compute again, compute again and
+    offload. Without ``data.tokens`` rows are as long as the model's positions and sliding window,
+    or shorter if the last of the ways allows no more.
 
     Returns:
-        What there is for the run, and a sentence on what was chosen.
+        What `look` found of the run, and a sentence on what was chosen.
 
     Raises:
         OSError, ValueError: Nothing fits, the model is one whose memory is not predicted, or
@@ -74,7 +74,7 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         return all(phase.peak <= room for phase in phases)
 
     def fitting(length: int) -> tuple[tuple[bool, float | None], list[Plan]] | None:
-        """The first way by which rows of ``length`` fit, and its phases."""
+        """The first way with which rows of ``length`` tokens fit, and its phases."""
         if not fits(last := phases_of(ways[-1], length)):
             return None  # nor by any other, which all store more
         found = ((way, phases_of(way, length)) for way in ways[:-1])
@@ -122,7 +122,7 @@ def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:
 
 
 def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[tuple[bool, float | None]]:
-    """Checkpointing and offload that may be chosen, the fastest first."""
+    """Ways of checkpointing and offload that may be chosen, the fastest first."""
     said = settings.values.get("training", {}).get("activation_checkpointing")
     yield from ((way, None) for way in (False, True) if said in (None, way))
     if lemo is None or lemo.offload_gib is not None or lemo.cuda_graphs or said is False:

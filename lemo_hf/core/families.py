@@ -1,6 +1,6 @@
-"""Where each model family keeps the parts of a decoder layer: one row a family.
+"""The parts of a decoder layer in each model family: one row a family.
 
-To add a family, add a row. `tests/core/test_families.py` takes it up by itself and checks that at
+To add a family, add a row. `tests/core/test_families.py` finds it by itself and checks that at
 retention 1 the loss and every gradient are the stock model's.
 """
 
@@ -276,7 +276,7 @@ def family_of(config: Any) -> Family:
     """The row of a model's ``config``.
 
     Raises:
-        ValueError: There is none; the message says why, or how to add a row.
+        ValueError: The family is not supported; the message says why, or how to add a row.
     """
     name = config.model_type
     if name in MULTIMODAL:
@@ -295,7 +295,7 @@ def family_of(config: Any) -> Family:
 
 
 def _inside(row: Family) -> Family:
-    """``row`` of a language model inside a multimodal one, whose head does not scale logits."""
+    """``row`` for a language model inside a multimodal one, whose head does not scale logits."""
     return replace(
         row,
         layers="model.language_model." + row.layers.partition(".")[2],

@@ -1,4 +1,4 @@
-"""What layers of a family cannot do of what a config asks."""
+"""Checks of a config against the layers of a family."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lemo_hf.core.family import Family
 
 
 def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
-    """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
+    """Raises ValueError if layers of the family do not support ``config`` or its policy."""
     if family.own_attention and config.policy in ("oracle", "pooled"):
         raise ValueError(
             f"policy={config.policy!r}: transformers' attention of {model_type!r} does not give "
@@ -31,7 +31,8 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
 def _check_one_set(config: LeMoConfig, model_type: str) -> None:
     """Raises ValueError unless all layers from some layer on keep the same tokens.
 
-    Layers scale the stream and read each other's keys, so that what was left out once stays out.
+    Layers scale the stream and read each other's keys, so a token that was left out once must stay
+    out.
     """
     for name, value, needed in (
         ("agree_across_layers", config.agree_across_layers, True),
@@ -53,7 +54,7 @@ def _check_one_set(config: LeMoConfig, model_type: str) -> None:
 
 
 def check_shared_keys(config: LeMoConfig, model_config: Any) -> None:
-    """Raises ValueError for layers that keep everything and hand keys to layers that do not."""
+    """Raises ValueError for layers that keep everything and give keys to layers that do not."""
     first = model_config.num_hidden_layers - model_config.num_kv_shared_layers
     before = model_config.layer_types[:first]
     givers = [first - 1 - before[::-1].index(kind) for kind in set(before)]

@@ -1,4 +1,5 @@
-"""What LeMo refuses where several processes share one sequence: the value, and the way out."""
+"""Checks for several processes that share one sequence; an error names the value and the way
+out."""
 
 from typing import Any
 
@@ -63,10 +64,10 @@ def check_sequence_call(
 
     Args:
         config: The user's choice.
-        layers: The decoder layers.
-        family: Where their attention is.
-        kwargs: Of the call of the causal LM.
-        main: Its ids ``[B, T]`` or embeddings ``[B, T, H]``.
+        layers: Decoder layers.
+        family: Names of their parts.
+        kwargs: Arguments of the call of the causal LM.
+        main: Input of the call, ids ``[B, T]`` or embeddings ``[B, T, H]``.
     """
     size, block = config.sequence_parallel_size, config.block_size
     prefix = f"sequence_parallel_size={size}"
@@ -109,8 +110,8 @@ def check_sequence_loss(config: LeMoConfig, labelled: bool, own: bool) -> None:
 
     Args:
         config: The user's choice.
-        labelled: The pass was given labels.
-        own: Its loss is the model class's, which LeMo stands in for.
+        labelled: Whether the pass was given labels.
+        own: Whether its loss is the model class's, which LeMo replaces.
     """
     if not (labelled and own):
         raise ValueError(
