@@ -17,7 +17,7 @@ def check(model: nn.Module, config: LeMoConfig) -> Family:
 
     Args:
         model: Causal LM, or a PEFT model around one.
-        config: The user's choice.
+        config: The user's settings.
 
     Returns:
         The model's family.

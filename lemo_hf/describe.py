@@ -28,7 +28,7 @@ def describe_run(
     stays dense.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         rules: What each layer keeps, as `LeMoConfig.layer_rules` returns it.
         attention: Name of the kernels that run attention.
         predictor: Description of the learned predictors, or None.
@@ -85,7 +85,7 @@ def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequenc
     """One line on the longest row of a batch: its labels, how many tokens train, and which.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         rows: Counts of the rows.
         slots: Number of tokens that a sparse layer keeps of each row.
     """

@@ -160,7 +160,7 @@ class LeMo:
     """LeMo on one model: its sparse layers, and counts of what its passes kept.
 
     Attributes:
-        config: The user's choice.
+        config: The user's settings.
         passes: Hooks and counts of the forward passes.
         rules: What attention and MLP of each layer keep; None for a dense layer.
         predictor: The `LeMoPredictor` in use, or None.

@@ -122,7 +122,7 @@ class LeMoPredictor(nn.Module):
 
         Args:
             model: Transformers model. Other weights cause a warning.
-            lemo_config: The user's choice.
+            lemo_config: The user's settings.
 
         Raises:
             ValueError: The architecture or the block size differs.

@@ -14,7 +14,7 @@ class Budget:
     """How much rows keep in one pass.
 
     Attributes:
-        config: The user's choice.
+        config: The user's settings.
         retention: Share of the blocks that rows keep in the finish, instead of the config's; None
             outside the finish. With policy ``"auto"`` and no ``dense_finish`` set by the user, rows
             whose labels cover a part keep the config's share.

@@ -63,7 +63,7 @@ def check_sequence_call(
     """Raises ValueError for a batch that cannot be shared.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         layers: Decoder layers.
         family: Names of their parts.
         kwargs: Arguments of the call of the causal LM.
@@ -109,7 +109,7 @@ def check_sequence_loss(config: LeMoConfig, labelled: bool, own: bool) -> None:
     """Raises ValueError unless a pass computes its own loss.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         labelled: Whether the pass was given labels.
         own: Whether its loss is the model class's, which LeMo replaces.
     """

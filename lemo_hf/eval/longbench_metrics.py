@@ -151,7 +151,7 @@ def load_jieba() -> Any:
     """The package that cuts Chinese texts into words.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: jieba is not installed.
     """
     try:
         import jieba

@@ -288,7 +288,7 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
     if any(p.device != weights[0].device for p in weights):
         return "the model is on several devices"
     if sharded(model):
-        return "its weights are in parts on several processes"
+        return "its weights are split over several processes"
     if not any(p.requires_grad for p in weights):
         return "no weight is trained"
     if getattr(model.config, "output_router_logits", False):

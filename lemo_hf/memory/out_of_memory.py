@@ -37,7 +37,7 @@ def what_helps(config: LeMoConfig, checkpointed: bool, finish: bool) -> str:
     """Settings that take less memory, the cheapest first, in one line.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         checkpointed: Whether the model's gradient checkpointing is on.
         finish: Whether the finish has begun, in which rows keep more.
     """
