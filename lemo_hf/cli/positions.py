@@ -187,7 +187,7 @@ def _on_unread(name: str, kind: str, said: bool, text: Any) -> str:
     if not said:
         start += ", which is the model's own"
     if kind == "dynamic" and name == ORIGINAL:
-        return f"{start}, which begins behind max_position_embeddings: give that."
+        return f"{start}, which begins after max_position_embeddings: give that."
     types = [other for other, (needed, more) in READ.items() if name in (*needed, *more)]
     if types:
         return f"{start}: give a rope_type that reads it ({', '.join(types)}), or leave it out."

@@ -48,8 +48,8 @@ PLAIN_UNLABELLED = (
     "If it trains, give the model its labels, or call LeMo.begin_step before each step."
 )
 SPARSE_UNLABELLED = (
-    "LeMo: a training step gives the model no labels, so that nothing says which blocks hold "
-    "answers, and its loss may ask tokens that were left out. Give the model its labels; for a "
+    "LeMo: a training step gives the model no labels, so LeMo does not know which blocks hold "
+    "answers, and the loss may cover tokens that were left out. Give the model its labels; for a "
     "loss of your own use LeMoTrainer, where inputs['labels'] are those of kept tokens."
 )
 
@@ -257,7 +257,7 @@ class Passes:
         if not torch.is_grad_enabled():
             return False  # generation, a look at the logits
         text = SPARSE_UNLABELLED if self.asked else PLAIN_UNLABELLED
-        self._say_once("unlabelled", f"{text} Said once.")
+        self._say_once("unlabelled", f"{text} This is said once.")
         return self.asked
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -275,7 +275,7 @@ class Passes:
         if self.pairs is not None:
             self.pairs.latest = ended
         if ended.exceeded:
-            said = f"{ended.exceeded}. Said once; the logged retention shows how often."
+            said = f"{ended.exceeded}. This is said once; the logged retention shows how often."
             self._say_once("exceeded", said)
         if ended.budget.retention is None:  # a run may go on within its finish
             self.tally.note_first(ended.rows, ended.row_slots)

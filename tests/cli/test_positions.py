@@ -184,7 +184,7 @@ def test_phi(tmp_path):
         ({"rope_type": "llama3", "factor": 4.0}, "needs low_freq_factor, high_freq_factor too"),
         ({"rope_type": "yarn", "type": "linear"}, "contradict each other"),
         ({"rope_type": "linear", **YARN}, "original_max_position_embeddings means nothing to"),
-        ({"rope_type": "dynamic", **YARN}, "begins behind max_position_embeddings: give that"),
+        ({"rope_type": "dynamic", **YARN}, "begins after max_position_embeddings: give that"),
         ({"rope_type": "yarn", "factor": "4"}, "factor must be a number of at least 1, got '4'"),
         ({"rope_type": "linear", "factor": 0.5}, "factor must be a number of at least 1, got 0.5"),
         ({"rope_type": "linear", "factor": True}, "factor must be a number of at least 1"),

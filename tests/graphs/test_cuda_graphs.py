@@ -72,7 +72,8 @@ def test_without_a_gpu_passes_run_as_ever(tmp_path, warned):
     expected = losses(make_trainer(tmp_path, SPARSE))
     assert losses(make_trainer(tmp_path, GRAPHS)) == expected
     assert warned() == [
-        "cuda_graphs: a batch ran without one, since it needs input_ids on a GPU. Said once."
+        "cuda_graphs: a batch ran without one, since it needs input_ids on a GPU. "
+        "This is said once."
     ]
 
 
@@ -243,7 +244,8 @@ def test_lengths_and_label_counts_have_graphs_of_their_own(device, warned):
     many = [x for tokens in range(40, 50) for x in batches(device, tokens=tokens, steps=3)]
     assert_as_without(lambda: tiny(device), SPARSE, many, graphs=MOST_GRAPHS)
     assert warned() == [
-        f"cuda_graphs: a batch ran without one, since {MOST_GRAPHS} shapes have one. Said once."
+        f"cuda_graphs: a batch ran without one, since {MOST_GRAPHS} shapes have one. "
+        "This is said once."
     ]
 
 
