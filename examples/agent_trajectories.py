@@ -3,9 +3,9 @@
     pip install "lemo-hf[peft,trl]"
     python examples/agent_trajectories.py
 
-As it stands an agent looks words up in a book, on the repository's small model, in less than a
-minute on a CPU. For the real thing put --model Qwen/Qwen3-8B --data your.jsonl --tokens 32768;
-each line has a field "messages" (and "tools", if the chat template shows them).
+By default an agent looks words up in a book, with the repository's small model, in less than a
+minute on a CPU. For a real run pass --model Qwen/Qwen3-8B --data your.jsonl --tokens 32768; each
+line has a field "messages" (and "tools", if the chat template shows them).
 """
 
 import argparse
@@ -41,7 +41,7 @@ def lookups() -> Dataset:
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(DEMO / "model"))
 parser.add_argument("--data", help="JSON lines; none: look-ups in a book")
-parser.add_argument("--tokens", type=int, default=512, help="of the longest row")
+parser.add_argument("--tokens", type=int, default=512, help="tokens of the longest row")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--output", default="out/agent")
 args = parser.parse_args()

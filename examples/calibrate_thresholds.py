@@ -2,8 +2,8 @@
 
     python examples/calibrate_thresholds.py
 
-As it stands it takes the repository's small model and a few rows of a book, less than a minute on
-a CPU. For the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
+By default it uses the repository's small model and a few rows of a book, in less than a minute on a
+CPU. For a real run pass --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
 --block-size 64 --rows 8; `lemo calibrate` does the same in a shell.
 """
 
@@ -22,12 +22,14 @@ DEMO = Path(__file__).parent / "demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", default=str(DEMO / "text/train-alice-adams.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="length of a row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=4, help="to calibrate on")
-    parser.add_argument("--retention", type=float, default=0.5, help="mean of the sparse layers")
+    parser.add_argument("--rows", type=int, default=4, help="rows to calibrate on")
+    parser.add_argument(
+        "--retention", type=float, default=0.5, help="mean retention of the sparse layers"
+    )
     parser.add_argument("--calibration-steps", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", default="out/calibrated")

@@ -2,10 +2,10 @@
 
     python examples/evaluate_model.py
 
-As it stands it takes the repository's small model, a book nobody trained on and one row of
-LongBench's multi_news, less than a minute on a CPU; so small a model answers next to nothing. For
-the real thing put --model meta-llama/Llama-3.1-8B-Instruct (or the directory of an adapter) --data
-books.jsonl --tokens 32768 --longbench hub --longbench-rows 0. `lemo eval` does it in a shell.
+By default it uses the repository's small model, a held-out book and one row of LongBench's
+multi_news, in less than a minute on a CPU; so small a model answers next to nothing. For a real run
+pass --model meta-llama/Llama-3.1-8B-Instruct (or the directory of an adapter) --data books.jsonl
+--tokens 32768 --longbench hub --longbench-rows 0. `lemo eval` does the same in a shell.
 """
 
 import argparse
@@ -27,12 +27,12 @@ LONGBENCH = DEMO.parent.parent / "tests/data/longbench/rows"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", default=str(DEMO / "text/heldout-oh-money-money.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="of context")
-    parser.add_argument("--longbench", default=str(LONGBENCH), help="folder, zip, or 'hub'")
-    parser.add_argument("--task", action="append", help="of LongBench; repeatable")
-    parser.add_argument("--longbench-rows", type=int, default=1, help="of each task; 0 takes all")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of context")
+    parser.add_argument("--longbench", default=str(LONGBENCH), help="data: folder, zip, or 'hub'")
+    parser.add_argument("--task", action="append", help="task of LongBench; repeatable")
+    parser.add_argument("--longbench-rows", type=int, default=1, help="rows of each task; 0: all")
     parser.add_argument("--output", type=Path, default=Path("out/evaluation"))
     args = parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""Questions over long documents: answers alone have labels, and LeMo keeps what shares their words.
+"""Questions over long documents: only answers have labels, and LeMo keeps blocks with their words.
 
     pip install "lemo-hf[peft,trl]"
     python examples/long_document_qa.py
 
-As it stands it asks the repository's small model how passages of a book go on, in less than a
-minute on a CPU. For the real thing put --model Qwen/Qwen3-8B --data your.jsonl (of each line the
-fields "document", "question" and "answer") --tokens 32768.
+By default it asks the repository's small model how passages of a book go on, in less than a minute
+on a CPU. For a real run pass --model Qwen/Qwen3-8B --data your.jsonl (fields "document", "question"
+and "answer" in each line) --tokens 32768.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def as_row(row: dict) -> dict:  # of an instruct model write these as lists of m
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(DEMO / "model"))
 parser.add_argument("--data", help="JSON lines; none: a book")
-parser.add_argument("--tokens", type=int, default=512, help="of the longest row")
+parser.add_argument("--tokens", type=int, default=512, help="tokens of the longest row")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--output", default="out/qa")
 args = parser.parse_args()

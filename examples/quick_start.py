@@ -2,8 +2,8 @@
 
     python examples/quick_start.py
 
-For the real thing put --model meta-llama/Llama-3.1-8B and --tokens 32768 in place of the
-repository's small model, and your own text file; the rest stays as it is.
+By default it trains the repository's small model. For a real run pass --model
+meta-llama/Llama-3.1-8B, --tokens 32768 and your own text file; the rest stays the same.
 """
 
 import argparse
@@ -19,9 +19,9 @@ DEMO = Path(__file__).parent / "demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--text", default=str(DEMO / "text/train-alice-adams.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="length of a training row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", default="out/quick_start")

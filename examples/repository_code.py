@@ -3,9 +3,9 @@
     pip install "lemo-hf[peft]"
     python examples/repository_code.py
 
-As it stands it trains the repository's small model on this package's own code, in less than a
-minute on a CPU. For the real thing put --model Qwen/Qwen2.5-Coder-7B --tokens 32768 and as many
-folders of code as you have: --code one two three.
+By default it trains the repository's small model on this package's own code, in less than a minute
+on a CPU. For a real run pass --model Qwen/Qwen2.5-Coder-7B --tokens 32768 and as many folders of
+code as you have: --code one two three.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def as_text(folder: Path, ending: str) -> str:
-    """All files of a repository; what lies in one folder stays together."""
+    """All files of a repository, one after the other; those of one folder stay together."""
     paths = sorted(folder.rglob(f"*{ending}"))
     texts = [f"# file: {p.relative_to(folder)}\n{p.read_text(encoding='utf-8')}" for p in paths]
     return "\n".join(texts)
@@ -32,7 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(ROOT / "examples/demo/model"))
 parser.add_argument("--code", nargs="+", type=Path, default=[ROOT / "lemo_hf/batch"])
 parser.add_argument("--ending", default=".py")
-parser.add_argument("--tokens", type=int, default=512, help="of a row")
+parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--output", default="out/code")
 args = parser.parse_args()

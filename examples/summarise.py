@@ -3,10 +3,11 @@
     pip install "lemo-hf[peft,trl]"
     python examples/summarise.py
 
-A summary needs all of its document: keep more than elsewhere, and let the last steps keep all. On
-news, dense training was better in equal time (docs/QUALITY.md). As it stands this takes the first
-sentence of a passage for its summary, on the repository's small model and a CPU. For the real thing
-put --model meta-llama/Llama-3.1-8B --data your.jsonl --tokens 32768 (fields "document", "summary").
+A summary needs its whole document: keep more than elsewhere, and let the last steps keep
+everything. On news, dense training was better in equal time (docs/QUALITY.md). By default the first
+sentence of a passage is its summary, with the repository's small model on a CPU. For a real run
+pass --model meta-llama/Llama-3.1-8B --data your.jsonl --tokens 32768 (fields "document",
+"summary").
 """
 
 import argparse
@@ -36,7 +37,7 @@ def as_row(row: dict) -> dict:  # of an instruct model write these as lists of m
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default=str(DEMO / "model"))
 parser.add_argument("--data", help="JSON lines; none: a book")
-parser.add_argument("--tokens", type=int, default=512, help="of the longest row")
+parser.add_argument("--tokens", type=int, default=512, help="tokens of the longest row")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--output", default="out/summaries")
 args = parser.parse_args()

@@ -3,9 +3,9 @@
     pip install "lemo-hf[peft]" "trl>=1.16"
     python examples/train_dpo.py
 
-As it stands it teaches the repository's small model to prefer a book's next paragraph to another
-one, in less than a minute on a CPU. For the real thing put --model Qwen/Qwen3-8B --data your.jsonl
-(fields "prompt", "chosen" and "rejected" in each line).
+By default it teaches the repository's small model to prefer a book's next paragraph to another one,
+in less than a minute on a CPU. For a real run pass --model Qwen/Qwen3-8B --data your.jsonl (fields
+"prompt", "chosen" and "rejected" in each line).
 """
 
 import argparse
@@ -23,7 +23,7 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def book_as_pairs(path: Path) -> Dataset:
-    """Prompts of four paragraphs, and what comes after them or somewhere else."""
+    """Prompts of four paragraphs, with the next paragraph and one from somewhere else."""
     parts = [part for part in path.read_text(encoding="utf-8").split("\n\n") if len(part) > 80]
     places = range(4, len(parts) // 2, 5)
     prompts = ["\n\n".join([*parts[i - 4 : i], ""]) for i in places]
@@ -33,7 +33,7 @@ def book_as_pairs(path: Path) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", help="JSON lines with prompt, chosen and rejected; none: a book")
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=12)

@@ -2,10 +2,10 @@
 
     python examples/train_lora.py
 
-As it stands it trains the repository's small model on a book, in less than a minute on a CPU. For
-the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 32768 (a field
-"text" in each line, or a data set of the Hub). Works under `accelerate launch` as it is, see
-multi_gpu.sh. The adapter that is saved loads with PEFT alone.
+By default it trains the repository's small model on a book, in less than a minute on a CPU. For a
+real run pass --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 32768 (a field "text" in
+each line, or a data set of the Hub). The script also works under `accelerate launch`, see
+multi_gpu.sh. PEFT alone loads the saved adapter.
 """
 
 import argparse
@@ -23,9 +23,9 @@ DEMO = Path(__file__).parent / "demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", default=str(DEMO / "text/train-alice-adams.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="length of a training row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", default="out/lora")

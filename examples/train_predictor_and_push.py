@@ -3,11 +3,12 @@
     python examples/train_predictor_and_push.py
     python examples/train_predictor_and_push.py --push me/my-predictor
 
-As it stands it takes the repository's small model and a few rows of a book, less than a minute on
-a CPU. For the real thing put --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
---block-size 64: the length, block size and kind of text that you will train with. With --epochs 1
-it learns what the model's attention looks at, which found less of what answers need than tokens
-that look for their like (docs/predictors.md). `lemo train-predictor` does the same in a shell.
+By default it uses the repository's small model and a few rows of a book, in less than a minute on a
+CPU. For a real run pass --model meta-llama/Llama-3.1-8B --data books.jsonl --tokens 8192
+--block-size 64: the length, block size and kind of text that you will train with. By default
+nothing is learned: tokens look for similar tokens. With --epochs 1 the predictor learns the model's
+attention, which found less of what answers need (docs/predictors.md). `lemo train-predictor` does
+the same in a shell.
 """
 
 import argparse
@@ -26,13 +27,17 @@ DEMO = Path(__file__).parent / "demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", default=str(DEMO / "text/train-alice-adams.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="length of a row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=68, help="of which 4 are held out for recall")
+    parser.add_argument(
+        "--rows", type=int, default=68, help="rows, of which 4 are held out for recall"
+    )
     parser.add_argument("--epochs", type=int, default=0)
-    parser.add_argument("--push", metavar="REPOSITORY", help="upload it there; needs hf auth login")
+    parser.add_argument(
+        "--push", metavar="REPOSITORY", help="repository to upload to; needs hf auth login"
+    )
     parser.add_argument("--output", default="out/predictor")
     args = parser.parse_args()
 

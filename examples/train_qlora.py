@@ -3,8 +3,8 @@
     pip install "lemo-hf[peft]" "bitsandbytes>=0.50"
     python examples/train_qlora.py
 
-As it stands it trains the repository's small model in less than a minute on a CPU. For the real
-thing put --model meta-llama/Llama-3.1-8B --text your.txt --tokens 32768.
+By default it trains the repository's small model in less than a minute on a CPU. For a real run
+pass --model meta-llama/Llama-3.1-8B --text your.txt --tokens 32768.
 """
 
 import argparse
@@ -26,9 +26,9 @@ DEMO = Path(__file__).parent / "demo"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--text", default=str(DEMO / "text/train-alice-adams.txt"))
-    parser.add_argument("--tokens", type=int, default=512, help="length of a training row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a training row")
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--output", default="out/qlora")

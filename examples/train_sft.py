@@ -3,9 +3,9 @@
     pip install "lemo-hf[peft]" "trl>=1.16"
     python examples/train_sft.py
 
-As it stands it asks the repository's small model to go on with a book, in less than a minute on a
-CPU. For the real thing put --model Qwen/Qwen3-8B --data your.jsonl (a field "messages" in each
-line) --tokens 32768.
+By default it asks the repository's small model to go on with a book, in less than a minute on a
+CPU. For a real run pass --model Qwen/Qwen3-8B --data your.jsonl (a field "messages" in each line)
+--tokens 32768.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def book_as_chats(path: Path) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO / "model"), help="on the Hub, or a directory")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="Hub id or directory")
     parser.add_argument("--data", help="JSON lines with a field 'messages'; none: a book")
-    parser.add_argument("--tokens", type=int, default=512, help="length of a packed row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", default="out/sft")

@@ -1,4 +1,4 @@
-"""Noting down what the host launches, as a CUDA graph."""
+"""Recording of launches as a CUDA graph."""
 
 import gc
 from collections.abc import Callable
@@ -13,15 +13,15 @@ Result = TypeVar("Result")
 def capture(
     run: Callable[[], Result], pool: Any, device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Call ``run`` without computing anything, and note down what it launches.
+    """Call ``run`` without computing anything, and record what it launches.
 
     Args:
-        run: May not wait for the device.
-        pool: Of memory that graphs share, or None.
-        device: A CUDA device.
+        run: Function without arguments; it may not wait for the device.
+        pool: Memory pool that graphs share, or None.
+        device: CUDA device.
 
     Returns:
-        The launches, and what ``run`` returned: tensors that a replay writes.
+        The graph, and what ``run`` returned: tensors that a replay writes.
     """
     graph = torch.cuda.CUDAGraph()
     torch.clear_autocast_cache()  # what is cast must be cast inside
@@ -42,5 +42,5 @@ def capture(
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """To record on."""
+    """The CUDA stream to record on."""
     return torch.cuda.Stream(device)

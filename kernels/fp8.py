@@ -1,8 +1,8 @@
-"""Rows in FP8: quantisation, transposition, and products of them.
+"""Rows in FP8: their quantisation, transposition and products.
 
-Each row of a matrix has a scale of its own, its largest magnitude over the largest FP8 number
-(e4m3, 448). A product takes both operands with their rows along the sum, which is the only order
-that the matrix units of Hopper and later read.
+Each row of a matrix has a scale of its own: its largest magnitude divided by the largest FP8 number
+(e4m3, 448). The rows of both operands of a product run along the sum, the only order that the
+matrix units of Hopper and later GPUs read.
 """
 
 import torch
@@ -19,14 +19,15 @@ _TILE = 64
 
 
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``x`` in FP8, and the scale of each row.
+    """Quantise ``x`` to FP8, with a scale for each row.
 
     Args:
-        x: ``[N, K]``, any float dtype; copied first unless each row is contiguous.
-        columns: ``[K]`` fp32: each column is multiplied by it first.
+        x: Matrix, ``[N, K]``, any float dtype; copied first unless each row is contiguous.
+        columns: Factors by which the columns are multiplied first, ``[K]`` fp32.
 
     Returns:
-        ``[N, K]`` float8_e4m3fn, and ``[N, 1]`` fp32: ``x * columns`` is about their product.
+        Values, ``[N, K]`` float8_e4m3fn, and scales, ``[N, 1]`` fp32, whose product is about
+        ``x * columns``.
     """
     if not use_triton(x):
         exact = x.float() if columns is None else x.float() * columns
@@ -58,7 +59,7 @@ def _quantize(x, columns, values, scales, width, stride, SCALED: tl.constexpr, B
 
 
 def transposed(values: Tensor) -> Tensor:
-    """``[N, K]`` float8_e4m3fn as ``[K, N]``, contiguous."""
+    """The transpose ``[K, N]``, contiguous, of ``[N, K]`` float8_e4m3fn."""
     if not use_triton(values):
         return values.view(torch.uint8).mT.contiguous().view(FP8)
     rows, width = values.shape
@@ -83,9 +84,9 @@ def scaled_product(
     """``x @ y.mT`` of two matrices in FP8.
 
     Args:
-        x: ``[N, K]`` float8_e4m3fn and the scales ``[N, 1]`` fp32 of its rows.
-        y: ``[M, K]`` and ``[M, 1]``, likewise.
-        dtype: Of the result.
+        x: Values, ``[N, K]`` float8_e4m3fn, and scales of its rows, ``[N, 1]`` fp32.
+        y: Values, ``[M, K]``, and scales, ``[M, 1]``, likewise.
+        dtype: Dtype of the result.
 
     Returns:
         ``[N, M]``.

@@ -1,7 +1,7 @@
 """``activation(gate) * up`` of a gated MLP, whose backward recomputes instead of storing.
 
-It works on the outputs of the gate and up *modules*, so adapters and quantised weights keep
-working, and saves those two alone (unfused: the activation as well).
+It works on the outputs of the gate and up *modules*, so adapters and quantised weights work, and
+stores only these two (unfused: the activation as well).
 
 Memory traffic, in elements: reads 2*K*I and writes K*I; the backward reads 3*K*I, writes 2*K*I.
 
@@ -146,7 +146,7 @@ def _launch(kernel, gate: Tensor, up: Tensor, tensors: tuple[Tensor, ...], activ
 
 
 def _rows_apart(x: Tensor) -> Tensor:
-    """``x`` if its rows are equally spaced and each is contiguous, else a contiguous copy."""
+    """``x`` if its rows are equally spaced and each row is contiguous, else a contiguous copy."""
     shape, strides = x.shape, x.stride()
     spaced = strides[-1] == 1 and all(
         shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 2)
@@ -158,12 +158,13 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up``.
 
     Args:
-        gate: ``[..., I]``, any float dtype; halves of a fused projection need no copy.
-        up: ``[..., I]``.
-        activation: One of `ACTIVATIONS`.
+        gate: Output of the gate projection, ``[..., I]``, any float dtype; halves of a fused
+            projection need no copy.
+        up: Output of the up projection, ``[..., I]``.
+        activation: Name of the activation, one of `ACTIVATIONS`.
 
     Returns:
-        ``[..., I]`` in the dtype of ``gate``.
+        Product, ``[..., I]`` in the dtype of ``gate``.
     """
     if not use_triton(gate):
         return gated_activation_reference(gate, up, activation)

@@ -118,13 +118,13 @@ def gather_norm(
         x: Residual stream, ``[B, T, H]``, contiguous, any float dtype. Must come from
             `open_stream` or `scatter_add_`; the rows must go back by `scatter_add_`.
         keep_index: Token positions, ``[B, K]``, int64, distinct within a row, ``0 <= i < T``.
-        norm: Norm to take, or None: the rows alone.
-        slot_mask: ``[B, K]`` bool or None. Where False the slot is idle: its row is read, but the
-            gradient stream is left as if it were not.
+        norm: Norm to apply; None: the rows alone.
+        slot_mask: Mask of slots, ``[B, K]`` bool, or None. False marks an idle slot: its row is
+            read, but does not change the gradient stream.
 
     Returns:
         ``x`` itself, to be used from here on; a copy of the rows, ``[B, K, H]``; their norm,
-        ``[B, K, H]``, None without a ``norm``.
+        ``[B, K, H]``, or None without ``norm``.
 
     Raises:
         ValueError: ``x`` is not contiguous, the batch sizes differ, or H exceeds 65536.
@@ -141,12 +141,12 @@ def gather_norm(
 def add_norm(
     rows: Tensor, update: Tensor | None, norm: Norm, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """``rows + scale * update`` and the norm of that.
+    """``rows + scale * update``, and its norm.
 
     Args:
-        rows: ``[B, K, H]``, any float dtype.
-        update: ``[B, K, H]``, or None for 0.
-        norm: Norm to take.
+        rows: Kept rows, ``[B, K, H]``, any float dtype.
+        update: Update of the rows, ``[B, K, H]``, or None for 0.
+        norm: Norm to apply.
         scale: Factor of the update (Granite's residual multiplier).
 
     Returns:

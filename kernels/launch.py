@@ -1,7 +1,7 @@
-"""When kernels launch, and what they may bypass.
+"""Decides when kernels launch, and which modules they may bypass.
 
-A tensor on a CUDA device takes the Triton kernel, and an error there is raised. A tensor anywhere
-else takes the plain PyTorch definition that each kernel file begins with.
+Tensors on a CUDA device use the Triton kernel, whose errors are raised. Tensors elsewhere use the
+plain PyTorch definition at the beginning of each kernel file.
 """
 
 import triton
@@ -13,15 +13,15 @@ PLAIN = {nn.Parameter}  # types of a weight that is neither sharded nor quantise
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether functions of ``x`` launch kernels."""
+    """Whether functions of ``x`` launch Triton kernels."""
     return x.device.type in DEVICES
 
 
 def untouched(module: nn.Module) -> bool:
     """Whether a call of the module runs its class's forward and nothing else.
 
-    Otherwise it must be called: hooks (accelerate, DeepSpeed, FSDP, a user's) or whoever replaced
-    its forward (Liger) count on that.
+    Otherwise it must be called: hooks (accelerate, DeepSpeed, FSDP, a user's) or a replaced forward
+    (Liger) rely on it.
     """
     # Asked a dozen times a layer and step, so no loop and no lookup by nn.Module.
     own = vars(module)
@@ -46,12 +46,13 @@ def sharded(module: nn.Module) -> bool:
 
 
 def row_block(width: int) -> dict[str, int]:
-    """Block and warps of a program that holds one row of ``width`` elements in registers.
+    """Block size and number of warps of a program that holds one row of ``width`` elements in
+    registers.
 
     Raises:
-        ValueError: A row does not fit.
+        ValueError: A row does not fit a program.
     """
     block = triton.next_power_of_2(width)
     if block > 65536:
-        raise ValueError(f"rows of {width} elements do not fit a program; the most is 65536")
+        raise ValueError(f"rows of {width} elements do not fit a Triton program; the most is 65536")
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}

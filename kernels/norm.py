@@ -1,8 +1,8 @@
-"""Norms over the last dimension, fused with what stands around them: the kernels.
+"""Kernels of norms over the last dimension, fused with the operations around them.
 
-One kernel reads rows (by index, if there is one), adds an update, and writes sum and norm; one does
-the same backward. `gather_norm` and `add_norm` are functions with gradients made of them, and
-`scatter_add_` moves its gradient by them. All arithmetic is fp32 and rounds once, at the end.
+One kernel reads rows (by index, if there is one), adds an update, and writes sum and norm; another
+does the backward. `gather_norm` and `add_norm` are differentiable functions made of them, and
+`scatter_add_` uses them for its gradient. All arithmetic is fp32 and rounds once, at the end.
 
 Source: RMSNorm, arXiv:1910.07467; LayerNorm, arXiv:1607.06450.
 """
@@ -46,7 +46,8 @@ def norm_reference(rows: Tensor, norm: Norm) -> Tensor:
 
 
 def norm_dtype(rows: Tensor, norm: Norm) -> torch.dtype:
-    """Of a norm's result; as in transformers, fp32 weights widen it in Llama, never in Gemma."""
+    """Dtype of a norm's result; as in transformers, fp32 weights widen it in Llama, never in
+    Gemma."""
     if norm.kind == "rms":
         return torch.promote_types(rows.dtype, norm.weight.dtype)
     return rows.dtype
@@ -233,7 +234,7 @@ def launch_backward(
     grad_weight: bool = False,
     grad_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write the gradient of the rows to ``out``; return those of weight and bias."""
+    """Write the gradient of the rows to ``out``. Returns those of weight and bias."""
     grad = grad_hidden if grad_rows is None else grad_rows
     assert grad is not None  # one of the two is given
     batch, kept, width = grad.shape

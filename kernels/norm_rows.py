@@ -1,4 +1,4 @@
-"""The norm of some rows of the stream, in their places: all others stay as they are."""
+"""The norm of some rows of the stream, in their places; all other rows stay unchanged."""
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ class _NormRows(Function):
 
 
 def norm_rows_(x: Tensor, index: Tensor, norm: Norm) -> Tensor:
-    """``x [B, T, H]``, contiguous, with the norm of its rows ``index [S]`` of B * T in their place.
+    """``x [B, T, H]``, contiguous, with its rows ``index [S]`` (of B * T) replaced by their norm.
 
-    Nobody may read other rows of the result: no gradient goes back to them. The backward's gradient
-    is a new tensor, which may be updated in place.
+    Do not read other rows of the result: they get no gradient. The backward's gradient is a new
+    tensor, which may be updated in place.
     """
     return _NormRows.apply(x, index, norm, *trained_parameters(norm))

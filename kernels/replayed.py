@@ -1,6 +1,6 @@
-"""A function of tensors whose many small launches a CUDA graph makes as one.
+"""A function of tensors whose many small launches become one, by a CUDA graph.
 
-Sorting a row's words launches 300 kernels of 3 us each: the host takes four times as long for that
+Sorting a row's words launches 300 kernels of 3 us each. The host takes four times as long for this
 as the GPU, and a step that keeps few tokens waits for it.
 """
 
@@ -22,15 +22,16 @@ MOST_ELEMENTS = 2**17  # of an argument: with more the GPU takes longer than the
 
 
 class Replayed:
-    """The same values as ``function``, by a graph from the third call with the same shapes on.
+    """Function with the values of ``function``, which uses a graph from the third call with the
+    same shapes on.
 
-    The first such call runs as ever, the second is recorded; up to `MOST_GRAPHS` kinds of arguments
-    are. On a CPU, with long arguments, and within a graph that is being recorded, it is
-    ``function`` itself that runs. Graphs live as long as this object.
+    The first such call runs without a graph, and the second is recorded, for at most `MOST_GRAPHS`
+    kinds of arguments. On a CPU, with long arguments, and while another graph is recorded,
+    ``function`` itself runs. Graphs live as long as this object.
 
     Args:
-        function: Of positional tensors and other hashable arguments; returns one tensor, depends on
-            nothing else, waits for nothing, and draws nothing by chance.
+        function: Function of positional tensors and other hashable arguments, which returns one
+            tensor. It may depend on nothing else, wait for nothing, and draw nothing by chance.
     """
 
     def __init__(self, function: Callable[..., Tensor]):

@@ -31,7 +31,7 @@ class KeptRotary:
 
     @cached_property
     def gathered(self) -> Tensor:
-        """``[B, K, R]``, for attention modules that read cos and sin themselves."""
+        """Gathered table, ``[B, K, R]``, for attention modules that read cos and sin themselves."""
         return gather_rows(self.table.expand(len(self.keep_index), -1, -1), self.keep_index)
 
 
@@ -191,13 +191,14 @@ def rotary(query: Tensor, key: Tensor, cos: KeptRotary, sin: KeptRotary) -> tupl
     """Rotate queries and keys of kept tokens by their positions in the whole sequence.
 
     Args:
-        query: ``[B, heads, K, D]``, any float dtype.
-        key: ``[B, key heads, K, D]``.
-        cos: ``[B or 1, T, R]`` with R even and at most D, and the ``[B, K]`` positions.
+        query: Queries, ``[B, heads, K, D]``, any float dtype.
+        key: Keys, ``[B, key heads, K, D]``.
+        cos: Table of the cosine, ``[B or 1, T, R]`` with R even and at most D, and the positions,
+            ``[B, K]``.
         sin: Table and positions of the sine, likewise.
 
     Returns:
-        Both, in their shapes and dtypes; dimensions from R on are unchanged.
+        Rotated queries and keys, in their shapes and dtypes; dimensions from R on are unchanged.
     """
     if not use_triton(query):
         return rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)

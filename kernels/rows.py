@@ -1,10 +1,10 @@
-"""The residual stream as something to be updated in place, and rows of it.
+"""The residual stream, updated in place, and its rows.
 
 A sparse sublayer reads the rows ``keep_index`` of the stream ``x [B, T, H]`` (`gather_norm`), and
-stores what becomes of them at the same places (`scatter_add_`). Eliminated tokens are never
-touched, so nothing is padded, permuted or copied, and the backward needs one gradient stream
-instead of a dense ``[B, T, H]`` gradient a sublayer: `scatter_add_` reads rows from it, and
-`gather_norm` overwrites the same rows in it.
+stores the results at the same places (`scatter_add_`). Tokens that are left out are never touched,
+so nothing is padded, permuted or copied. The backward needs one gradient stream instead of a dense
+``[B, T, H]`` gradient for each sublayer: `scatter_add_` reads rows from it, and `gather_norm`
+overwrites the same rows in it.
 
 Source: LeMo, arXiv:2501.09767, "permutation-free token movement".
 """
@@ -43,17 +43,18 @@ def add_update(rows: Tensor, update: Tensor | None, scale: float) -> Tensor:
 
 
 def open_stream(x: Tensor) -> Tensor:
-    """A contiguous copy of ``x [B, T, H]``, to be updated in place; the caller's stays whole."""
+    """A contiguous copy of ``x [B, T, H]``, to be updated in place; the caller's tensor does not
+    change."""
     return x.clone(memory_format=_contiguous)
 
 
 def close_stream(x: Tensor) -> Tensor:
-    """Marks the end of a run of in-place updates; its backward starts the gradient stream."""
+    """Mark the end of a run of in-place updates; its backward starts the gradient stream."""
     return _CloseStream.apply(x)
 
 
 def check_stream(x: Tensor, keep_index: Tensor) -> None:
-    """What every function of a stream and its kept rows asks of them.
+    """Check a stream and the index of its kept rows.
 
     Raises:
         ValueError: ``x`` is not a contiguous ``[B, T, H]``, or ``keep_index`` not a ``[B, K]``.

@@ -129,11 +129,11 @@ def scatter_add_(
 
     Args:
         x: Residual stream, ``[B, T, H]``, contiguous, any float dtype; what `gather_norm` returned.
-        rows: ``[B, K, H]``: what `gather_norm` or `add_norm` returned, so the sum is residual
-            plus update.
-        update: ``[B, K, H]``, any float dtype, or None for 0.
-        keep_index: Index ``[B, K]`` int64 of `gather_norm`.
-        slot_mask: Mask ``[B, K]`` bool of `gather_norm`, or None; idle slots are not stored, and
+        rows: Rows that `gather_norm` or `add_norm` returned, ``[B, K, H]``, so that the sum is
+            residual plus update.
+        update: Update of the rows, ``[B, K, H]``, any float dtype, or None for 0.
+        keep_index: Index of `gather_norm`, ``[B, K]`` int64.
+        slot_mask: Mask of `gather_norm`, ``[B, K]`` bool, or None; idle slots are not stored, and
             their gradient is 0.
         scale: Factor of the update (Granite's residual multiplier).
 

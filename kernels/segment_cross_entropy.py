@@ -1,9 +1,9 @@
 """Cross-entropy of a language-model head, one segment of tokens after the other.
 
-Logits, loss and gradient of a segment exist together and are gone before the next segment begins,
-so the vocabulary-sized peak is ``[segment_size, V]`` and no ``[T, V]`` tensor is ever made. Tokens
-without a label do not reach the head, unless they are so few that leaving them out costs more. The
-gradient is taken in the forward, where the logits are, and overwrites them (`segment_losses_`).
+Logits, loss and gradient of a segment exist together and are freed before the next segment begins,
+so the peak is ``[segment_size, V]`` and no ``[T, V]`` tensor is ever made. Tokens without a label
+do not reach the head, unless they are so few that leaving them out costs more. The gradient is
+computed in the forward, while the logits exist, and overwrites them (`segment_losses_`).
 
 Source: LeMo, arXiv:2501.09767, "segment-based peak cutting".
 """
@@ -40,8 +40,8 @@ def plain_weight(
 ) -> Tensor | None:
     """The weight of a head that is ``hidden @ weight.T`` and nothing else; else None.
 
-    ``device`` and ``dtype`` are those of what it reads. Its gradients need no autograd: in fp32 the
-    product itself adds up the one of a 16-bit weight.
+    ``device`` and ``dtype`` are those of the head's input. The gradients need no autograd: the
+    product itself adds up the gradient of a 16-bit weight in fp32.
     """
     if type(head) is not nn.Linear or head.bias is not None or not untouched(head):
         return None
@@ -57,12 +57,12 @@ def plain_weight(
 
 
 def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -> int:
-    """Rows a segment, so that it takes a tenth of the memory that is there anyway.
+    """Number of rows of a segment, so that it takes a tenth of the memory that exists anyway.
 
-    That is hidden ``[N, H]``, its gradient and the head's weight; a segment is logits, rows and
-    their gradient. At least `UNNOTICED` elements, so that the host keeps up where models are small,
-    and 512 rows, below which matrix products slow down. A head that is trained
-    has an fp32 gradient as well, read and written once a segment: no fewer than H / 2 rows then.
+    This memory is hidden ``[N, H]``, its gradient and the head's weight; a segment has logits, rows
+    and their gradient. A segment has at least `UNNOTICED` elements, so that the host keeps up with
+    small models, and 512 rows, below which matrix products slow down. A trained head also has an
+    fp32 gradient, read and written once a segment: then at least H / 2 rows.
     """
     num_rows, width = hidden.shape
     rows = 0
@@ -73,7 +73,7 @@ def choose_segment_size(hidden: Tensor, vocabulary: int | None, trained: bool) -
 
 
 def _starts(count: int, size: int) -> Sequence[int]:
-    """Where segments begin."""
+    """Indices at which segments begin."""
     return range(0, count, size)
 
 
@@ -159,9 +159,9 @@ class _How(NamedTuple):
 def _labelled(
     targets: Tensor, weights: Tensor, most_labels: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Targets and weights of the rows that go through the head, and their places; None: all.
+    """Targets and weights of the rows that go through the head, and their places (None: all rows).
 
-    Rows among them that have no label get the weight 0.
+    Among them, rows without a label get the weight 0.
     """
     has_label = targets != IGNORE_INDEX
     if most_labels is None:
@@ -177,7 +177,7 @@ def _labelled(
 
 
 def trained_parameters(norm: Norm | None) -> list[Tensor]:
-    """Weight and bias of the norm, those that need a gradient."""
+    """The weight and the bias of the norm that need a gradient."""
     return [] if norm is None else [p for p in norm[1:3] if p is not None and p.requires_grad]
 
 
@@ -198,7 +198,7 @@ def write_gradient(
     """Write the gradient of ``rows``, from ``grad [S, H]`` of their norm, to ``out`` at ``index``.
 
     Returns:
-        Gradients of the norm's parameters that are trained, fp32 or theirs.
+        Gradients of the norm's trained parameters, in fp32 or their own dtype.
     """
     trained = [] if norm is None else [p is not None and p.requires_grad for p in norm[1:3]]
     if norm is not None and use_triton(rows):
@@ -236,19 +236,21 @@ def segment_cross_entropy(
 
     Args:
         hidden: Input of the head, ``[N, H]``, any float dtype; before ``norm`` if there is one.
-        targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` where there is none.
-            What is no token of the head's is an error on the CPU, and a loss of NaN by the kernel.
+        targets: Token to predict from each row, ``[N]`` int64, `IGNORE_INDEX` for none. A number
+            that is not a token of the head is an error on the CPU, and gives a loss of NaN in the
+            kernel.
         weights: Factor of each row's loss, ``[N]`` fp32.
-        head: Maps ``[S, H]`` to logits ``[S, V]``; a module with adapters or quantised weights
-            works, since only its call is used. One that is sharded must be whole for the time of
-            this call: its forward is called without the hooks that gather it.
-        segment_size: Rows of logits that exist at a time; None: `choose_segment_size`.
-        divisor: Logits are divided by it (Granite).
-        softcap: Then ``softcap * tanh(logits / softcap)`` (Gemma 2), or None.
-        parameters: The head's parameters that need a gradient.
-        norm: Norm between ``hidden`` and ``head``, taken a segment at a time; or None.
-        most_labels: No more rows than this have a label. None: the host waits until they have been
-            counted.
+        head: Module from ``[S, H]`` to logits ``[S, V]``; adapters and quantised weights work,
+            since only its call is used. A sharded head must be gathered for the time of this call:
+            its forward is called without the hooks that gather it.
+        segment_size: Number of rows whose logits exist at one time; None: `choose_segment_size`.
+        divisor: Number that logits are divided by (Granite).
+        softcap: Soft cap of the logits after that, ``softcap * tanh(logits / softcap)`` (Gemma 2),
+            or None.
+        parameters: Parameters of the head that need a gradient.
+        norm: Norm between ``hidden`` and ``head``, applied a segment at a time; or None.
+        most_labels: Upper bound of the number of rows with a label. None: the host waits until they
+            are counted.
 
     Returns:
         Sum over labelled rows of ``weight * nll``, nats, fp32 scalar; the softmax is fp32. Zero,

@@ -1,4 +1,4 @@
-"""Losses of one segment of logits, and their gradient in the place of the logits.
+"""Losses of one segment of logits, and their gradient, which overwrites the logits.
 
 There is no fp32 copy: the softmax is fp32 in registers. Memory traffic, in elements: reads 2*S*V,
 writes S*V.
@@ -105,16 +105,17 @@ def segment_losses_(
     softcap: float | None = None,
     gradient: bool = True,
 ) -> None:
-    """Weighted losses of one segment; their gradient overwrites the logits if it is wanted.
+    """Compute weighted losses of one segment; if ``gradient``, their gradient overwrites the
+    logits.
 
     Args:
-        logits: ``[S, V]`` as the head returns them, any float dtype.
-        targets: ``[S]`` int64, all of them tokens.
-        weights: ``[S]`` fp32.
-        losses: ``[S]`` fp32, written.
+        logits: Logits as the head returns them, ``[S, V]``, any float dtype.
+        targets: Tokens to predict, ``[S]`` int64.
+        weights: Factors of the losses, ``[S]`` fp32.
+        losses: Tensor that the losses are written to, ``[S]`` fp32, nats.
         divisor: Number that logits are divided by.
-        softcap: Then ``softcap * tanh(logits / softcap)``, or None.
-        gradient: Overwrite ``logits``.
+        softcap: Soft cap of the logits after that, ``softcap * tanh(logits / softcap)``, or None.
+        gradient: Whether the gradient overwrites ``logits``.
     """
     logits = logits.detach()
     if not use_triton(logits):

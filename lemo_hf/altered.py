@@ -1,4 +1,4 @@
-"""An object with other attributes: for whoever is handed a stand-in, or for all, for a while.
+"""An object with other attributes: in a stand-in for it, or in itself for a while.
 
 docs/patched-internals.md lists what is patched.
 """
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class Altered:
-    """``original`` but for ``attributes``; the original does not change.
+    """Stand-in for ``original`` with other ``attributes``; the original does not change.
 
     Args:
         original: Any object. Attributes that are set later are set on it.
-        attributes: Values by name.
+        attributes: Values of the other attributes, by name.
     """
 
     def __init__(self, original: Any, attributes: Mapping[str, Any]):
@@ -28,7 +28,7 @@ class Altered:
 
 @contextmanager
 def altering(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Within it, ``owner`` itself has these attributes."""
+    """Within this context ``owner`` itself has these attributes."""
     own = vars(owner)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)

@@ -1,4 +1,4 @@
-"""What trainers say of a run: as much as `TrainingArguments(log_level=...)` asks for."""
+"""What trainers print about a run, as `TrainingArguments(log_level=...)` asks."""
 
 import logging
 
@@ -6,10 +6,10 @@ from transformers import TrainingArguments
 
 
 def announce(args: TrainingArguments, line: str) -> None:
-    """Print ``line`` once for all processes, unless this run is asked for errors alone.
+    """Print ``line`` once for all processes, unless the run logs errors alone.
 
-    What transformers' own verbosity is, as it is by ``"passive"``, says nothing of this line: who
-    quiets a library is to see what trains all the same.
+    transformers' own verbosity, which ``"passive"`` leaves as it is, does not hide this line: users
+    who quiet a library still see what trains.
     """
     asked = args.log_level == "passive" or args.get_process_log_level() <= logging.WARNING
     if args.process_index == 0 and asked:
@@ -17,6 +17,6 @@ def announce(args: TrainingArguments, line: str) -> None:
 
 
 def follow_log_level(args: TrainingArguments) -> None:
-    """Let lemo-hf's loggers say what transformers' say; ``"passive"`` leaves both as they are."""
+    """Give lemo-hf's loggers the level of transformers'; ``"passive"`` changes neither."""
     if args.log_level != "passive":
         logging.getLogger("lemo_hf").setLevel(args.get_process_log_level())

@@ -1,4 +1,4 @@
-"""All that is refused of a model and a config, before anything of the model is changed."""
+"""All checks of a model and a config, before the model is changed."""
 
 from torch import nn
 
@@ -11,19 +11,19 @@ from lemo_hf.core.sequence_checks import check_sequence_model
 
 
 def check(model: nn.Module, config: LeMoConfig) -> Family:
-    """Whether LeMo can work on a model as a config says.
+    """Check that LeMo can train a model as a config says.
 
-    What depends on predictors is checked with them, and what depends on a batch at its pass.
+    Predictors are checked when they are loaded, and batches in their pass.
 
     Args:
-        model: A causal LM, or a PEFT model around one.
-        config: The user's choice.
+        model: Causal LM, or a PEFT model around one.
+        config: The user's settings.
 
     Returns:
-        The row of the model's family.
+        The model's family.
 
     Raises:
-        ValueError: It cannot; the message names the value and the way out.
+        ValueError: LeMo cannot; the message names the value and the way out.
     """
     check_config(config)
     check_adapters(model)

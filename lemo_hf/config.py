@@ -1,4 +1,4 @@
-"""`LeMoConfig`: every number a user may set, checked once."""
+"""`LeMoConfig`: every number that a user may set, and its checks."""
 
 import dataclasses
 import logging
@@ -28,11 +28,11 @@ _REMOVED = {
 
 @dataclass(frozen=True)
 class KeepRule:
-    """How many of a row's blocks a sublayer keeps; one of the two is None.
+    """What a sublayer keeps of a row: a share or a threshold; the other is None.
 
     Attributes:
-        retention: Share of the row's blocks: the best ones.
-        threshold: Blocks whose score is at least this many times the row's mean score.
+        retention: Share of the row's blocks that is kept, the best ones first.
+        threshold: Least score of a kept block, as a multiple of the row's mean score.
     """
 
     retention: float | None = None
@@ -40,7 +40,7 @@ class KeepRule:
 
 
 def check_config(value: Any) -> None:
-    """Raises ValueError unless ``value`` is a `LeMoConfig`; says how one is made of it."""
+    """Raises ValueError unless ``value`` is a `LeMoConfig`; says how to make one of it."""
     if isinstance(value, LeMoConfig):
         return
     way_out = "give LeMoConfig(...)"
@@ -53,75 +53,74 @@ def check_config(value: Any) -> None:
 
 @dataclass(frozen=True)
 class LeMoConfig:
-    """What is left out of which layer, and how that is chosen.
+    """Settings of LeMo: what each layer leaves out, and how this is chosen.
 
     Args:
-        retention: Share of the token blocks each attention keeps, in (0, 1]. One number, or one
-            per decoder layer (the dense first and last layers' entries must then be 1). ``None``
-            is 0.3, unless ``threshold`` takes its place.
-        threshold: Least score of a kept block, as a multiple of the mean score of its row's
-            blocks, in place of ``retention``. Being relative to the row's own mean, it depends
-            neither on the length of the row nor on the scale of the scores; 0 keeps everything,
-            and what is kept differs from row to row. One number of at least 0, or one per decoder
-            layer (dense layers' entries must then be 0). Each choice makes the host wait for the
-            scores once, since they fix the shapes.
-        mlp_retention: ``retention`` for the MLPs, with a kept set of their own, chosen by the MLP's
-            intermediate activation. Without it and ``mlp_threshold`` the MLP keeps what its
-            layer's attention keeps.
-        mlp_threshold: ``threshold`` for the MLPs, in place of ``mlp_retention``.
-        block_size: Tokens that are kept or eliminated together.
-        policy: Ranking of the blocks; within each document, where rows are packed.
-            ``"overlap"``: those that share rare words with the blocks that hold labels, for rows
-            whose labels cover only a part. ``"chunks"``: runs of ``chunk_size`` neighbouring
-            tokens, others at each step, for rows that are labelled throughout. ``"auto"``: of each
-            row the one of these two that fits it. ``"recent"``: the last ones first, which is what
-            cutting the row does. ``"window"``: neighbours from a random place on. ``"random"``:
-            blocks by chance. ``"pooled"``: how much blocks with labels attend to a block, by
-            mean-pooled queries and keys. ``"oracle"``: the same from the layer's real queries and
-            keys; exact and slow. ``"predictor"``: the learned ones of ``predictor``, or those given
-            to `apply_lemo`; half of the blocks by overlap in rows whose labels cover a part.
-            ``None``: ``"predictor"`` if one is given, ``"pooled"`` if a threshold is, else
-            ``"auto"``.
+        retention: Share of the blocks that each attention keeps, in (0, 1]. One number, or one per
+            decoder layer (entries of the dense first and last layers must then be 1). ``None``:
+            0.3, unless ``threshold`` is given.
+        threshold: Least score of a kept block, as a multiple of the mean score of its row's blocks,
+            instead of ``retention``. It depends neither on the length of the row nor on the scale
+            of the scores. Rows keep different shares; 0 keeps everything. One number of at least 0,
+            or one per decoder layer (entries of dense layers must then be 0). The host waits for
+            the scores of each choice, since they decide the shapes.
+        mlp_retention: Share of the blocks that each MLP keeps, with a kept set of its own, chosen
+            by its intermediate activation. Like ``retention``. Without it and ``mlp_threshold`` an
+            MLP keeps what its layer's attention keeps.
+        mlp_threshold: Threshold of the MLPs, instead of ``mlp_retention``. Like ``threshold``.
+        block_size: Neighbouring tokens that are kept or left out together.
+        policy: Ranking of the blocks; in packed rows, of those of each document. ``"overlap"``: by
+            rare words shared with label blocks, for rows whose labels cover only a part.
+            ``"chunks"``: by chance, runs of ``chunk_size`` neighbouring tokens, others at each
+            step, for rows that are labelled throughout. ``"auto"``: for each row the one of these
+            two that fits it. ``"recent"``: the last blocks first, as if the row were cut.
+            ``"window"``: neighbours from a random place on. ``"random"``: blocks by chance.
+            ``"pooled"``: by how much label blocks attend to a block, from mean queries and mean
+            keys. ``"oracle"``: the same from all queries and keys of the layer; exact and slow.
+            ``"predictor"``: by the networks of ``predictor``, or those given to `apply_lemo`; in
+            rows whose labels cover a part, half of the blocks by overlap. ``None``: ``"predictor"``
+            if one is given, ``"pooled"`` with a threshold, else ``"auto"``.
         chunk_size: Neighbouring tokens that ``"chunks"`` keeps together, in whole blocks.
         random_share: Share of the kept blocks that ``"overlap"`` and ``"predictor"`` leave to
-            ``"chunks"``, so that what is not needed is seen too, in [0, 1). ``None``: 0.25 under
+            ``"chunks"``, so that other blocks are seen too, in [0, 1). ``None``: 0.25 under
             ``"auto"``, else 0.
-        dense_finish: Share of the optimizer steps, at the end, that keep ``finish_retention`` of
-            every row, in [0, 1]: it repairs what sparse training leaves. ``None``: 0.1 for rows
-            that are labelled throughout under ``"auto"``, else 0. Trainers know how many steps
-            there are; in a loop of your own call `LeMo.begin_step`.
-        finish_retention: Share of blocks kept in these steps; below 1 where a dense step does not
-            fit the memory.
+        dense_finish: Share of the optimizer steps, in [0, 1], that are the finish: the last steps,
+            in which every row keeps ``finish_retention`` of its blocks. They repair what sparse
+            training leaves. ``None``: 0.1 for rows that are labelled throughout under ``"auto"``,
+            else 0. Trainers count the steps; in a loop of your own call `LeMo.begin_step`.
+        finish_retention: Share of the blocks that rows keep in the finish, in (0, 1]; below 1 if a
+            dense step does not fit the memory.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
             those that the Hub has for the model.
         predictor_revision: Branch, tag or commit of that repository.
-        agree_across_layers: One kept set for all sparse layers, chosen at the first of them;
-            otherwise each layer chooses its own.
-        dense_first_layers: Layers at the bottom that keep every token.
-        dense_last_layers: Layers at the top that keep every token.
-        supervise: Tokens that the loss asks. ``"kept"``: a token that is eliminated more often than
-            the average of its sequence is not asked to predict, and the mean over the others stands
-            for the sequence. ``"all"``: the loss covers every label, as in the paper.
-        segment_size: Tokens whose logits exist at a time; None: a tenth of the memory that hidden
-            states and head take.
+        agree_across_layers: One kept set for all sparse layers, chosen at the first of them; False:
+            each layer chooses its own.
+        dense_first_layers: Number of layers at the bottom that keep every token.
+        dense_last_layers: Number of layers at the top that keep every token.
+        supervise: Tokens that have a loss. ``"kept"``: a token that is left out more often than the
+            average token of its row has none, and the mean over the others stands for the row.
+            ``"all"``: every label counts, as in the paper.
+        segment_size: Tokens whose logits exist at one time. ``None``: as many as take a tenth of
+            the memory of hidden states and head.
         recompute: Part of a layer that the backward computes again instead of storing it, for all
             layers or one entry a layer. ``"none"``: nothing. ``"mlp"``: the MLPs. ``"selective"``:
-            everything but attention and its output projection, stored are a layer's kept rows,
-            attention's output and their sum behind it. ``"lean"``: everything but attention,
-            without that sum. ``"full"``: all of it, stored are the kept rows alone. ``None``
-            follows the model's gradient checkpointing: ``"none"`` without it, with it the first of
-            ``"selective"``, ``"lean"`` and ``"full"`` that the memory allows.
-        offload_gib: Pinned host memory for what the last three store, in GiB; copies hide behind
-            the computation. ``None``: nothing is offloaded.
-        sequence_parallel_size: Processes that share each sequence, neighbours by rank. Each holds a
-            shard of the stream, works on an equal share of the kept rows, and attends with some of
-            the heads. Training only; 1: each process has sequences of its own.
-        cuda_graphs: Training by CUDA graphs, on a GPU: from the third batch of a shape on, forward
-            and backward are launched as one, so that short rows do not wait for the host. See
-            `CudaGraphs` for which batches can.
-        fp8: Products with frozen weights in FP8, forward and gradient of the input; on a Hopper GPU
-            or newer. The FP8 copies take a byte a weight.
-        seed: Seed of what is drawn by chance, any integer.
+            everything but attention and its output projection; a layer stores its kept rows,
+            attention's output and the sum of both. ``"lean"``: everything but attention; a layer
+            does not store that sum. ``"full"``: everything; a layer stores its kept rows alone.
+            ``None`` follows the model's gradient checkpointing: ``"none"`` without it; with it the
+            first of ``"selective"``, ``"lean"`` and ``"full"`` that the memory allows.
+        offload_gib: Pinned host memory, GiB, for what ``"selective"``, ``"lean"`` and ``"full"``
+            store; copies run beside the computation. ``None``: nothing is offloaded.
+        sequence_parallel_size: Number of processes, neighbours by rank, that share each sequence.
+            Each holds a part of the stream, works on an equal share of the kept tokens, and
+            computes some of the attention heads. For training only; 1: each process has sequences
+            of its own.
+        cuda_graphs: Whether training uses CUDA graphs, on a GPU: from the third batch of a shape
+            on, one launch runs forward and backward, so that short rows do not wait for the host.
+            `CudaGraphs` says which batches can.
+        fp8: Whether products with frozen weights are in FP8, in the forward and for the gradient of
+            the input; on a Hopper GPU or newer. The FP8 copies take one byte a weight.
+        seed: Seed of everything drawn by chance, any integer.
 
     Raises:
         ValueError: A value is out of range; the message names the field and the value.
@@ -164,7 +163,7 @@ class LeMoConfig:
 
     @property
     def chance(self) -> float:
-        """Share of the blocks kept by score that are left to chance."""
+        """Share of the kept blocks that is drawn by chance instead of by score."""
         if self.random_share is not None:
             return self.random_share
         return AUTO_CHANCE if self.policy == "auto" else 0.0
@@ -177,13 +176,13 @@ class LeMoConfig:
         return AUTO_FINISH if self.policy == "auto" else 0.0
 
     def brief(self) -> str:
-        """In one line: the fields that are not at their defaults."""
+        """The fields that are not at their defaults, in one line."""
         default = vars(LeMoConfig())
         changed = (f"{k}={v!r}" for k, v in vars(self).items() if v != default[k])
         return f"LeMoConfig({', '.join(changed)})"
 
     def recompute_levels(self, num_layers: int) -> list[str | None]:
-        """``recompute`` of each layer; None where the model's gradient checkpointing decides.
+        """The ``recompute`` of each layer; None if the model's gradient checkpointing decides.
 
         Raises:
             ValueError: A list has another length than the model has layers.
@@ -206,7 +205,7 @@ class LeMoConfig:
                 raise ValueError(f"{name} must be a string or None, got {shown(value)}")
         if self.predictor is None and self.predictor_revision is not None:
             raise ValueError(
-                f"predictor_revision={shown(self.predictor_revision)} without a predictor: set "
+                f"predictor_revision={shown(self.predictor_revision)} needs a predictor: set "
                 "predictor='organisation/name'."
             )
         if self.policy is None:
@@ -217,17 +216,18 @@ class LeMoConfig:
         elif self.predictor is not None and self.policy != "predictor":
             raise ValueError(
                 f"predictor={shown(self.predictor)} and policy={self.policy!r} cannot both choose "
-                "the blocks: leave policy unset, or predictor."
+                "the blocks: leave one of them unset."
             )
 
     def layer_rules(self, num_layers: int) -> list[tuple[KeepRule, KeepRule | None] | None]:
         """What attention and MLP of each layer keep; None for a dense layer.
 
-        The MLP's is None where it shares the attention's kept set.
+        The MLP's rule is None if the MLP shares the attention's kept set.
 
         Raises:
-            ValueError: A list has another length than the model has layers, no layer is sparse,
-                a dense layer's entry leaves something out, or layers that agree differ.
+            ValueError: A list's length is not the number of layers, no layer is sparse, a dense
+                layer's entry leaves something out, or layers that share a kept set have different
+                entries.
         """
         first, last = self.dense_first_layers, self.dense_last_layers
         if first + last >= num_layers:
@@ -256,7 +256,7 @@ class LeMoConfig:
             if self.agree_across_layers and len({value[i] for i in sparse}) > 1:
                 raise ValueError(
                     f"{name}={shown(value)} differs between layers, which then cannot agree on one "
-                    "kept set: set agree_across_layers=False."
+                    "kept set: give one value, or set agree_across_layers=False."
                 )
             per_layer[name] = list(value)
         attention = map(KeepRule, per_layer["retention"], per_layer["threshold"])
@@ -267,26 +267,25 @@ class LeMoConfig:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and the version of lemo-hf, as JSON knows them."""
+        """The fields and the version of lemo-hf, as a dictionary for JSON."""
         return {"lemo_version": __version__, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LeMoConfig":
-        """The reverse of `to_dict`. Missing fields take their defaults.
+        """The config that `to_dict` wrote. Missing fields take their defaults.
 
-        Fields that earlier versions wrote and this one has not are left out: with a warning, if
-        they were set to something.
+        Fields that this version no longer has are ignored, with a warning if they were set.
 
         Raises:
-            ValueError: Unknown keys (they are named), or a value out of range.
+            ValueError: A key is unknown (the message names it), or a value is out of range.
         """
         written_by = values.get("lemo_version")
         values = {key: value for key, value in values.items() if key != "lemo_version"}
         for name, (default, instead) in _REMOVED.items():
             if values.pop(name, default) != default:
                 logger.warning(
-                    "%s of a LeMoConfig by lemo_hf %s is left out: this version has no such "
-                    "field. %s",
+                    "%s in a LeMoConfig of lemo_hf %s is ignored: this version has no such field. "
+                    "%s",
                     *(name, shown(written_by), instead),
                 )
         known = {field.name for field in dataclasses.fields(cls)}
@@ -295,14 +294,16 @@ class LeMoConfig:
             names = shortened(", ".join(sorted(unknown)))
             raise ValueError(
                 f"unknown keys in a LeMoConfig: {names}{nearest(sorted(unknown)[0], known)} If a "
-                "newer version wrote them: pip install -U lemo-hf; else remove them."
+                "newer version of lemo-hf wrote them, update it (pip install -U lemo-hf); "
+                "otherwise correct or remove them."
             )
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``lemo_config.json`` into ``save_directory``, which is made if missing.
 
-        The directory of its own ``predictor`` stays one: what the file says of that is kept.
+        If ``save_directory`` is this config's own ``predictor``, what the file there says of the
+        predictor is kept.
         """
         os.makedirs(save_directory, exist_ok=True)
         target = os.path.join(save_directory, CONFIG_NAME)
@@ -320,16 +321,16 @@ class LeMoConfig:
     def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoConfig":
         """Read ``lemo_config.json`` from a directory or a Hub repository.
 
-        Where predictors lie beside it, the config is the one recommended for them, and its
+        If predictors lie beside the file, the config is the one recommended for them, and its
         ``predictor`` is ``path_or_repo``.
 
         Args:
-            path_or_repo: Directory, or repository id.
-            **hub_kwargs: ``revision``, ``token``, ``cache_dir`` for `hf_hub_download`.
+            path_or_repo: Directory, or Hub repository id.
+            **hub_kwargs: Arguments of `hf_hub_download`: ``revision``, ``token``, ``cache_dir``.
 
         Raises:
             OSError: There is no such directory or repository, or it cannot be reached.
-            ValueError: The file is missing, is no JSON, or a value in it is wrong.
+            ValueError: The file is missing, is not JSON, or has a wrong value.
         """
         (path,) = find_files(path_or_repo, [CONFIG_NAME], **hub_kwargs)
         values = read_json(path)

@@ -1,4 +1,4 @@
-"""Whether a `LeMoConfig` says what it can say; an error names the field and the value."""
+"""Checks of a `LeMoConfig`; an error names the field and the value."""
 
 import math
 from collections.abc import Callable
@@ -93,16 +93,16 @@ def _check_schedule(config: Any) -> None:
             )
     if config.random_share and config.policy not in ("auto", "overlap", "predictor"):
         raise ValueError(
-            f"random_share={config.random_share} and policy={config.policy!r}: only 'overlap' and "
-            "'predictor' (and 'auto') leave a share to chance. Set random_share=0."
+            f"random_share={config.random_share} and policy={config.policy!r}: only 'overlap', "
+            "'predictor' and 'auto' leave a share of the blocks to chance. Set random_share=0."
         )
     for name in ("threshold", "mlp_threshold"):
         value = getattr(config, name)
         if value is not None and (config.random_share or config.policy == "auto"):
             raise ValueError(
                 f"{name}={shown(value)} compares scores, and policy={config.policy!r} with "
-                f"random_share={config.random_share} only ranks: use policy='overlap', 'pooled' "
-                "or 'predictor' without a random_share, or a retention."
+                f"random_share={config.random_share} only ranks blocks: use policy='overlap', "
+                "'pooled' or 'predictor' without a random_share, or a retention."
             )
 
 
@@ -131,16 +131,17 @@ def _check_graphs(config: Any) -> None:
         value = getattr(config, name)
         if value != allowed:
             raise ValueError(
-                f"cuda_graphs=True and {name}={value!r} cannot be combined: the host must act "
-                f"during such a pass. Set cuda_graphs=False, or {name}={allowed}."
+                f"cuda_graphs=True and {name}={value!r} cannot be combined: with {name} the host "
+                "must act in the middle of a pass, which a graph does not allow. Set "
+                f"cuda_graphs=False, or {name}={allowed}."
             )
     one_set = config.agree_across_layers and config.mlp_retention is None
     if not one_set and config.supervise == "kept":
         raise ValueError(
             "cuda_graphs=True and supervise='kept' need one kept set: with "
-            f"agree_across_layers={config.agree_across_layers} and mlp_retention="
-            f"{config.mlp_retention} it is known only at the end of a pass how many tokens are "
-            "asked to predict. Set cuda_graphs=False, or supervise='all'."
+            f"agree_across_layers={config.agree_across_layers} and "
+            f"mlp_retention={config.mlp_retention} only the end of a pass shows how many tokens "
+            "have a loss. Set cuda_graphs=False, or supervise='all'."
         )
 
 

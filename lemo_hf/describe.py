@@ -1,4 +1,4 @@
-"""What trains and what does not, in plain words: of a run, and of a batch."""
+"""Plain words for what trains and what does not, in a run and in a batch."""
 
 from collections.abc import Sequence
 
@@ -24,13 +24,14 @@ def describe_run(
     attention: str,
     predictor: str | None,
 ) -> str:
-    """One line: which layers leave out how much, chosen how; the schedule; what stays dense.
+    """One line on a run: which layers leave out how much, how it is chosen, the schedule, and what
+    stays dense.
 
     Args:
-        config: The user's choice.
-        rules: `LeMoConfig.layer_rules`.
-        attention: Which kernels run it.
-        predictor: What there is to say of learned ones, or None.
+        config: The user's settings.
+        rules: What each layer keeps, as `LeMoConfig.layer_rules` returns it.
+        attention: Name of the kernels that run attention.
+        predictor: Description of the learned predictors, or None.
     """
     pairs = [pair for pair in rules if pair is not None]
     sparse = [i for i, pair in enumerate(rules) if pair is not None]
@@ -65,7 +66,7 @@ def _kept(config: LeMoConfig) -> str:
 
 
 def describe_finish(config: LeMoConfig) -> str:
-    """One sentence and a space on the steps at the end; empty if there is no finish."""
+    """One sentence and a space on the finish; empty without a finish."""
     if not config.finish:
         return ""
     rows = "" if config.dense_finish is not None else " for rows that are labelled throughout"
@@ -84,9 +85,9 @@ def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequenc
     """One line on the longest row of a batch: its labels, how many tokens train, and which.
 
     Args:
-        config: The user's choice.
+        config: The user's settings.
         rows: Counts of the rows.
-        slots: Tokens that a sparse layer keeps of each.
+        slots: Number of tokens that a sparse layer keeps of each row.
     """
     row, kept = max(zip(rows, slots, strict=True), key=lambda pair: pair[0].tokens)
     labels = f"labels on {row.labels:,} of them" if row.label_blocks else "labels throughout"

@@ -14,12 +14,12 @@ def load_predictor(config: LeMoConfig, base: BaseModel) -> LeMoPredictor:
     """Load ``config.predictor``.
 
     Args:
-        config: Its ``predictor`` is a directory, a repository or ``"auto"``.
-        base: The model that is to be trained; ``"auto"`` looks up its name and its weights.
+        config: Config whose ``predictor`` is a directory, a repository or ``"auto"``.
+        base: Model that is to be trained; ``"auto"`` looks up its name and its weights.
 
     Raises:
         OSError: There is no such directory or repository, or it cannot be reached.
-        ValueError: The Hub has none for the model, or the files are no whole predictor.
+        ValueError: The Hub has no predictor for the model, or the files are incomplete or damaged.
     """
     source = config.predictor
     assert source is not None

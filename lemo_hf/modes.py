@@ -8,7 +8,8 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; every module has its own mode back afterwards."""
+    """Within this context ``model`` is in evaluation mode; every module gets its own mode back
+    afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""`apply_lemo` and `remove_lemo`: put sparse layers on a live model, and take them off.
+"""`apply_lemo` and `remove_lemo`: make the layers of a model sparse, and restore them.
 
-Nothing of the model is copied or renamed: chosen decoder layers become subclasses of themselves,
-and two hooks on the causal LM tell them about each batch and compute the loss. Passes are sparse in
-training mode without a KV cache; in every other case the model is the stock one.
+Nothing of the model is copied or renamed: decoder layers become instances of subclasses of their
+classes, and two hooks on the causal LM tell them about each batch and compute the loss. Passes are
+sparse in training mode without a KV cache; in every other case the stock code runs.
 """
 
 import gc
@@ -52,18 +52,19 @@ def apply_lemo(
     """Make the training passes of ``model`` sparse.
 
     Args:
-        model: A causal LM of a supported family, or a PEFT model around one. Changed in place.
-        config: Settings: what each layer leaves out.
+        model: Causal LM of a supported family, or a PEFT model around one; changed in place.
+        config: Settings of what each layer leaves out.
         predictors: Learned predictors for ``policy="predictor"``: a `LeMoPredictor`, or one
-            `BlockPredictor` a decoder layer, None for a layer that does not choose. None loads
-            ``config.predictor``.
+            `BlockPredictor` a decoder layer (None for a layer that does not choose). None:
+            ``config.predictor`` is loaded.
 
     Returns:
-        The `LeMo` now on the model. `remove_lemo` takes it off.
+        The `LeMo` that is now on the model. `remove_lemo` removes it.
 
     Raises:
         OSError: ``config.predictor`` does not exist or cannot be reached.
-        ValueError: The model, one of its settings, the config or the predictors do not fit.
+        ValueError: LeMo does not support the model or one of its settings, or the config or the
+            predictors do not fit the model.
     """
     family = check(model, config)
     model = transformers_model(model)
@@ -80,7 +81,7 @@ def apply_lemo(
 
 @cache
 def _spare_forks() -> None:
-    """From now on no process that is forked from this one collects what its parent left.
+    """From now on no process that is forked from this one collects its parent's garbage.
 
     A data loader's workers would free pinned memory and CUDA graphs by asking CUDA, which aborts a
     forked process.
@@ -95,7 +96,7 @@ def _run(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def remove_lemo(model: nn.Module) -> None:
-    """Give ``model`` back as it was before `apply_lemo`; without LeMo on it, nothing happens."""
+    """Restore ``model`` as it was before `apply_lemo`. Without LeMo on it, nothing happens."""
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         getattr(model, _LEMO).remove()
@@ -107,7 +108,7 @@ def remove_lemo(model: nn.Module) -> None:
 def take_over(
     model: nn.Module, config: LeMoConfig, predictors: LeMoPredictor | None = None
 ) -> "LeMo":
-    """`apply_lemo` for a trainer: the newest one's config holds, see `end_earlier`.
+    """`apply_lemo` for a trainer. LeMo of an earlier trainer is removed, see `end_earlier`.
 
     Passes are sparse while it trains (`LeMo.training`), and the plain model's at all other times.
     """
@@ -118,14 +119,14 @@ def take_over(
 
 
 def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
-    """Take off what an earlier trainer left on ``model``, with a line in the log.
+    """Remove LeMo that an earlier trainer left on ``model``, and log it.
 
     Args:
-        model: A model as for `apply_lemo`; without LeMo on it, nothing happens.
+        model: Model as for `apply_lemo`; without LeMo on it, nothing happens.
         config: Settings of the newest trainer; None for dense training.
 
     Raises:
-        ValueError: It cannot come off, since processes hold parts of the model.
+        ValueError: LeMo cannot be removed, since several processes hold parts of the model.
     """
     lemo = lemo_of(model)
     if lemo is None:
@@ -136,11 +137,11 @@ def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
         lemo.passes.resting = True
     else:
         raise ValueError(
-            "the model has LeMo of an earlier trainer on it and is in parts on several processes "
-            "(FSDP2, ZeRO-3), so that it cannot come off: load the model anew."
+            "the model has LeMo of an earlier trainer on it and is split over several processes "
+            "(FSDP2, ZeRO-3), so LeMo cannot be removed: load the model anew."
         )
     logger.warning(
-        "the model had LeMo of an earlier trainer on it (%s): the newest trainer's holds (%s).",
+        "the model had LeMo of an earlier trainer on it (%s); now it has the newest one's (%s).",
         lemo.config.brief(),
         None if config is None else config.brief(),
     )
@@ -152,17 +153,17 @@ def lemo_of(model: nn.Module) -> "LeMo | None":
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where ``model`` reads token ids."""
+    """The device from which ``model`` reads token ids."""
     return cast(Tensor, transformers_model(model).get_input_embeddings().weight).device
 
 
 class LeMo:
-    """LeMo on one model: its sparse layers, and what its passes kept.
+    """LeMo on one model: its sparse layers, and counts of what its passes kept.
 
     Attributes:
-        config: The user's choice.
+        config: The user's settings.
         passes: Hooks and counts of the forward passes.
-        rules: One entry a layer: what attention and MLP keep, or None for a dense layer.
+        rules: What attention and MLP of each layer keep; None for a dense layer.
         predictor: The `LeMoPredictor` in use, or None.
     """
 
@@ -211,7 +212,7 @@ class LeMo:
         return [i for i, rules in enumerate(self.rules) if rules is not None]
 
     def remove(self) -> None:
-        """Undo everything but the mark that `remove_lemo` deletes."""
+        """Undo everything but the attribute that `remove_lemo` deletes."""
         self.passes.remove()
         forget(self._in_fp8)
         for layer in self._layers:
@@ -223,7 +224,8 @@ class LeMo:
         return describe_run(self.config, self.rules, self._attention(), predictor)
 
     def take_first_batch(self) -> str | None:
-        """One line on what the first sparse pass kept; None before it, and from then on."""
+        """One line on what the first sparse pass kept. None before that pass, and after the first
+        call that returned it."""
         first, self.passes.tally.first = self.passes.tally.first, None
         return None if first is None else describe_batch(self.config, *first)
 
@@ -245,7 +247,7 @@ class LeMo:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While a trainer trains: passes of a model that it put LeMo on are sparse."""
+        """Within this context passes are sparse: a trainer trains."""
         before, self.passes.resting = self.passes.resting, False
         try:
             with self.passes.said_what_helps():
@@ -255,12 +257,12 @@ class LeMo:
             self.passes.drop()  # labels that were promised to a pass that never came
 
     def begin_step(self, step: int, steps: int | None = None) -> None:
-        """Say which optimizer step comes; trainers do. From now on passes that are given no labels
+        """Tell LeMo which optimizer step comes, as trainers do. From now on passes without labels
         are sparse too.
 
         Args:
             step: Optimizer steps done.
-            steps: Optimizer steps of the whole run; None if nobody knows, then there is no finish.
+            steps: Optimizer steps of the whole run; None if not known, then there is no finish.
         """
         finish = 0 if steps is None else round(self.config.finish * steps)
         ends = steps is not None and finish > 0 and step >= steps - finish
@@ -268,15 +270,15 @@ class LeMo:
         self.passes.retention = self.config.finish_retention if ends else None
 
     def end_step(self) -> None:
-        """The step is over: passes without labels are those of the plain model again."""
+        """End the step: passes without labels are those of the plain model again."""
         self.passes.asked, self.passes.announced.for_step = False, None
 
     def report(self) -> dict[str, float]:
         """What passes kept since the counts were reset; empty if there was no sparse pass.
 
         Returns:
-            ``attention_retention`` and ``mlp_retention``: kept token-layers / token-layers, over
-            **all** layers; ``kept_tokens``: tokens the mean sublayer kept.
+            ``attention_retention`` and ``mlp_retention``: kept tokens / tokens, summed over **all**
+            layers; ``kept_tokens``: tokens that the average sublayer kept.
         """
         real = int(self.passes.tally.counts["real"])
         if not real:
@@ -294,13 +296,13 @@ class LeMo:
         }
 
     def take_figures(self, seconds: float) -> dict[str, float]:
-        """What a training log says of the passes since the last call; counts start anew.
+        """Figures for a training log of the passes since the last call; counts start anew.
 
         Args:
-            seconds: Seconds that they took.
+            seconds: Time that these passes took, seconds.
 
         Returns:
-            Retention, kept tokens per second and, with CUDA, peak memory in GiB, by names that
+            Retention, kept tokens a second and, with CUDA, peak memory in GiB, under names that
             start with ``lemo/``; empty if there was no sparse pass.
         """
         report = self.report()
@@ -318,16 +320,16 @@ class LeMo:
         return figures
 
     def _warn_if_idle(self, kept: float) -> None:
-        """Say once that rows leave next to nothing out, where they were asked to."""
+        """Warn once if rows leave next to nothing out, though the config asks for it."""
         asked, finish = self.config.retention, self.passes.retention is not None
         if self._warned or finish or not isinstance(asked, int | float) or asked > IDLE - 0.05:
             return
         if kept >= IDLE:
             self._warned = True
             logger.warning(
-                "rows keep %.0f%% of their tokens, and retention=%g was asked for: they are too "
-                "short, or have labels in too many blocks, to leave out more. Blocks shorter than "
-                "block_size=%d leave out more; else training without LeMo is as good. Said once.",
+                "rows keep %.0f%% of their tokens, and retention=%g was asked for: the rows are "
+                "too short, or have labels in too many blocks, to leave out more. Set a block_size "
+                "below %d, or train without LeMo, which is as good here. This is said once.",
                 *(100 * kept, asked, self.config.block_size),
             )
 

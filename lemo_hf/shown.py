@@ -1,4 +1,4 @@
-"""A value of somebody else's in a message: as Python writes it, but short, whatever it is."""
+"""Values from outside in messages: as Python writes them, but short, whatever they are."""
 
 import reprlib
 from collections.abc import Iterable
@@ -31,12 +31,13 @@ def shown(value: Any) -> str:
 
 
 def shortened(text: str, most: int = MOST_LETTERS) -> str:
-    """A text in at most ``most`` letters."""
+    """``text``, cut to at most ``most`` letters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def nearest(name: Any, known: Iterable[Any]) -> str:
-    """The end of a sentence that says ``name`` is unknown: the name that may have been meant."""
+    """The end of a sentence that says ``name`` is unknown: a question for the name that may be
+    meant, or a full stop."""
     words = [word for word in known if isinstance(word, str)]
     near = get_close_matches(shortened(str(name)), words, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."

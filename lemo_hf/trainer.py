@@ -35,9 +35,10 @@ else:
 
 
 class LeMoMixin(_Mixed):
-    """Makes the training passes of any Trainer sparse; mix it in before the Trainer class.
+    """Mixin that makes the training passes of any Trainer sparse; it stands before the Trainer
+    class.
 
-    Adds one argument, ``lemo_config``; with None the Trainer is left alone.
+    It adds one argument, ``lemo_config``. With None the Trainer is unchanged.
     """
 
     def __init__(self, *args: Any, lemo_config: LeMoConfig | None = None, **kwargs: Any):
@@ -69,7 +70,9 @@ class LeMoMixin(_Mixed):
                     self._apply_lemo(self._model(), lemo_config)
             except OSError as error:
                 # A checkpoint may hold the predictor, and evaluation needs none: train() decides.
-                logger.warning("the predictor is needed by train() unless it resumes: %s", error)
+                logger.warning(
+                    "train() needs the predictor, unless it resumes from a checkpoint: %s", error
+                )
 
     def _model(self) -> nn.Module:
         assert self.model is not None  # Trainer refuses to be made without one
@@ -94,12 +97,12 @@ class LeMoMixin(_Mixed):
     def _refuse_callbacks(self) -> None:
         if self._lemo_callbacks():
             raise ValueError(
-                "this trainer has a lemo_config and a LeMoCallback, and its model can have one "
-                "LeMo: leave one of them out."
+                "this trainer has a lemo_config and a LeMoCallback, and a model can have LeMo only "
+                "once: leave one of them out."
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model gets LeMo too (``model_init``, hyperparameter search)."""
+        """As Trainer's; the new model gets LeMo too (``model_init``, hyperparameter search)."""
         model = super().call_model_init(trial)
         if self.lemo is not None:  # the first model gets it at the end of __init__
             self._apply_lemo(model, self.lemo.config, self.lemo.predictor)
@@ -108,7 +111,7 @@ class LeMoMixin(_Mixed):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As Trainer's; checks first what would otherwise go wrong in the middle."""
+        """As Trainer's, after checks of what would otherwise fail in the middle of training."""
         if self.lemo_config is not None:
             config = self.lemo_config
             self._refuse_callbacks()
@@ -136,8 +139,8 @@ class LeMoMixin(_Mixed):
                 self.lemo.passes.retention = None  # passes after the run are no part of its finish
 
     def _lemo_on_model(self, config: LeMoConfig) -> LeMo:
-        """What `train` trains with: the predictor may have been out of reach, or another trainer
-        of the same model made since."""
+        """The LeMo that `train` uses. It is made again if the predictor could not be loaded before,
+        or if another trainer of the same model was made since."""
         if self.lemo is None:
             return self._apply_lemo(self._model(), config)
         if lemo_of(self._model()) is not self.lemo:
@@ -150,7 +153,7 @@ class LeMoMixin(_Mixed):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As Trainer's, telling LeMo which optimizer step this is."""
+        """As Trainer's; LeMo learns which optimizer step this is."""
         if self.lemo is None:
             return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         if self._first_batch:
@@ -173,7 +176,7 @@ class LeMoMixin(_Mixed):
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
-        """As Trainer's; a `compute_loss` of the user's is given labels that LeMo may strike."""
+        """As Trainer's; a user's own `compute_loss` gets labels that LeMo may strike."""
         inputs = super()._prepare_inputs(inputs)
         if self._in_step and self._loss_is_overridden() and "labels" in inputs:
             assert self.lemo is not None  # or no step would be marked
@@ -182,7 +185,7 @@ class LeMoMixin(_Mixed):
         return inputs
 
     def _loss_is_overridden(self) -> bool:
-        """Whether a `compute_loss` of the user's may make its own loss."""
+        """Whether the user overrides `compute_loss`, which may make a loss of its own."""
         if "compute_loss" in vars(self):
             return True
         owners = (base for base in type(self).__mro__ if "compute_loss" in vars(base))
@@ -205,7 +208,7 @@ class LeMoMixin(_Mixed):
             state.device_mesh, loading.dispatch_batches = before
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """As Trainer's; a row that processes share counts once."""
+        """As Trainer's; a row that several processes share counts once."""
         return super().get_total_train_batch_size(args) // self._sequence_parallel_size()
 
     def _sequence_parallel_size(self) -> int:
@@ -218,7 +221,7 @@ class LeMoMixin(_Mixed):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """As Trainer's; labels of a loss outside the model are shown to LeMo as well."""
+        """As Trainer's; LeMo also sees the labels of a loss that is made outside the model."""
         lemo = self.lemo if model.training else None
         with nullcontext() if lemo is None else lemo.training():
             if lemo is not None and self._loss_is_outside() and "labels" in inputs:
@@ -230,7 +233,8 @@ class LeMoMixin(_Mixed):
             )
 
     def _loss_is_outside(self) -> bool:
-        """Whether the loss is made of what the model returns, with labels it is not given."""
+        """Whether the loss is made outside the model, from its output and labels that it does not
+        get."""
         return self.compute_loss_func is not None or self.label_smoother is not None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -253,10 +257,10 @@ class LeMoMixin(_Mixed):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_block_size(self, inputs: Mapping[str, Any], config: LeMoConfig) -> None:
-        """Refuse a block size that no sequence reaches, where that is certain.
+        """Raises ValueError if it is certain that no sequence is as long as one block.
 
-        Asked at the first batch, since a collator may pack rows, and only of a dataset that may be
-        read without consequences: others draw by chance when they are, or are endless.
+        Checked at the first batch, since a collator may pack rows. Only datasets that can be read
+        without side effects are checked: others may draw by chance or be endless.
         """
         ids = inputs.get("input_ids")
         rows: Any = self.train_dataset
@@ -293,7 +297,7 @@ class LeMoMixin(_Mixed):
             )
 
     def _resume_predictor(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
-        """Choose blocks as the checkpoint's run did; the Hub is not asked."""
+        """Choose blocks by the checkpoint's predictor; the Hub is not asked."""
         if config.policy != "predictor":
             return
         if not os.path.isfile(os.path.join(checkpoint, WEIGHTS_NAME)):
@@ -304,7 +308,8 @@ class LeMoMixin(_Mixed):
             return
         if given is not None:
             logger.warning(
-                "%s was trained with another predictor than %r: resuming with the checkpoint's.",
+                "%s was trained with another predictor than %r: resuming with the checkpoint's "
+                "predictor.",
                 checkpoint,
                 config.predictor,
             )
@@ -313,7 +318,8 @@ class LeMoMixin(_Mixed):
 
 
 def _is_plain_dataset(rows: Any) -> bool:
-    """Whether ``rows`` are a `datasets.Dataset` without a transform, which might draw by chance."""
+    """Whether ``rows`` are a `datasets.Dataset` without a transform, since a transform may draw by
+    chance."""
     if not is_datasets_available():
         return False
     from datasets import Dataset
@@ -325,11 +331,12 @@ class LeMoTrainer(LeMoMixin, Trainer):
     """`transformers.Trainer` with one more argument, ``lemo_config``.
 
     Args:
-        lemo_config: Settings: what each layer leaves out in training; None is `Trainer`.
+        lemo_config: Settings of what each layer leaves out in training; None: plain `Trainer`.
 
     All other arguments, methods, callbacks and files are Trainer's. Evaluation, prediction and what
     is saved are those of the plain model.
 
     Raises:
-        ValueError: The model or the way it is run does not fit; before training starts.
+        ValueError: LeMo does not support the model or the way it is run. Raised before training
+            starts.
     """

@@ -1,14 +1,14 @@
-"""How much the blocks that ask look at each block, from real queries and keys.
+"""How much asking blocks attend to each block, from real queries and keys.
 
-A query block m that asks gives one unit away, ``p_mn = softmax_n(B_mn)`` over the blocks it sees.
-B_mn is the greatest attention logit of any of its tokens, in any head, on any key of block n. Block
-n scores the sum of p_mn over the blocks m that ask.
+An asking block m shares out one unit, ``p_mn = softmax_n(B_mn)`` over the blocks that it sees. B_mn
+is the greatest attention logit of any of its tokens, in any head, on any key of block n. The score
+of block n is the sum of p_mn over the asking blocks m.
 
-The paper takes the positive part of logits, means over heads, and sums the blocks' maxima over all
-query blocks. The mean drowns the few heads that retrieve, and the sum of what is not normalised
-favours early blocks by construction. Measured in docs/LOG.md.
+The paper takes the positive part of logits, averages over heads, and sums the blocks' maxima over
+all query blocks. The average hides the few heads that retrieve, and the sum without normalisation
+favours early blocks by construction. docs/LOG.md has the measurements.
 
-Nothing of the size ``[T, T]`` is made: logits exist for a few query blocks at a time.
+No ``[T, T]`` tensor is made: logits exist for a few query blocks at a time.
 
 Sources: LeMo, arXiv:2501.09767 (maxima of blocks); SnapKV, arXiv:2404.14469 (queries that ask at
 the end); QRHead, arXiv:2506.09944 (few heads retrieve); AhaKV, arXiv:2506.03762 (the sum's bias).
@@ -27,21 +27,22 @@ HIDDEN = -1e9  # the logit of a pair that is none; -inf would make rows without 
 
 
 def asking_index(asking: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Places of the blocks that ask.
+    """Indices of the asking blocks.
 
     Args:
-        asking: ``[B, N]`` bool.
-        most: At least as many as ask in any row; the host must know.
+        asking: Whether a block asks, ``[B, N]`` bool.
+        most: Upper bound of the number of asking blocks of a row, known to the host.
 
     Returns:
-        ``[B, most]`` int64, those that ask first and in order, and ``[B, most]`` bool: which do.
+        Indices, ``[B, most]`` int64, the asking blocks first and in order; and ``[B, most]`` bool:
+        whether an entry asks.
     """
     order = asking.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
     return order, asking.gather(1, order)
 
 
 def tokens_of(blocks: Tensor, block_size: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Places of the tokens in ``blocks [B, M]``, and which there are, both ``[B, M * size]``."""
+    """Places of the tokens in ``blocks [B, M]``, and whether they exist, both ``[B, M * size]``."""
     places = blocks[..., None] * block_size + torch.arange(block_size, device=blocks.device)
     places = places.flatten(1)
     return places.clamp_max(tokens - 1), places < tokens
@@ -60,22 +61,24 @@ def asked_shares(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Iterator[Tensor]:
-    """The shares ``p_mn`` of some asking blocks after the other.
+    """The shares ``p_mn``, for a few asking blocks at a time.
 
     Args:
-        query: ``[B, H, T, D]``, any float dtype; logits are fp32.
-        key: ``[B, H_kv, T, D]``; ``H`` a multiple of ``H_kv``.
-        index: ``[B, M]`` int64, blocks that ask; see `asking_index`.
-        asks: ``[B, M]`` bool, False at idle entries.
+        query: Queries, ``[B, H, T, D]``, any float dtype; logits are fp32.
+        key: Keys, ``[B, H_kv, T, D]``; ``H`` is a multiple of ``H_kv``.
+        index: Asking blocks, ``[B, M]`` int64; see `asking_index`.
+        asks: Whether an entry asks, ``[B, M]`` bool, False at idle entries.
         block_size: Tokens a block; the last block may be shorter.
         scaling: Factor of ``q . k``.
-        valid: ``[B, T]`` bool, False at padding, or None.
-        documents: ``[B, T]`` integer document ids, or None: pairs of two documents are hidden.
+        valid: Mask of tokens, ``[B, T]`` bool, False at padding, or None.
+        documents: Document ids, ``[B, T]`` integer, or None. Tokens of different documents do not
+            see each other.
         window: Sliding window in tokens, or None: query i sees keys ``i - window < j <= i``.
-        softcap: ``softcap * tanh(score / softcap)`` as in Gemma 2, or None.
+        softcap: Soft cap of scores, ``softcap * tanh(score / softcap)``, as in Gemma 2, or None.
 
     Yields:
-        ``[B, m, N]`` fp32, which sum to 1 over the N blocks, or are 0 where a block does not ask.
+        Shares, ``[B, m, N]`` fp32, which sum to 1 over the N blocks, or are 0 where an entry does
+        not ask.
     """
     batch, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
@@ -108,7 +111,7 @@ def asked_shares(
 
 
 def _products(rows: Tensor, keys: Tensor) -> Tensor:
-    """``[B, G, R, D] @ [B, G, D, T]`` in fp32, in one product of 16-bit factors where it can be."""
+    """``[B, G, R, D] @ [B, G, D, T]`` in fp32, if possible in one product of 16-bit factors."""
     if not rows.is_cuda or rows.dtype == torch.float32:
         return rows.float() @ keys.float()
     with torch.autocast("cuda", enabled=False):

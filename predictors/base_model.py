@@ -1,4 +1,4 @@
-"""Which base model predictors were trained for, and whether another one is the same."""
+"""The base model that predictors were trained for, and its comparison with another model."""
 
 import dataclasses
 import hashlib
@@ -27,22 +27,22 @@ _IDENTITY = ("name", "commit", "vocab_size")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What tells one base model from another.
+    """Facts that tell one base model from another.
 
     Attributes:
         model_type: Type in its config, such as ``"llama"``.
         hidden_size: Width of the residual stream.
-        num_hidden_layers: Decoder layers.
-        num_attention_heads: Query heads.
-        num_key_value_heads: Key and value heads.
-        vocab_size: Rows of the embedding.
-        name: Repository it was loaded from; None if it came from a directory, whose path means
-            something on one machine only, or was made from scratch.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        vocab_size: Number of rows of the embedding.
+        name: Repository it was loaded from; None if it was made from scratch or loaded from a
+            directory, whose path means nothing on other machines.
         commit: Commit of that repository, or None.
         fingerprint: Fingerprint of its weights, see `fingerprint_of`; None if not known.
 
     Raises:
-        ValueError: A fact is of another kind.
+        ValueError: A fact has the wrong type.
     """
 
     model_type: str
@@ -90,31 +90,31 @@ class BaseModel:
         return dataclasses.replace(facts, fingerprint=fingerprint_of(model))
 
     def same_architecture(self, model: "BaseModel") -> bool:
-        """Whether predictors for one have the shapes of the other."""
+        """Whether predictors for this model have the shapes of the other."""
         return not self._differences(model, _ARCHITECTURE)
 
     def check(self, model: "BaseModel") -> None:
         """Compare with the ``model`` that is to be trained.
 
-        Other weights are a warning, as those of a fine-tuned model may do. Name, commit and
-        vocabulary count where the weights of one of the two are not known.
+        Other weights cause only a warning, since predictors may work for a fine-tuned model. Name,
+        commit and vocabulary are compared if the weights of one of the two are not known.
 
         Raises:
-            ValueError: It has another architecture.
+            ValueError: The model has another architecture.
         """
         wrong = self._differences(model, _ARCHITECTURE)
         if wrong:
             raise ValueError(
                 f"the predictors were trained for another architecture: {wrong}. Use predictors of "
-                f"this model (lemo train-predictor makes them; these are {self.name or 'unnamed'}'"
-                "s), or policy='overlap', which needs none."
+                "this model (lemo train-predictor makes them; these were made for "
+                f"{self.name or 'an unnamed model'}), or policy='overlap', which needs none."
             )
         known = None not in (self.fingerprint, model.fingerprint)
         other = self._differences(model, ("fingerprint",) if known else _IDENTITY)
         if other:
             logger.warning(
-                "the predictors were trained on another base model (%s): %s. They fit its shapes; "
-                "whether they choose well is not known.",
+                "the predictors were trained on another base model (%s): %s. They fit this model's "
+                "shapes, but may not choose well for it.",
                 self.name or "unnamed",
                 other,
             )
@@ -128,24 +128,24 @@ class BaseModel:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON knows them."""
+        """The facts, as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
 def fingerprint_of(model: Any) -> str | None:
     """A SHA-256 of a sample of a model's weights, which survives casts and most quantisation.
 
-    Sampled are the weights of all norms, and the first 64 numbers of the first 256 embeddings: no
-    usual quantisation touches them, adapters lie beside them, and added tokens come behind. Numbers
-    are rounded to bf16 and then to 1/1024, so that fp32, bf16 and fp16 copies of one checkpoint
-    agree (of fp32 checkpoints, fp16 copies may not).
+    The sample has the weights of all norms, and the first 64 numbers of the first 256 embeddings:
+    the usual quantisations and adapters do not change them, and added tokens come after them.
+    Numbers are rounded to bf16 and then to 1/1024, so that fp32, bf16 and fp16 copies of one
+    checkpoint agree (fp16 copies of fp32 checkpoints may not).
 
     Args:
-        model: A transformers model on any device.
+        model: Transformers model on any device.
 
     Returns:
-        64 hexadecimal digits; None where weights are not there to be read: on the meta device, or
-        cut up by FSDP or ZeRO-3.
+        64 hexadecimal digits; None if weights cannot be read: on the meta device, or split by FSDP
+        or ZeRO-3.
     """
     embedding = model.get_input_embeddings().weight
     norms = [

@@ -1,15 +1,15 @@
-"""The network that predicts what blocks the asking blocks of a row will look at.
+"""The network that predicts which blocks the asking blocks of a row will need.
 
-Every token has a query and a key of length 1, maps of what a layer is about to read. A token i of a
-block that asks matches a block n by its best key there, ``s_in = scale * max_j q_i . k_j``, and
-looks at the blocks before its own by ``softmax_n(s_in)``. Tokens weigh differently: what block m
-looks at is the mean over its tokens by ``softmax_i`` of a weight: a map of the token, and how rare
-it is in its row (`rarity`), as rare words say more than common ones. So each asking block gives one
-unit away, and a block scores what it is given. Before anything is learned a token looks for its
-like, the more the rarer it is.
+Every token has a query and a key of length 1, maps of the layer's input. A token i of an
+asking block matches a block n by its best key there, ``s_in = scale * max_j q_i . k_j``, and
+divides one unit among the blocks before its own by ``softmax_n(s_in)``. The shares of block m are
+the mean over its tokens, weighted by ``softmax_i`` of a map of the token plus its rarity in its row
+(`rarity`), since rare words say more than common ones. So each asking block shares out one unit,
+and the score of a block is the sum of its shares. Before anything is learned a token looks for
+similar tokens, with more weight the rarer it is.
 
-Tokens meet tokens (late interaction) because means of blocks lose the words. The weights cost one
-pass over the stream and one product of the asking tokens with all keys.
+Tokens are compared with tokens (late interaction) because means of blocks lose the words. This
+costs one pass over the stream and one product of the asking tokens with all keys.
 
 Sources: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction" (low-rank queries and keys);
 ColBERT, arXiv:2004.12832 (late interaction).
@@ -31,7 +31,7 @@ RANK = 512  # the more dimensions, the truer the cosines: see docs/LOG.md
 
 
 class Projected(NamedTuple):
-    """What is needed of each token, by blocks, fp32."""
+    """Queries, keys and weights of the tokens, by blocks, fp32."""
 
     keys: Tensor  # [B, N, block_size, rank]
     queries: Tensor  # [B, N, block_size, rank]
@@ -40,11 +40,12 @@ class Projected(NamedTuple):
 
     @classmethod
     def join(cls, parts: list["Projected"]) -> "Projected":
-        """Chunks of a sequence, in order, as one."""
+        """Chunks of a sequence, in order, joined to one."""
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
     def weighed(self, rare: Tensor | None) -> "Projected":
-        """With ``rare [B, T]`` fp32, the tokens' `rarity`, in their weights; None: as they are."""
+        """A copy whose weights include ``rare [B, T]`` fp32, the tokens' `rarity`; with None
+        unchanged."""
         if rare is None:
             return self
         blocks, size = self.weights.shape[1:]
@@ -57,7 +58,7 @@ class BlockPredictor(nn.Module):
     """Scores of token blocks for the attention of one layer.
 
     Args:
-        hidden_size: H of the model.
+        hidden_size: Hidden size H of the model.
         block_size: Tokens a block.
         rank: Size of queries and keys.
     """
@@ -73,8 +74,8 @@ class BlockPredictor(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw the weights anew, on the CPU, from ``generator`` alone.
 
-        Queries begin as keys, so that a token looks for its like before anything is learned. Their
-        dimensions are orthogonal: cosines are those of the model's states, as far as so many tell.
+        Queries begin equal to keys, so that a token looks for similar tokens before anything is
+        learned. Their dimensions are orthogonal: cosines approximate those of the model's states.
         """
         nn.init.orthogonal_(self.key.weight, generator=generator)
         self.query.weight.data.copy_(self.key.weight)
@@ -84,13 +85,13 @@ class BlockPredictor(nn.Module):
 
     @torch.no_grad()
     def center(self, rows: Tensor) -> None:
-        """Take what all of ``rows [..., H]`` have in common out of queries and keys."""
+        """Remove what all of ``rows [..., H]`` have in common from queries and keys."""
         mean = rows.flatten(0, -2).mean(0, dtype=torch.float32)
         for linear in (self.query, self.key):
             linear.bias.copy_(-linear.weight @ mean)
 
     def untrained(self, rows: Tensor) -> "BlockPredictor":
-        """A network of the same sizes that learned nothing, centred on ``rows [..., H]``."""
+        """A new network of the same sizes, not trained, centred on ``rows [..., H]``."""
         new = BlockPredictor(**self.sizes)
         new.init_weights(torch.Generator().manual_seed(0))
         new.to(rows.device).center(rows)
@@ -102,11 +103,12 @@ class BlockPredictor(nn.Module):
         return {name: getattr(self, name) for name in ("hidden_size", "block_size", "rank")}
 
     def project(self, rows: Tensor, valid: Tensor | None = None) -> Projected:
-        """What scores need of ``rows [B, T, H]``, the sublayer's normed input, any float dtype.
+        """Queries, keys and weights of ``rows [B, T, H]``, the sublayer's normed input, any float
+        dtype.
 
         Args:
-            rows: A whole sequence, or a chunk of it that begins at a block.
-            valid: ``[B, T]`` bool, False at padding; None: all are tokens.
+            rows: Whole sequence, or a chunk of it that begins at a block.
+            valid: Mask of tokens, ``[B, T]`` bool, False at padding; None: all are tokens.
         """
         batch, tokens, _ = rows.shape
         if valid is None:
@@ -124,19 +126,20 @@ class BlockPredictor(nn.Module):
     def log_shares(
         self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """Logarithms of what asking blocks give the blocks before them, some after the other.
+        """Logarithms of the shares that asking blocks give the blocks before them, for a few asking
+        blocks at a time.
 
-        A block sees those before it in its document but the first, which holds attention's sink and
-        is always kept.
+        A block sees the blocks before it in its document, except the first, which holds the
+        attention sink and is always kept.
 
         Args:
-            projected: Of the whole sequence.
-            index: ``[B, M]`` int64, the blocks that ask; see `asked_shares.asking_index`.
-            asks: ``[B, M]`` bool, False at idle entries.
-            documents: ``[B, N]`` id of each block's document, or None.
+            projected: Projection of the whole sequence, as `project` makes it.
+            index: Asking blocks, ``[B, M]`` int64; see `asked_shares.asking_index`.
+            asks: Whether an entry asks, ``[B, M]`` bool, False at idle entries.
+            documents: Id of each block's document, ``[B, N]``, or None.
 
         Yields:
-            ``[B, m, N]`` fp32, about `HIDDEN` where a block is not seen.
+            Logarithms, ``[B, m, N]`` fp32, about `HIDDEN` where a block is not seen.
         """
         keys, queries, weights, valid = projected
         batch, blocks, size, _ = keys.shape
@@ -161,7 +164,8 @@ class BlockPredictor(nn.Module):
     def score(
         self, projected: Projected, index: Tensor, asks: Tensor, documents: Tensor | None = None
     ) -> Tensor:
-        """``[B, N]`` fp32, at least 0: what each block is given; arguments as of `log_shares`."""
+        """Scores ``[B, N]`` fp32, at least 0: sums of the shares that each block gets; arguments as
+        of `log_shares`."""
         shares = self.log_shares(projected, index, asks, documents)
         return torch.stack([part.exp().sum(1) for part in shares]).sum(0)
 
@@ -174,12 +178,12 @@ class BlockPredictor(nn.Module):
         documents: Tensor | None = None,
         rare: Tensor | None = None,
     ) -> Tensor:
-        """`score` of what `project` gives for ``rows``, `weighed` by ``rare``."""
+        """The `score` of the projection of ``rows``, `weighed` by ``rare``."""
         return self.score(self.project(rows, valid).weighed(rare), index, asks, documents)
 
 
 def _sought(real: Tensor, documents: Tensor | None) -> Tensor:
-    """Blocks that anybody looks for: all that hold tokens but the first of each document."""
+    """Blocks that can be found: all that hold tokens, except the first of each document."""
     if documents is None:
         return real & (real.cumsum(1) > 1)
     return real & (documents.diff(dim=1, prepend=documents[:, :1] - 1) == 0)

@@ -1,4 +1,4 @@
-"""The model card of predictors: what they are for, what was measured, how they were made."""
+"""The model card of predictors: their purpose, their measurements, and how they were made."""
 
 import html
 import json
@@ -17,9 +17,9 @@ def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
     """The text of ``README.md``. Every number in it comes from the arguments.
 
     Args:
-        info: `PredictorInfo`.
+        info: Facts about the predictors.
         layers: Predictors, one entry a layer; None where there is none.
-        source: Source that users load: a repository id, or a directory.
+        source: Repository id or directory that users load.
     """
     from huggingface_hub import ModelCardData
 
@@ -69,7 +69,8 @@ def _how_to_use(info: Any, source: str) -> str:
 
 
 def _recall(table: list[dict[str, Any]]) -> str:
-    """One line for each documents, retention and layer; one column for each ranking."""
+    """Table of recall: a line for each kind of documents, retention and layer, and a column for
+    each ranking."""
     lines: dict[tuple, dict[str, Any]] = {}
     names = ("documents", "retention", "layer")
     for row in table:
@@ -123,13 +124,13 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as it reads, in a line or a cell: no HTML, link, code or column begins in it."""
+    """``text`` escaped for a line or a cell, so that it begins no HTML, link, code or column."""
     words = " ".join(html.escape(text, quote=False).split())
     return re.sub(r"([\\|`]|\](?=[(\[]))", r"\\\1", words)
 
 
 def _code(text: str) -> str:
-    """A span of code, in more backticks than follow each other in it."""
+    """A span of code, in more backticks than it has in a row."""
     words = " ".join(text.split())
     ticks = _more_ticks(words, 1)
     space = " " if "`" in words else ""
@@ -137,7 +138,7 @@ def _code(text: str) -> str:
 
 
 def _block(language: str, text: str) -> str:
-    """Lines of code, likewise."""
+    """A block of code, likewise."""
     ticks = _more_ticks(text, 3)
     return f"{ticks}{language}\n{text}\n{ticks}"
 

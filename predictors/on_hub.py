@@ -1,7 +1,7 @@
-"""Predictors on the Hub for a base model: what ``predictor="auto"`` takes.
+"""Predictors on the Hub for a base model, for ``predictor="auto"``.
 
-A predictor's model card says ``base_model`` and the tag ``lemo-predictor``
-(`LeMoPredictor.push_to_hub`), by which the Hub finds it; its ``lemo_config.json`` has the
+A predictor's model card has ``base_model`` and the tag ``lemo-predictor``
+(`LeMoPredictor.push_to_hub`), by which the Hub finds it. Its ``lemo_config.json`` has the
 fingerprint of the weights that it belongs to.
 """
 
@@ -22,10 +22,10 @@ _WAY_OUT = (
 
 
 def find_predictor(base: BaseModel, block_size: int) -> str:
-    """The most downloaded repository whose predictors belong to a model's weights.
+    """Find the most downloaded repository whose predictors belong to a model's weights.
 
     Args:
-        base: The model that is to be trained.
+        base: Model that is to be trained.
         block_size: Tokens a block, of its `LeMoConfig`.
 
     Raises:
@@ -34,8 +34,8 @@ def find_predictor(base: BaseModel, block_size: int) -> str:
     """
     if base.name is None:
         raise ValueError(
-            "predictor='auto' asks the Hub by the model's name, and this model was loaded from a "
-            f"directory or made from scratch. {_WAY_OUT}"
+            "predictor='auto' asks the Hub by the model's name, which a model from a directory or "
+            f"from scratch does not have. {_WAY_OUT}"
         )
     rejected = {}
     for repo in _tagged(base.name):
@@ -67,7 +67,7 @@ def _tagged(name: str) -> list[str]:
 
 
 def _misfit(repo: str, base: BaseModel, block_size: int) -> str | None:
-    """Why the predictors of ``repo`` do not fit, or None."""
+    """Why the predictors of ``repo`` do not fit, in words, or None."""
     try:
         (path,) = find_files(repo, [CONFIG_NAME])
         section = read_section(path)
@@ -78,7 +78,7 @@ def _misfit(repo: str, base: BaseModel, block_size: int) -> str | None:
     if not theirs.same_architecture(base):
         return "made for another architecture"
     if base.fingerprint is None:
-        logger.warning("%s may be for other weights: the model's cannot be read here", repo)
+        logger.warning("%s may be for other weights: those of this model cannot be read here", repo)
     elif theirs.fingerprint != base.fingerprint:
         return "made for other weights"
     if size != block_size:

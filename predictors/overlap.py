@@ -1,4 +1,4 @@
-"""Which blocks share rare words with the tokens that ask: no model, one sort of all words.
+"""Which blocks share rare words with the asking tokens: without a model, by one sort of all words.
 
 Pure functions of their inputs. Sums are of integers, so they depend on no order: the same row gives
 the same scores on any device, in any batch, in a recomputation and after a resume.
@@ -28,29 +28,29 @@ def overlap_scores(
     documents: Tensor | None = None,
     hops: int = HOPS,
 ) -> Tensor:
-    """How much rare wording a block shares, in one place, with the tokens that ask.
+    """How much rare wording a block shares, in one place, with the asking tokens.
 
     A word (one token, or two neighbours) weighs ``log(blocks / blocks that hold it) ** POWER``, and
-    counts once a block. A place finds what the wanted words within `NEAR` tokens of it weigh; a
-    block scores what its best place finds. The first hop wants the words of tokens that ask. Each
-    further one also wants the words of every place, as much as that place found, of what the best
-    one did: so the links of a chain of facts are found one after the other. Blocks that ask score
-    above all others, and nothing is found in them.
+    counts once in a block. A place finds the weights of the wanted words within `NEAR` tokens of
+    it; the score of a block is what its best place finds. The first hop wants the words of asking
+    tokens. Each further hop also wants the words of every place, by the share that it found of the
+    best place's finds, so that the links of a chain of facts are found one after the other. Asking
+    blocks score above all others, and nothing is found in them.
 
     The host waits for nothing. Words of all lengths share each operation: for one row the time is
     that of launching kernels.
 
     Args:
         input_ids: ``[B, T]``.
-        asking: ``[B, T]`` bool: tokens whose words are wanted.
-        block_size: Tokens a block; a word belongs to the block of its first token.
-        valid: ``[B, T]`` bool, False at padding; or None.
-        documents: ``[B, T]`` ascending ids, or None. Words are wanted, counted and found within one
-            document.
-        hops: At least 1.
+        asking: Tokens whose words are wanted, ``[B, T]`` bool.
+        block_size: Tokens a block. A word belongs to the block of its first token.
+        valid: Mask of tokens, ``[B, T]`` bool, False at padding; or None.
+        documents: Document ids, ``[B, T]`` ascending, or None. Words are wanted, counted and found
+            within one document.
+        hops: Number of hops, at least 1.
 
     Returns:
-        ``[B, ceil(T / block_size)]`` fp32, >= 0; 0 in a row where nobody asks.
+        Scores, ``[B, ceil(T / block_size)]`` fp32, at least 0; 0 in a row where no token asks.
 
     Source: design measured in ``docs/QUALITY.md``; the weights are inverse document frequencies.
     """
@@ -69,7 +69,7 @@ def overlap_scores(
 
 
 class _Row:
-    """Places of a batch: blocks, and the documents that bound what is near.
+    """Places of a batch: blocks, and the documents that bound which tokens are near.
 
     Args:
         input_ids: ``[B, T]``.
@@ -97,7 +97,8 @@ class _Row:
         self._to = torch.minimum(place + NEAR + 1, end)
 
     def near(self, weights: Tensor, where: Tensor) -> Tensor:
-        """What places find, ``[B, T]`` int64, by ``weights`` of words that begin there, likewise.
+        """What places find, ``[B, T]`` int64, from the ``weights`` of words that begin at tokens,
+        likewise.
 
         Words and places count ``where [B, T]`` bool is True.
         """
@@ -106,7 +107,7 @@ class _Row:
         return found if self.valid is None else found * self.valid
 
     def share(self, found: Tensor) -> Tensor:
-        """``found [B, T]`` of the most in its document, ``[B, T]`` fp64."""
+        """``found [B, T]`` as a share of the most in its document, ``[B, T]`` fp64."""
         most = torch.zeros_like(found).scatter_reduce_(1, self.number, found, "amax")
         return found.double() / most.gather(1, self.number).clamp_min(1)
 
@@ -116,15 +117,15 @@ class _Row:
         return torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, self.size))
 
     def in_blocks(self, strength: Tensor) -> Tensor:
-        """Tokens of blocks with any ``strength [B, T]``: ``[B, T]`` bool."""
+        """Tokens of blocks that have any ``strength [B, T]``, ``[B, T]`` bool."""
         blocks = self.by_block(strength).any(2)
         return blocks.repeat_interleave(self.size, 1)[:, : self.shape[1]]
 
 
 class _Words:
-    """The words of a batch, by their `LENGTHS` (L), in the order of a sort by word and then block.
+    """The words of a batch, by their `LENGTHS` (L), sorted by word and then by block.
 
-    A word that holds padding, or ends in another document, is none: it sorts last and weighs
+    A word that holds padding or ends in another document does not count: it sorts last and weighs
     nothing.
     """
 
@@ -153,7 +154,7 @@ class _Words:
         self._weight = rarity.clamp_min(1).log() ** POWER * first * _UNIT
 
     def most(self, strength: Tensor) -> Tensor:
-        """How much each word is wanted, by the strongest of its places: ``[L, B, T]``, sorted.
+        """How much each word is wanted, by the strongest of its places, ``[L, B, T]``, sorted.
 
         A place of two tokens is as strong as the weaker of them; ``strength [B, T]`` in [0, 1].
         """
@@ -166,14 +167,14 @@ class _Words:
         return best.gather(2, self._word)
 
     def weigh(self, wanted: Tensor) -> Tensor:
-        """What the words that begin at each token weigh: ``[B, T]`` int64, by ``wanted``, sorted.
+        """Weight of the words that begin at each token, ``[B, T]`` int64, by ``wanted``, sorted.
 
-        A word counts where a block first holds it.
+        A word counts only at its first place in a block.
         """
         weights = (self._weight * wanted).round().long()
         return torch.empty_like(weights).scatter_(2, self._order, weights).sum(0)
 
 
 def _shifted(x: Tensor, count: int, value: int = 0) -> Tensor:
-    """What stands ``count`` to the right: ``[B, T]``, ``value`` behind the end."""
+    """Values ``count`` places to the right, ``[B, T]``; ``value`` behind the end."""
     return torch.nn.functional.pad(x[:, count:], (0, count), value=value)

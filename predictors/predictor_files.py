@@ -1,10 +1,10 @@
-"""A predictor's two files: written as one, and checked before anything is made of them.
+"""The two files of a predictor: written together, and checked before use.
 
-``lemo_config.json`` holds the recommended `LeMoConfig` and, under ``"predictor"``, what the
-predictors are; ``lemo_predictors.safetensors`` holds their weights. The first names the SHA-256 of
-the second, so that a damaged file, or one of another save, is seen. A save puts new weights beside
-the old ones, under a name with their SHA-256, then replaces the config, then the old weights: one
-rename, that of the config, makes both new files visible.
+``lemo_config.json`` holds the recommended `LeMoConfig` and, under ``"predictor"``, the facts about
+the predictors; ``lemo_predictors.safetensors`` holds their weights. The first names the SHA-256 of
+the second, so that a damaged file, or one of another save, is found. A save writes new weights
+beside the old ones, under a name with their SHA-256, then replaces the config, then the old
+weights. One rename, that of the config, makes both new files visible.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ def write_predictor_files(
     section: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Write both files, or neither, whatever ends the process and whoever else writes there.
+    """Write both files or neither, whatever ends the process and whoever else writes there.
 
     Raises:
-        TypeError: ``section`` holds what JSON does not know.
+        TypeError: ``section`` holds a value that JSON cannot write.
     """
     from safetensors.torch import save
 
@@ -76,7 +76,8 @@ def write_predictor_files(
 
 
 def named_weights(weights_path: str, sha256: Any) -> str:
-    """The weights that a config means: until a save has ended they lie beside the ones before."""
+    """The file of the weights that a config names; until a save has ended it lies beside the old
+    one."""
     if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256):
         beside = _beside(weights_path, sha256)
         if os.path.isfile(beside):
@@ -90,7 +91,7 @@ def _beside(weights_path: str, sha256: str) -> str:
 
 
 def _end_save(config_path: str, weights_path: str) -> None:
-    """Put the weights that the config means in their place, if they lie beside it."""
+    """Move the weights that the config names to their place, if they lie beside it."""
     try:
         sha256 = read_section(config_path)["sha256"]
     except (OSError, ValueError, KeyError):
@@ -101,22 +102,23 @@ def _end_save(config_path: str, weights_path: str) -> None:
 
 
 def read_section(path: str | os.PathLike) -> dict[str, Any]:
-    """What a ``lemo_config.json`` says of the predictors beside it.
+    """The section of a ``lemo_config.json`` on the predictors beside it.
 
     Raises:
-        ValueError: It is no JSON, says nothing of predictors, or has another version's format.
+        ValueError: The file is not JSON, has no section on predictors, or has another version's
+            format.
     """
     values = read_json(path)
     section = values.get("predictor")
     if isinstance(section, str):
         raise ValueError(
-            f"{path} holds no predictor, it refers to {shown(section)}: load the predictor from "
+            f"{path} holds no predictor but refers to {shown(section)}: load the predictor from "
             "there."
         )
     if not isinstance(section, dict):
         raise ValueError(
-            f"{path} has no object under the key 'predictor' (got {shown(section)}): it is a "
-            "LeMoConfig alone. LeMoPredictor.save_pretrained writes one with a predictor."
+            f"{path} has no object under the key 'predictor' (got {shown(section)}): it holds a "
+            "LeMoConfig alone. LeMoPredictor.save_pretrained writes a file with a predictor."
         )
     found = section.get("format")
     if type(found) is not int or found != FORMAT:
@@ -132,16 +134,17 @@ def read_section(path: str | os.PathLike) -> dict[str, Any]:
 def read_tensors(
     path: str | os.PathLike, shapes: dict[str, tuple[int, ...]], sha256: str
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in fp32 and memory of their own.
+    """Read the tensors of a safetensors file, in fp32 and memory of their own.
 
     Args:
-        path: The file.
-        shapes: Every tensor that it must hold, and no other. Compared with the file's header, so
-            that nothing is allocated for a config that does not belong to it.
-        sha256: Hash of the file.
+        path: Path of the file.
+        shapes: Shape of every tensor that the file must hold, and no other. They are compared with
+            its header, so that nothing is allocated for a config that does not belong to the file.
+        sha256: SHA-256 of the file.
 
     Raises:
-        ValueError: It is damaged, a pickle, or holds other names, shapes, dtypes or values.
+        ValueError: The file is damaged, is a pickle, or holds other names, shapes, dtypes or
+            values.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -160,7 +163,9 @@ def read_tensors(
                 )
             tensors = {name: file.get_tensor(name).float().clone() for name in shapes}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}). {_AGAIN}") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}). {_AGAIN}"
+        ) from error
     for name, tensor in tensors.items():
         wrong = math.prod(tensor.shape) - int(torch.isfinite(tensor).sum())
         if wrong:

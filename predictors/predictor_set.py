@@ -27,17 +27,17 @@ from lemo_hf.storage.outputs import locked
 
 @dataclass(frozen=True)
 class PredictorInfo:
-    """What predictors were trained for, and how well they do; all of it JSON.
+    """Facts about predictors: what they were trained for, and how well they do; all of it JSON.
 
     Attributes:
         block_size: Tokens a block.
-        base: The model they were trained for.
-        recall: Rows of what was measured, as `lemo_hf.tune.recall.recall_table` returns it.
-        training: Facts of how they were made. ``"datasets"`` (Hub ids) and ``"command"`` have
-            places of their own in the model card; all else (tokens, epochs, ...) is listed there.
+        base: Base model that they were trained for.
+        recall: Measured recall, rows as `lemo_hf.tune.recall.recall_table` returns them.
+        training: Facts of how they were made. The model card has places for ``"datasets"`` (Hub
+            ids) and ``"command"``, and lists all others (tokens, epochs, ...).
 
     Raises:
-        ValueError: The block size is no positive integer, or facts are of another kind.
+        ValueError: The block size is not a positive integer, or a fact has the wrong type.
     """
 
     block_size: int
@@ -66,15 +66,15 @@ class PredictorInfo:
 
 
 class LeMoPredictor(nn.Module):
-    """Small networks of some decoder layers, which say what blocks are needed from there on.
+    """Small networks for some decoder layers, which predict which blocks are needed from there on.
 
     Args:
-        info: Facts: what they were trained for.
-        layers: One `BlockPredictor` a decoder layer; None for a layer that has none.
+        info: Facts about the networks: what they were trained for.
+        layers: One `BlockPredictor` for each decoder layer; None for a layer without one.
 
     Raises:
-        ValueError: There is not one entry a layer of the base model, no predictor at all, or one
-            for other sizes than ``info`` says.
+        ValueError: ``layers`` does not have one entry for each layer of the base model, has no
+            predictor at all, or has one whose sizes differ from ``info``.
     """
 
     def __init__(self, info: PredictorInfo, layers: Sequence[BlockPredictor | None]):
@@ -83,8 +83,8 @@ class LeMoPredictor(nn.Module):
         count = info.base.num_hidden_layers
         if len(layers) != count or all(predictor is None for predictor in layers):
             raise ValueError(
-                f"a predictor needs an entry a layer (the base model has {count}), None for layers "
-                f"without one but not for all; got {len(layers)}."
+                f"layers must have one entry for each of the base model's {count} layers, and not "
+                f"only None; got {len(layers)} entries."
             )
         expected = {"hidden_size": info.base.hidden_size, "block_size": info.block_size}
         for layer, predictor in enumerate(layers):
@@ -99,18 +99,18 @@ class LeMoPredictor(nn.Module):
 
     @property
     def layers(self) -> list[BlockPredictor | None]:
-        """One entry a decoder layer; None where there is no predictor."""
+        """One entry for each decoder layer; None for a layer without a predictor."""
         return cast(list[BlockPredictor | None], list(self.networks))
 
     @property
     def known(self) -> list[int]:
-        """Indices of the layers that have one."""
+        """Indices of the layers that have a predictor."""
         return [i for i, network in enumerate(self.layers) if network is not None]
 
     @property
     def recommended(self) -> LeMoConfig:
-        """A `LeMoConfig` that fits, with the usual retention: layers agree on one kept set, which
-        the first layer with a predictor chooses; those below it stay dense."""
+        """A `LeMoConfig` that fits, with the default retention: layers agree on one kept set, which
+        the first layer with a predictor chooses; the layers below it stay dense."""
         return LeMoConfig(
             policy="predictor",
             block_size=self.info.block_size,
@@ -118,14 +118,14 @@ class LeMoPredictor(nn.Module):
         )
 
     def check(self, model: Any, lemo_config: LeMoConfig) -> None:
-        """Compare with the model and the settings that are to be trained with.
+        """Check the model and the settings of a training against the predictors.
 
         Args:
-            model: The transformers model. Other weights are a warning.
-            lemo_config: The user's choice.
+            model: Transformers model. Other weights cause a warning.
+            lemo_config: The user's settings.
 
         Raises:
-            ValueError: Architecture or block size differ.
+            ValueError: The architecture or the block size differs.
         """
         self.info.base.check(BaseModel.of_model(model))
         self._check_settings(lemo_config)
@@ -139,11 +139,12 @@ class LeMoPredictor(nn.Module):
             )
 
     def with_recall(self, table: list[dict[str, Any]]) -> "LeMoPredictor":
-        """The same networks, knowing their recall: rows of `lemo_hf.tune.recall.recall_table`."""
+        """A copy with the same networks and the given recall: rows of
+        `lemo_hf.tune.recall.recall_table`."""
         return LeMoPredictor(dataclasses.replace(self.info, recall=table), self.layers)
 
     def same_as(self, other: "LeMoPredictor") -> bool:
-        """Whether both hold the same networks with the same weights, wherever they lie."""
+        """Whether both have the same networks with the same weights, on any device."""
         ours, theirs = self.state_dict(), other.state_dict()
         return self._sizes() == other._sizes() and all(
             torch.equal(tensor.cpu(), theirs[name].cpu()) for name, tensor in ours.items()
@@ -155,9 +156,8 @@ class LeMoPredictor(nn.Module):
         """Write ``lemo_predictors.safetensors`` and ``lemo_config.json`` into a directory.
 
         Args:
-            directory: Directory, made if missing. After a crash it holds the old files or the new
-                ones.
-            lemo_config: Settings to train with; `recommended` if None.
+            directory: Directory, made if missing. After a crash it holds the old or the new files.
+            lemo_config: Settings to train with; None: `recommended`.
 
         Raises:
             ValueError: ``lemo_config`` has another block size.
@@ -176,12 +176,12 @@ class LeMoPredictor(nn.Module):
         *,
         repo_id: str | None = None,
     ) -> None:
-        """`save_files`, and a model card ``README.md``.
+        """Write what `save_files` writes, and a model card ``README.md``.
 
         Args:
             directory: Directory, made if missing.
-            lemo_config: Settings to train with; `recommended` if None.
-            repo_id: Repository that the card tells users to load; the directory if None.
+            lemo_config: Settings to train with; None: `recommended`.
+            repo_id: Repository that the card tells users to load; None: the directory.
 
         Raises:
             ValueError: ``lemo_config`` has another block size.
@@ -207,11 +207,11 @@ class LeMoPredictor(nn.Module):
         """Upload what `save_pretrained` writes, in one commit.
 
         Args:
-            repo_id: Repository, which is made if missing.
-            lemo_config: Settings to train with; `recommended` if None.
-            private: Visibility of a new repository.
-            token: Access token that may write; the stored one if None.
-            revision: Branch, which is made if missing; None for the default one.
+            repo_id: Repository id; the repository is made if missing.
+            lemo_config: Settings to train with; None: `recommended`.
+            private: Whether a new repository is private.
+            token: Access token that may write; None: the stored one.
+            revision: Branch, which is made if missing; None: the default branch.
             commit_message: Message of the commit.
 
         Returns:
@@ -235,19 +235,20 @@ class LeMoPredictor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoPredictor":
-        """Load predictors from a directory or a Hub repository, checked, on the CPU.
+        """Load and check predictors from a directory or a Hub repository, on the CPU.
 
         Args:
-            path_or_repo: Directory, or repository id.
-            **hub_kwargs: ``revision``, ``token``, ``cache_dir``, ... for `hf_hub_download`.
+            path_or_repo: Directory, or Hub repository id.
+            **hub_kwargs: Arguments of `hf_hub_download`: ``revision``, ``token``, ``cache_dir``,
+                ...
 
         Returns:
-            Predictors in fp32 and eval mode that require no gradient.
+            Predictors in fp32 and eval mode, without gradients.
 
         Raises:
             OSError: There is no such directory or repository, or it cannot be reached.
-            ValueError: A file is missing, damaged, pickled, of a newer version, or the two do not
-                belong together. Nothing is loaded then.
+            ValueError: A file is missing, damaged, pickled or of a newer version, or the two files
+                do not belong together. Then nothing is loaded.
         """
         if not os.path.isdir(path_or_repo):
             return cls._from_files(
@@ -283,11 +284,11 @@ class LeMoPredictor(nn.Module):
             return cls(info, [_block_predictor(i, layer) for i, layer in enumerate(sizes)])
 
     def _sizes(self) -> list[dict[str, int] | None]:
-        """What each layer's predictor is made with."""
+        """The sizes of each layer's predictor."""
         return [None if network is None else network.sizes for network in self.layers]
 
     def describe(self) -> str:
-        """One line: what they are."""
+        """A description of the predictors in one line."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         layers = ", ".join(map(str, self.known))
         return (

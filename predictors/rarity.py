@@ -1,4 +1,4 @@
-"""How rare a token is in its row: what a row says once is what a question can be about."""
+"""How rare a token is in its row: a question can ask for what a row says once."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ def rarity(
     """Minus the logarithm of how often a token stands in its document.
 
     Args:
-        input_ids: ``[B, T]`` integer.
-        valid: ``[B, T]`` bool, False at padding, which is counted apart; None: all are tokens.
-        documents: ``[B, T]`` ascending integer ids, or None: a row is one document.
+        input_ids: Token ids, ``[B, T]`` integer.
+        valid: Mask of tokens, ``[B, T]`` bool, False at padding, which is counted separately; None:
+            all are tokens.
+        documents: Document ids, ``[B, T]`` ascending integers; None: a row is one document.
 
     Returns:
-        ``[B, T]`` fp32, at most 0. The same on any device; the host waits for nothing.
+        Rarity in nats, ``[B, T]`` fp32, at most 0. It is the same on any device; the host waits for
+        nothing.
     """
     key = input_ids.long()
     if documents is not None:

@@ -1,4 +1,4 @@
-"""Block scores that need no training: by chance or by place, and the pooling others build on.
+"""Block scores that need no training, by chance or by place; and mean pooling of blocks.
 
 Pure functions of their inputs: the same batch, step and seed give the same scores on any device,
 in a recomputation and after a resume.
@@ -15,12 +15,13 @@ def pool_blocks(rows: Tensor, valid: Tensor | None, block_size: int) -> Tensor:
     """Mean row of each block over its valid tokens.
 
     Args:
-        rows: ``[B, T, H]``, any float dtype.
-        valid: ``[B, T]`` bool or None.
+        rows: Vectors of the tokens, ``[B, T, H]``, any float dtype.
+        valid: Mask of tokens, ``[B, T]`` bool, or None.
         block_size: Tokens a block; the last one may be shorter.
 
     Returns:
-        ``[B, ceil(T / block_size), H]`` in the dtype of ``rows``, 0 where a block has no token.
+        Means, ``[B, ceil(T / block_size), H]`` in the dtype of ``rows``, 0 where a block has no
+        token.
     """
     batch, tokens, _ = rows.shape
     if valid is None:
@@ -34,12 +35,13 @@ def pool_blocks(rows: Tensor, valid: Tensor | None, block_size: int) -> Tensor:
 
 
 def recent_scores(batch: int, num_blocks: int, device: torch.device) -> Tensor:
-    """Later blocks score higher: ``[B, N]`` fp32."""
+    """Scores ``[B, N]`` fp32, higher for later blocks."""
     return torch.arange(num_blocks, device=device).float().expand(batch, -1)
 
 
 def row_keys(input_ids: Tensor, valid: Tensor | None) -> Tensor:
-    """A 32-bit hash of each row's tokens, ``[B, T]`` to ``[B]`` int64; padding does not count."""
+    """A 32-bit hash of each row's tokens, from ``[B, T]`` to ``[B]`` int64; padding does not
+    count."""
     valid = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
     ranks = valid.cumsum(1)
     return (mix32(input_ids.long() * 0x9E3779B1 + ranks) * valid).sum(1) & 0xFFFFFFFF
@@ -59,12 +61,12 @@ def random_scores(keys: Tensor, num_blocks: int, *salts: Tensor | int) -> Tensor
 
 @dataclass(frozen=True)
 class Places:
-    """Where the blocks of a batch lie within their documents; ``[B, N]`` int64 each.
+    """The places of a batch's blocks within their documents, ``[B, N]`` int64 each.
 
     Attributes:
         document: Number of the block's document in its row, ascending.
         place: Place of the block within its document, from 0.
-        size: Blocks of its document.
+        size: Number of blocks of its document.
     """
 
     document: Tensor
@@ -75,7 +77,7 @@ class Places:
     def of(cls, real: Tensor, documents: Tensor | None) -> "Places":
         """The places of the blocks ``real [B, N]`` bool.
 
-        ``documents [B, N]`` are ascending ids of documents; None: each row is one.
+        ``documents [B, N]`` are ascending ids of documents; None: each row is one document.
         """
         if documents is None:
             size = real.sum(1, keepdim=True).expand_as(real)
@@ -89,10 +91,11 @@ class Places:
 
 
 def window_scores(keys: Tensor, places: Places, *salts: Tensor | int) -> Tensor:
-    """Blocks that follow a random one, the nearest first; after the last the first follows.
+    """Scores of the blocks behind a random one, the nearest highest; the first block follows the
+    last.
 
-    So the best of a document are one window, or its end and its beginning, and every block is as
-    likely as every other to be among them.
+    So the best blocks of a document are one window, or its end and its beginning, and every block
+    is equally likely to be among them.
 
     Returns:
         ``[B, N]`` fp32; ``keys [B]`` and ``salts`` as for `random_scores`.
@@ -105,13 +108,13 @@ def window_scores(keys: Tensor, places: Places, *salts: Tensor | int) -> Tensor:
 def chunk_scores(keys: Tensor, places: Places, chunk: int, *salts: Tensor | int) -> Tensor:
     """One uniform score in [0, 1) for each run of ``chunk`` neighbouring blocks of a document.
 
-    Where a document's first run ends is drawn too, so that any two neighbours are parted as often
-    as any other two.
+    The end of a document's first run is also random, so that all pairs of neighbours are equally
+    likely to be parted.
 
     Args:
-        keys: ``[B]`` int64, see `row_keys`.
+        keys: Keys of the rows, ``[B]`` int64, see `row_keys`.
         places: Places of the blocks.
-        chunk: Blocks a run.
+        chunk: Number of blocks of a run.
         *salts: Integers as for `random_scores`.
 
     Returns:
@@ -123,13 +126,13 @@ def chunk_scores(keys: Tensor, places: Places, chunk: int, *salts: Tensor | int)
 
 
 def mix_ranks(first: Tensor, second: Tensor, share: float, real: Tensor) -> Tensor:
-    """Scores whose best blocks are the best of two scores, ``share`` of them of the second.
+    """Scores whose best blocks are the best by two scores, ``share`` of them by the second.
 
     Args:
-        first: ``[B, N]``, higher is better.
-        second: ``[B, N]``, likewise.
-        share: Share of the second, in (0, 1).
-        real: ``[B, N]`` bool: blocks that count. Others, of padding, take no place before them.
+        first: Scores, ``[B, N]``; higher is better.
+        second: Scores, ``[B, N]``, likewise.
+        share: Share of the blocks by the second, in (0, 1).
+        real: Blocks that count, ``[B, N]`` bool. Blocks of padding take no place before them.
 
     Returns:
         ``[B, N]`` fp32, negative.
@@ -146,7 +149,8 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def _uniform(keys: Tensor, labels: Tensor, *salts: Tensor | int) -> Tensor:
-    """Uniform in [0, 1), fp32, by ``keys [B]``, ``labels [B, N]`` and ``salts`` alone."""
+    """Uniform numbers in [0, 1), fp32, which depend on ``keys [B]``, ``labels [B, N]`` and
+    ``salts`` alone."""
     salt: Tensor | int = 0
     for value in salts:
         salt = (salt * 0x01000193 + value + 1) & 0x7FFFFFFF

@@ -128,7 +128,7 @@ def test_the_best_known_is_the_default():
             {"policy": "overlap", "mlp_threshold": 1.0, "random_share": 0.2},
             "mlp_threshold=1.0 compares scores, and policy='overlap' with random_share=0.2",
         ),
-        ({"policy": "recent", "random_share": 0.2}, "only 'overlap' and 'predictor'"),
+        ({"policy": "recent", "random_share": 0.2}, "only 'overlap', 'predictor' and 'auto'"),
     ],
 )
 def test_what_does_not_go_together_is_named(options, message):

@@ -84,7 +84,7 @@ def test_the_newest_trainer_holds(tmp_path, caplog, first, before, name):
         assert torch.equal(value, weights(fresh)[name]), name
     kept = [log.get("lemo/attention_retention") for log in newest.state.log_history[:4]]
     assert kept == [None if config is None else 0.25] * 4
-    assert ("the newest trainer's holds" in caplog.text) == (kind != "Trainer")
+    assert ("now it has the newest one's" in caplog.text) == (kind != "Trainer")
     if config is not None:
         assert "(LeMoConfig(retention=0.5" in caplog.text and "retention=0.25" in caplog.text
 
@@ -108,7 +108,7 @@ def test_a_cell_that_is_run_twice(tmp_path, caplog):
         trainer.train()
     inner = lm.get_base_model()
     assert len(inner._forward_pre_hooks) == len(inner._forward_hooks) == 1
-    assert caplog.text.count("the newest trainer's holds") == 2
+    assert caplog.text.count("now it has the newest one's") == 2
 
 
 def test_what_was_put_on_by_hand_gives_way_too(tmp_path):

@@ -1,1 +1,1 @@
-"""One batch: its facts, its rows' counts, from scores to kept sets."""
+"""One batch: its facts, the counts of its rows, and the way from scores to kept sets."""

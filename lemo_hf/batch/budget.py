@@ -11,19 +11,20 @@ from lemo_hf.config import KeepRule, LeMoConfig
 
 @dataclass(frozen=True)
 class Budget:
-    """What rows keep in one pass.
+    """How much rows keep in one pass.
 
     Attributes:
-        config: The user's choice.
-        retention: What rows keep whatever the config says: the finish of a run; None: what it says.
-            With policy ``"auto"`` and no ``dense_finish`` of the user's, rows that ask are spared.
+        config: The user's settings.
+        retention: Share of the blocks that rows keep in the finish, instead of the config's; None
+            outside the finish. With policy ``"auto"`` and no ``dense_finish`` set by the user, rows
+            whose labels cover a part keep the config's share.
     """
 
     config: LeMoConfig
     retention: float | None
 
     def shares(self, rule: KeepRule, batch: BatchFacts) -> list[float] | None:
-        """What each row keeps by ``rule``; None where a threshold decides."""
+        """The share of its blocks that each row keeps by ``rule``; None if a threshold decides."""
         if self.retention is None:
             return None if rule.retention is None else [rule.retention] * batch.batch
         if not self._spares_rows:
@@ -32,24 +33,25 @@ class Budget:
         return [rule.retention if row.label_blocks else self.retention for row in batch.rows]
 
     def is_everything(self, shares: list[float]) -> bool:
-        """Rows keep everything by what is set, not by what a batch holds: the same on all
-        processes."""
+        """Whether settings alone, whatever the batch holds, let rows keep everything: the same on
+        all processes."""
         return min(shares) == 1 and (self.retention is None or not self._spares_rows)
 
     def blocks(self, shares: list[float], batch: BatchFacts) -> list[int]:
-        """That each row keeps."""
+        """Number of blocks that each row keeps."""
         found = [row.num_blocks(share) for row, share in zip(batch.rows, shares, strict=True)]
         return pair_budgets(found, batch.rows) if batch.pairs else found
 
     def slots(self, shares: list[float], batch: BatchFacts) -> list[int]:
-        """That each row needs for its tokens."""
+        """Number of slots that each row needs for its tokens."""
         return [
             min(row.tokens, row.most_tokens(blocks, batch.block_size))
             for row, blocks in zip(batch.rows, self.blocks(shares, batch), strict=True)
         ]
 
     def excess(self, shares: list[float], batch: BatchFacts) -> str | None:
-        """Why the last of the rows that keep more than their share does; None if no row does."""
+        """Why a row keeps more than its share (the last one that does), in words; None if no row
+        does."""
         why = None
         for index, (row, share) in enumerate(zip(batch.rows, shares, strict=True)):
             budget = num_kept_blocks(share, row.blocks)
@@ -64,9 +66,10 @@ class Budget:
     def stored_rows(
         self, num_layers: int, batch: BatchFacts, processes: int = 1
     ) -> Iterator[LayerRows]:
-        """Of each layer of the model, in the whole batch; of one of ``processes`` that share it.
+        """Rows that each layer of the model keeps in the whole batch, or in the part of one of
+        ``processes`` that share it.
 
-        Known before a layer has chosen. Layers that thresholds choose for may keep every row.
+        This is known before a layer has chosen. Layers with a threshold may keep every row.
         """
         for rule in self.config.layer_rules(num_layers):
             attention, mlp = (None, None) if rule is None else rule
@@ -80,5 +83,6 @@ class Budget:
 
     @property
     def _spares_rows(self) -> bool:
-        """A finish that the user did not ask for holds for rows that are labelled throughout."""
+        """Whether the finish spares rows whose labels cover a part: if the user did not ask for it,
+        it holds only for rows that are labelled throughout."""
         return self.config.policy == "auto" and self.config.dense_finish is None

@@ -19,13 +19,13 @@ WHOLE_SEQUENCE = 0.9
 
 
 def outside(targets: Tensor, vocabulary: int | None) -> Tensor:
-    """Where ``targets [B, T]`` name no token and are not ignored: ``[B, T]`` bool."""
+    """``[B, T]`` bool: whether a target of ``targets [B, T]`` is neither a token nor ignored."""
     wrong = (targets < 0) & (targets != IGNORE_INDEX)
     return wrong if vocabulary is None else wrong | (targets >= vocabulary)
 
 
 def position_ids_of(kwargs: dict[str, Any], tokens: int) -> Tensor | None:
-    """Position ids as the caller of a model gave them, or as its document boundaries imply."""
+    """Position ids that the caller of a model gave, or that its document boundaries imply."""
     bounds = kwargs.get("cu_seq_lens_q")
     if kwargs.get("position_ids") is not None or bounds is None:
         return kwargs.get("position_ids")
@@ -40,31 +40,31 @@ class BatchFacts:
     Args:
         block_size: Tokens a block.
         shape: ``(B, T)``.
-        device: Of the batch.
+        device: Device of the batch.
         input_ids: ``[B, T]``, or None if the model was given ``inputs_embeds``.
         attention_mask: ``[B, T]`` (1 = token, 0 = padding), a 4-D mask, or None.
         position_ids: ``[B, T]`` or ``[1, T]`` as the caller gave them, or None. Where they restart,
             and no attention mask is given, a new document begins: transformers' own rule.
-        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none; or None. What
-            padding would have to predict is never asked, nor is what is no token.
-        vocabulary: Tokens that there are; None: nobody counts labels that are none of them.
-        rows: Counts of each row, where the host knows them already.
-        pairs: Rows i and B/2 + i are two answers to one prompt. They keep the same of it, and
-            answers are kept whole however short the prompt is.
-        images: ``[B, T]`` bool: tokens of images, of which each is kept whole or left out; None:
+        targets: ``[B, T]`` token that each position must predict, `IGNORE_INDEX` for none; or None.
+            Targets of padding, and targets that are no token, do not count.
+        vocabulary: Size of the vocabulary; None: labels outside it are not counted.
+        rows: Counts of each row, if the host knows them already.
+        pairs: Whether rows i and B/2 + i are two answers to one prompt. They then keep the same
+            blocks of the prompt, and answers are kept whole however short the prompt is.
+        images: ``[B, T]`` bool: tokens of images, each of which is kept whole or left out; None:
             there are none.
 
     Attributes:
-        valid: ``[B, T]`` bool, False at padding; None if there is none.
-        documents: ``[B, T]`` ascending ids; None if rows are not packed.
+        valid: ``[B, T]`` bool, False at padding; None without padding.
+        documents: ``[B, T]`` ascending document ids; None if rows are not packed.
         real: ``[B, N]`` bool: blocks with tokens.
         required: ``[B, N]`` bool: blocks that are kept whatever their score: the first and the last
-            of each document, those with labels, and one that has something to predict in each
-            document that has anything, and all of an image that one of these holds a part of.
-        groups: ``[B, N]`` of blocks that are kept together; None: each stands alone.
-        row_tokens: ``[B, 1]`` int64: tokens of each row that are no padding.
-        label_blocks: ``[B, N]`` bool: blocks with labels, of rows whose labels cover a part; of
-            pairs all.
+            of each document, label blocks, one with something to predict in each document that has
+            any, and all blocks of an image that reaches into one of these.
+        groups: ``[B, N]`` int64: blocks with one number are kept together; None: each stands alone.
+        row_tokens: ``[B, 1]`` int64: number of each row's tokens without padding.
+        label_blocks: ``[B, N]`` bool: blocks with labels, in rows whose labels cover a part; in
+            pairs, in all rows.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class BatchFacts:
 
     @cached_property
     def keys(self) -> Tensor:
-        """What the random policy tells rows apart by, ``[B]`` int64: their tokens or place."""
+        """``[B]`` int64 keys by which random policies tell rows apart: made of their tokens or
+        place."""
         if self.input_ids is None:
             keys = torch.arange(self.batch, device=self.device)
         else:
@@ -119,7 +120,8 @@ class BatchFacts:
     def middles(self) -> Tensor:
         """The position in the middle of each block: ``[1, N]``, or ``[B, N]`` if rows are padded.
 
-        In a block that is cut short it is a token's, whether the row ends there or padding begins.
+        In a block that is cut short by padding or the row's end, it is still the position of a
+        token.
         """
         size = self.block_size
         middles = torch.arange(self.num_blocks, device=self.device)[None] * size + size // 2
@@ -138,12 +140,12 @@ class BatchFacts:
 
     @cached_property
     def places(self) -> Places:
-        """Where each block lies within its document."""
+        """The place of each block within its document."""
         return Places.of(self.real, self.block_documents)
 
     @cached_property
     def prompt(self) -> Tensor:
-        """Of pairs the blocks of the prompt alone, ``[B, N]`` bool, the same of both rows."""
+        """In pairs: blocks that hold only prompt, ``[B, N]`` bool, the same in both rows."""
         prompt = self.real & ~self.label_blocks
         return prompt & partners(prompt)
 
@@ -154,37 +156,38 @@ class BatchFacts:
 
     @cached_property
     def asking_blocks(self) -> Tensor:
-        """Blocks that others are kept for, ``[B, N]`` bool: those with labels where a row asks,
-        else all."""
+        """Asking blocks, for which others are kept, ``[B, N]`` bool: label blocks in rows whose
+        labels cover a part, else all."""
         return torch.where(self.asks, self.label_blocks, self.real)
 
     @cached_property
     def asking_tokens(self) -> Tensor:
-        """Tokens of the blocks with labels and of the one before each, where a question may stand:
-        ``[B, T]`` bool; none in a row whose labels cover all of it."""
+        """Tokens of label blocks and of the block before each, where a question may stand:
+        ``[B, T]`` bool; none in a row that is labelled throughout."""
         before = self.label_blocks & (self.places.place > 0)
         before = torch.nn.functional.pad(before[:, 1:], (0, 1))
         return self.tokens_of((self.label_blocks | before) & self.real)
 
     @property
     def rows(self) -> list[RowCounts]:
-        """Counts of each row. The host waits for them once, and never for what layers compute."""
+        """Counts of each row. The host waits for them once, and never for a layer's results."""
         return self._counts.on_host
 
     @property
     def owns_embeddings(self) -> bool:
-        """Nobody else holds the first layer's input, which may then be updated in place."""
+        """Whether only LeMo holds the first layer's input, so that it may be updated in place."""
         return self.input_ids is not None
 
     @property
     def real_tokens(self) -> int:
-        """Tokens of the batch that are no padding."""
+        """Number of the batch's tokens without padding."""
         return sum(row.tokens for row in self.rows)
 
     def check_labels(self, targets: Tensor) -> None:
-        """Raises ValueError if ``targets [B, T]``, of this batch, are neither tokens nor ignored.
+        """Raises ValueError if a target of ``targets [B, T]`` of this batch is neither a token nor
+        ignored.
 
-        By counts that the host has once a layer has chosen: it waits for nothing.
+        The host has the counts once a layer has chosen, so it does not wait for this check.
         """
         wrong = sum(row.wrong_labels for row in self.rows)
         if wrong:
@@ -196,8 +199,8 @@ class BatchFacts:
             )
 
     def check_pairs(self) -> None:
-        """Raises ValueError if the rows of a pair have other prompts; the host waits for nothing
-        that it would not wait for anyway."""
+        """Raises ValueError if the rows of a pair have different prompts, without a further wait of
+        the host."""
         for index, row in enumerate(self.rows):
             if row.apart:
                 raise ValueError(
@@ -219,7 +222,7 @@ class BatchFacts:
     def _blocks(
         self, valid: Tensor, targets: Tensor | None, vocabulary: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks that are always kept, and those with labels, ``[B, N]``; and each row's counts."""
+        """Blocks that are always kept, and label blocks, ``[B, N]`` each; and each row's counts."""
         size, real = self.block_size, self.real
         documents = self.block_documents
         if documents is None:
@@ -262,6 +265,6 @@ class BatchFacts:
         return required | (predicting & (order == latest))
 
     def tokens_of(self, blocks: Tensor) -> Tensor:
-        """``[B, N]`` bool to the tokens ``[B, T]`` in them that are no padding."""
+        """``[B, T]`` bool: tokens, without padding, in the given blocks ``[B, N]`` bool."""
         tokens = blocks.repeat_interleave(self.block_size, 1)[:, : self.tokens]
         return tokens if self.valid is None else tokens & self.valid

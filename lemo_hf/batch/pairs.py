@@ -1,4 +1,5 @@
-"""Batches of pairs: rows i and B/2 + i are two answers to one prompt, which keep the same of it."""
+"""Batches of pairs: rows i and B/2 + i are two answers to one prompt, and keep the same blocks of
+it."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +12,19 @@ from lemo_hf.predictors.training_free import ranks
 
 
 def partners(x: Tensor) -> Tensor:
-    """Of each row of ``x [B, ...]`` that of its partner."""
+    """``x [B, ...]`` with each row in the place of its partner."""
     return x.roll(x.shape[0] // 2, 0)
 
 
 def pair_scores(scores: Tensor, prompt: Tensor) -> Tensor:
-    """What both rows of a pair need of their prompt, by ranks: the better of a block's two.
+    """Scores for both rows of a pair: of a block's two ranks the better one.
 
-    So the best k blocks are as many of the best of one row as of the best of the other, whatever
-    the scale of their scores.
+    So the best k blocks have equally many of each row's best blocks, whatever the scale of the
+    scores.
 
     Args:
         scores: ``[B, N]``; higher is better. NaN counts as lowest.
-        prompt: ``[B, N]`` bool: blocks of the prompt alone, the same of both rows.
+        prompt: ``[B, N]`` bool: blocks that hold only prompt, the same in both rows.
 
     Returns:
         ``[B, N]`` fp32, negative; the same of both rows within the prompt.
@@ -34,13 +35,14 @@ def pair_scores(scores: Tensor, prompt: Tensor) -> Tensor:
 
 
 def pair_budgets(budgets: list[int], rows: Sequence[RowCounts]) -> list[int]:
-    """Blocks to keep of each row, so that both of a pair keep as many of their prompt.
+    """Budgets of the rows, by which both rows of a pair keep equally many blocks of their prompt.
 
-    That is what the row with the longer answer has left for it: neither row exceeds its budget.
+    The number is what the row with the longer answer has left for the prompt: neither row exceeds
+    its budget.
 
     Args:
-        budgets: Of each row by itself.
-        rows: Their counts.
+        budgets: Blocks that each row would keep by itself.
+        rows: Counts of the rows.
     """
     half = len(rows) // 2
     left = [budget - row.label_blocks for budget, row in zip(budgets, rows, strict=True)]

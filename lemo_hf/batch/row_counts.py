@@ -1,4 +1,4 @@
-"""Counts of a batch's rows, which fix the shapes of a pass, on their way to the host."""
+"""Counts of a batch's rows, which decide the shapes of a pass, and their copy to the host."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ LABELS, LABEL_BLOCKS = 256, 8
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Host-side counts of one row, which fix how many slots it needs."""
+    """Counts of one row on the host, which decide how many slots it needs."""
 
     tokens: int  # that are no padding
     blocks: int  # with at least one such token
@@ -31,30 +31,31 @@ class RowCounts:
 
     @property
     def most_labels(self) -> int:
-        """At least ``labels``."""
+        """Upper bound of ``labels``."""
         return min(self.tokens, -(-self.labels // LABELS) * LABELS)
 
     @property
     def most_label_blocks(self) -> int:
-        """At least ``label_blocks``; 0 if there are none."""
+        """Upper bound of ``label_blocks``; 0 if there are none."""
         return min(self.blocks, -(-self.label_blocks // LABEL_BLOCKS) * LABEL_BLOCKS)
 
     def shapes(self, least: int) -> tuple:
-        """What of a row without padding fixes the shapes of a pass that keeps ``least`` blocks of
-        it, or more: two rows for which this is equal have the same."""
+        """The counts that decide the shapes of a pass that keeps ``least`` blocks or more of a row
+        without padding: rows with equal counts have equal shapes."""
         exceeds = self.required_blocks > least
         required = (self.required_blocks, self.required_tokens) if exceeds else None
         return self.tokens, self.blocks, required, self.most_label_blocks, self.most_labels
 
     def most_tokens(self, blocks: int, size: int) -> int:
-        """In so many blocks: padding may cut required ones short, all others count ``size``."""
+        """Upper bound of the tokens in so many blocks: padding may cut required blocks short, all
+        others count ``size``."""
         return self.required_tokens + (blocks - self.required_blocks) * size
 
 
 class Counts:
-    """Counts of rows, one `RowCounts` each, on their way from the device to the host.
+    """Counts of rows, one `RowCounts` each, while they are copied from the device to the host.
 
-    Shapes depend on them. They set out before the first layer is launched and are asked for at the
+    Shapes depend on them. The copy begins before the first layer is launched and is awaited at the
     first choice, so that the device has work while the host waits.
     """
 
@@ -70,7 +71,7 @@ class Counts:
 
     @cached_property
     def on_host(self) -> list[RowCounts]:
-        """Waits for them."""
+        """The counts, on the host, which waits for them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [RowCounts(*row) for row in self._copy.tolist()]

@@ -1,4 +1,4 @@
-"""From block scores to kept rows: pure functions of tensors, one budget and one set a row."""
+"""From block scores to kept sets: pure functions of tensors, with one budget for each row."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,16 +15,17 @@ LayerRows = tuple[int, int | None]
 
 @dataclass
 class KeptSet:
-    """The kept rows of a batch.
+    """The kept set of a batch.
 
     Attributes:
-        index: ``[B, K]`` int64 token positions, distinct in a row: kept ones first, ascending, so
-            that causal order is slot order; then idle slots, if the row keeps fewer than K.
-        slot_mask: ``[B, K]`` bool, False at idle slots; None if there are none.
-        kept_tokens: Kept tokens of the batch, int64 scalar tensor.
+        index: ``[B, K]`` int64 token positions, distinct in a row: kept tokens first, in ascending
+            order, so that causal order is slot order; then idle slots, if the row keeps fewer than
+            K.
+        slot_mask: ``[B, K]`` bool, False at idle slots; None without idle slots.
+        kept_tokens: Number of kept tokens of the batch, int64 scalar tensor.
         blocks: ``[B, N]`` bool, the kept blocks.
-        whole: Every position is kept, padding too: the layer is dense.
-        cache: What was gathered by this set already, where layers share it; else None.
+        whole: Whether every position is kept, padding too: the layer is dense.
+        cache: What was already gathered by this set, if layers share it; else None.
     """
 
     index: Tensor
@@ -36,7 +37,8 @@ class KeptSet:
 
 
 def num_kept_blocks(retention: float, num_blocks: int) -> int:
-    """Blocks kept of ``num_blocks``: the share, rounded up (but not by a rounding error)."""
+    """Number of blocks kept of ``num_blocks``: the share, rounded up (but not because of a rounding
+    error)."""
     return math.ceil(round(retention * num_blocks, 6))
 
 
@@ -56,15 +58,15 @@ def keep_blocks(
 ) -> Tensor:
     """The best ``budget[b]`` blocks of each row, required ones first.
 
-    Of packed rows each document keeps the same share: blocks compete by their rank within their
-    document, as a share of its blocks.
+    The documents of a packed row keep the same share each: blocks compete by their rank within
+    their document, divided by its number of blocks.
 
     Args:
         scores: ``[B, N]``; higher is better, ties go to the earlier block. NaN counts as lowest.
         real: ``[B, N]`` bool, False at blocks of padding alone: never kept.
         required: ``[B, N]`` bool: always kept.
-        budget: ``[B, 1]`` blocks to keep, or their number in each row; at least the row's
-            required ones.
+        budget: ``[B, 1]`` blocks to keep in each row, or one number for all rows; at least the
+            row's required blocks.
         documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
         groups: ``[B, N]`` of blocks that are kept together, see `block_groups`; or None. Then a row
             may keep less than its budget, if what is left holds no further group.
@@ -101,7 +103,7 @@ def blocks_above(
         scores: ``[B, N]``, at least 0. NaN counts as 0.
         real: ``[B, N]`` bool, False at blocks of padding alone: never kept, no part of the mean.
         required: ``[B, N]`` bool: always kept.
-        threshold: At least 0, which keeps every real block.
+        threshold: Factor of the mean, at least 0; 0 keeps every real block.
         documents: ``[B, N]`` ascending ids of documents, or None if each row is one.
         groups: ``[B, N]`` of blocks that count as they do on average, see `block_groups`; or None.
 
@@ -121,9 +123,10 @@ def blocks_above(
 
 
 def kept_set(kept: Tensor, blocks: Tensor, num_slots: int, exact: bool, shared: bool) -> KeptSet:
-    """The set of the tokens ``kept [B, T]`` bool, of ``blocks``, in ``num_slots`` slots a row.
+    """The kept set of the tokens ``kept [B, T]`` bool, which make up ``blocks``, in ``num_slots``
+    slots a row.
 
-    ``exact`` says that every row keeps exactly ``num_slots``; ``shared`` that layers share the set.
+    ``exact``: every row keeps exactly ``num_slots`` tokens. ``shared``: layers share the set.
     """
     # A stable sort puts the kept positions first, in order, and eliminated ones into idle slots.
     index = kept.byte().sort(dim=1, descending=True, stable=True).indices[:, :num_slots]

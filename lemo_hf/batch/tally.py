@@ -1,4 +1,4 @@
-"""What passes of a model have kept: of one that ended, and of all since the counts began."""
+"""Counts of what passes of a model have kept: of one pass, and of all since the counts began."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from lemo_hf.batch.row_counts import RowCounts
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass that ended has kept.
+    """What one pass, which has ended, kept.
 
     Attributes:
-        real_tokens: Of the batch that are no padding.
+        real_tokens: Number of the batch's tokens without padding.
         real_blocks: ``[B, N]`` bool: blocks with such tokens.
-        kept_tokens: Token-layers of "attention" and "mlp", int64 scalars.
-        kept_blocks: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
+        kept_tokens: Kept tokens, summed over layers, by "attention" and "mlp", int64 scalars.
+        kept_blocks: Kept blocks, ``[B, N]`` bool, by ``(layer, "attention" or "mlp")``.
     """
 
     real_tokens: int
@@ -26,7 +26,7 @@ class Seen:
     kept_blocks: dict[tuple[int, str], Tensor]
 
     def clone(self) -> "Seen":
-        """The same in other memory; sets that layers share are one there too."""
+        """A copy in memory of its own, in which layers share the same sets."""
         sets = {id(blocks): blocks.clone() for blocks in self.kept_blocks.values()}
         return Seen(
             self.real_tokens,
@@ -40,12 +40,13 @@ class Tally:
     """What passes have kept since `reset`.
 
     Attributes:
-        counts: Tokens that were no padding ("real"), and kept token-layers of "attention" and
-            "mlp".
-        kept_blocks: Of the last pass: ``[B, N]`` bool by ``(layer, "attention" or "mlp")``.
-        first: Counts of the rows of the first pass that is none of the finish, and what it kept of
-            each; None before it, and once it was said.
-        listeners: Are given what a pass has kept, when it has been counted.
+        counts: Number of tokens without padding ("real"), and of kept tokens, summed over layers,
+            of "attention" and "mlp".
+        kept_blocks: Kept blocks of the last pass, ``[B, N]`` bool, by
+            ``(layer, "attention" or "mlp")``.
+        first: Counts of the rows of the first pass outside the finish, and how many tokens it kept
+            of each; None before that pass, and once this was reported.
+        listeners: Functions that get what a pass has kept, once it is counted.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class Tally:
         self.counts: dict[str, Any] = {"real": 0, "attention": 0, "mlp": 0}
 
     def add(self, seen: Seen) -> None:
-        """Count a pass that ended."""
+        """Count a pass that has ended."""
         self.kept_blocks = seen.kept_blocks
         self.counts["real"] += seen.real_tokens
         for name, count in seen.kept_tokens.items():
@@ -69,6 +70,7 @@ class Tally:
             listener(seen)
 
     def note_first(self, rows: list[RowCounts], slots: list[int]) -> None:
-        """Remember ``rows`` of a pass, and the ``slots`` it kept of each, if it is the first."""
+        """Remember the ``rows`` of a pass, and the ``slots`` that it kept of each, if it is the
+        first pass."""
         if not self._begun:
             self.first, self._begun = (rows, slots), True

@@ -1,4 +1,4 @@
-"""``python -m lemo_hf.cli``, where the command `lemo` is not on the path."""
+"""``python -m lemo_hf.cli``, for when the command `lemo` is not on the path."""
 
 from lemo_hf.cli.app import main
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter over its base model, with the tokens that it was trained with."""
+"""PEFT adapters, loaded onto their base model with the tokens they were trained with."""
 
 import logging
 import textwrap
@@ -21,26 +21,27 @@ _ROWS = {
 def load_adapter(
     model: Any, adapter: str, tokenizer: Any, *, is_trainable: bool = False, **shared: Any
 ) -> tuple[Any, Any]:
-    """The adapted model, and the tokenizer saved beside the adapter, or else the base model's.
+    """Load an adapter: the adapted model, and the tokenizer saved beside the adapter, or else the
+    base model's.
 
     Args:
-        model: The base model. Its embeddings get as many rows as the adapter was trained with.
+        model: Base model. Its embeddings get as many rows as the adapter was trained with.
         adapter: Hub id or directory.
-        tokenizer: The base model's.
-        is_trainable: Whether it is trained, as for `PeftModel.from_pretrained`.
+        tokenizer: Tokenizer of the base model.
+        is_trainable: Whether the adapter is to be trained, as for `PeftModel.from_pretrained`.
         **shared: Arguments of the tokenizer's `from_pretrained`.
 
     Raises:
         ImportError: peft is not installed.
         OSError: There is no such adapter, or it cannot be reached.
-        ValueError: It does not belong to this model, or lacks what was trained.
+        ValueError: The adapter does not belong to this model, or lacks weights that were trained.
     """
     try:
         from peft import PeftConfig, PeftModel
         from peft.utils import get_peft_model_state_dict, load_peft_weights
         from safetensors import SafetensorError
     except ImportError as error:
-        raise ImportError(f'adapter {adapter}: pip install "lemo-hf[peft]".') from error
+        raise ImportError(f'adapter {adapter} needs peft: pip install "lemo-hf[peft]".') from error
 
     config = PeftConfig.from_pretrained(adapter)
     try:
@@ -109,13 +110,13 @@ def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], to
 
     Args:
         model: The base model.
-        adapter: Its name.
-        config: Config of PEFT.
-        weights: Weights of the adapter.
-        tokens: Tokens of the adapter's tokenizer, if tokens were added to it; else 0.
+        adapter: Name of the adapter.
+        config: PEFT's config of the adapter.
+        weights: Weights of the adapter, by name.
+        tokens: Number of tokens of the adapter's tokenizer, if tokens were added to it; else 0.
 
     Raises:
-        ValueError: Tokens were added, and the adapter does not hold their rows.
+        ValueError: Tokens were added, and the adapter lacks their rows.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     there, tied = ends[0].weight.shape[0], model.config.get_text_config().tie_word_embeddings
@@ -134,8 +135,8 @@ def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], to
         rows, lost = tokens, set(range(there, tokens)) - _indices(config, names, tied)
         if lost:
             raise ValueError(
-                f"{adapter} adds tokens to the {there:,} of its base model, and does not hold the "
-                f"rows of {len(lost):,} of them (the first is {min(lost)}): save it again, with "
+                f"{adapter} adds tokens to the {there:,} of its base model, but lacks the rows of "
+                f"{len(lost):,} of them (the first is {min(lost)}): save it again, with "
                 "save_pretrained(..., save_embedding_layers=True)."
             )
     if rows != there:
@@ -143,7 +144,7 @@ def _fit_rows(model: Any, adapter: str, config: Any, weights: dict[str, Any], to
 
 
 def _indices(config: Any, names: set[str], tied: bool) -> set[int]:
-    """Tokens whose rows are an adapter's own, in embeddings and head alike."""
+    """Tokens whose rows the adapter stores, both for the embeddings and the head."""
     trained = getattr(config, "trainable_token_indices", None) or []
     if not isinstance(trained, dict):
         return set(trained) if tied else set()

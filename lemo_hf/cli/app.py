@@ -49,7 +49,7 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         typer.secho(
-            f"lemo: out of memory: {str(error).splitlines()[0]} Shorter rows, less retention, "
+            f"lemo: out of memory: {str(error).splitlines()[0]} Shorter rows, a lower retention, "
             "gradient checkpointing or lemo.offload_gib take less; `lemo plan` says how much.",
             fg=typer.colors.RED,
             err=True,

@@ -29,7 +29,7 @@ def calibrate(
         float, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")
     ],
     config: Annotated[
-        str | None, typer.Option(help="Directory or Hub id of the lemo_config.json to start from.")
+        str | None, typer.Option(help="Directory or Hub id of a lemo_config.json to start from.")
     ] = None,
     predictor: Annotated[
         str | None, typer.Option(help="Learned predictors: directory, Hub id or 'auto'.")
@@ -43,7 +43,7 @@ def calibrate(
         bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
     ] = False,
 ) -> None:
-    """Find each layer's score threshold on text like yours, and write them as a LeMoConfig."""
+    """Find a score threshold for each layer on text like yours, and write them as a LeMoConfig."""
     check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
 
@@ -74,7 +74,8 @@ def calibrate(
 
 
 def save(config: LeMoConfig, model_config: Any, output: Path) -> None:
-    """Write ``config``, and the predictors that it names, so that ``output`` is all one needs."""
+    """Write ``config``, and the predictors that it names, so that ``output`` has everything
+    needed."""
     if config.predictor is None:
         config.save_pretrained(output)
         return
@@ -91,7 +92,7 @@ def _start_config(source: str | None, predictor: str | None, block_size: int | N
     given: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     if predictor is not None and predictor != "auto":
         if source is not None:
-            raise ValueError("--predictor brings a config of its own: leave out --config.")
+            raise ValueError("--predictor has a config of its own: leave out --config.")
         find_files(predictor, [CONFIG_NAME])
         source = predictor
     elif predictor is not None:

@@ -6,7 +6,7 @@ from lemo_hf.cli.options import AsJson
 
 
 def env(as_json: AsJson = False) -> None:
-    """Print versions, GPUs and attention kernels: paste it into a bug report."""
+    """Print versions, GPUs and attention kernels, for a bug report."""
     from lemo_hf.report.environment import environment
 
     found = environment()

@@ -21,17 +21,17 @@ from lemo_hf.storage.files import whole_file, write_json
 from lemo_hf.storage.outputs import check_output
 
 app = typer.Typer(
-    help="Evaluate a model, with or without an adapter: dense, whatever it was trained with.",
+    help="Evaluate a model, with or without an adapter. Evaluation is dense.",
     no_args_is_help=True,
 )
 
 Output = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
 Plot = Annotated[Path | None, typer.Option(help="PNG file for the picture.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass, on each device.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass on each device.")]
 
 
 class Protocol(StrEnum):
-    """Of perplexity."""
+    """Protocols of perplexity."""
 
     sliding = "sliding"
     longlora = "longlora"
@@ -50,11 +50,12 @@ def perplexity(
         ),
     ] = None,
     protocol: Annotated[
-        Protocol, typer.Option(help="sliding: each token once. longlora: windows as a whole.")
+        Protocol,
+        typer.Option(help="sliding: scores each token once. longlora: scores whole windows."),
     ] = Protocol.sliding,
-    buckets: Annotated[int, typer.Option(min=1, help="Ranges of positions to tell apart.")] = 8,
+    buckets: Annotated[int, typer.Option(min=1, help="Number of ranges of positions.")] = 8,
     max_documents: Annotated[
-        int | None, typer.Option(min=1, help="First documents to read.")
+        int | None, typer.Option(min=1, help="Number of first documents to read.")
     ] = None,
     split: Split = "test",
     text_column: TextColumn = "text",
@@ -63,7 +64,8 @@ def perplexity(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of whole documents, in all and by position; of text or .bin files (uint16)."""
+    """Measure the perplexity of whole documents, overall and by position, in text or .bin files
+    (uint16)."""
     _check(output, plot)
 
     from accelerate import PartialState
@@ -111,30 +113,35 @@ def perplexity(
 @takes_model
 def longbench(
     options: ModelOptions,
-    output: Annotated[Path, typer.Option(help="Directory for predictions; resumed if begun.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for predictions; an interrupted run resumes.")
+    ],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="One of the 21 (13 with --extended); repeatable; default: all."),
+        typer.Option(help="Task, of 21 (13 with --extended); repeatable; default: all."),
     ] = None,
     score_only: Annotated[
-        bool, typer.Option("--score-only", help="Score the predictions that lie in --output.")
+        bool, typer.Option("--score-only", help="Only score the predictions in --output.")
     ] = False,
     data: Annotated[
-        str | None, typer.Option(help="Folder or zip of the data; default: from the Hub.")
+        str | None, typer.Option(help="Folder or zip with the data; default: the Hub's.")
     ] = None,
-    extended: Annotated[bool, typer.Option("--extended", help="LongBench-E.")] = False,
+    extended: Annotated[bool, typer.Option("--extended", help="Run LongBench-E.")] = False,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a prompt; default: what the context holds.")
+        int | None,
+        typer.Option(min=2, help="Most tokens of a prompt; default: what the context holds."),
     ] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="The first rows of a task.")] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Number of first rows of a task.")
+    ] = None,
     chat_template: Annotated[
-        bool, typer.Option(help="Use the tokenizer's, where the benchmark does.")
+        bool, typer.Option(help="Use the tokenizer's chat template where the benchmark does.")
     ] = True,
     batch_size: BatchSize = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Answer LongBench and score the answers, as its own scripts do; or score a folder alone."""
+    """Answer LongBench and score the answers, as its own scripts do; or only score a folder."""
     if score_only:
         from lemo_hf.eval.longbench_score import score_predictions
 
@@ -193,7 +200,9 @@ def retrieval(
         typer.Option(help="Share of the text before the needle; repeatable; default 0 to 1."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows for each length and depth.")] = 8,
-    keys: Annotated[int, typer.Option(min=1, help="Lines with a key; one is asked for.")] = 1,
+    keys: Annotated[
+        int, typer.Option(min=1, help="Number of lines with a key; one is asked for.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of keys, values and places.")] = 0,
     split: Split = "test",
     text_column: TextColumn = "text",
@@ -202,7 +211,7 @@ def retrieval(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask for lines hidden in real text, at chosen lengths and depths (needle in a haystack)."""
+    """Ask for lines hidden in real text at chosen lengths and depths (needle in a haystack)."""
     _check(output, plot)
 
     from accelerate import PartialState
@@ -238,7 +247,7 @@ def retrieval(
 
 
 def _binary(dataset: Sequence[str]) -> list[str]:
-    """The .bin files, if all are."""
+    """The .bin files, if all datasets are such files."""
     binary = [path for path in dataset if path.endswith(".bin")]
     if binary and len(binary) < len(dataset):
         raise ValueError(f"datasets must be all .bin files or none, got {', '.join(dataset)}.")
@@ -246,7 +255,7 @@ def _binary(dataset: Sequence[str]) -> list[str]:
 
 
 def _check_documents(dataset: Sequence[str], split: str, text_column: str) -> None:
-    """Errors of `_token_documents` that show before a model is loaded."""
+    """Raise errors of `_token_documents` that can be found before a model is loaded."""
     from lemo_hf.storage.tables import check_file
     from lemo_hf.storage.text_rows import check_documents
 
@@ -260,7 +269,7 @@ def _check_documents(dataset: Sequence[str], split: str, text_column: str) -> No
 def _token_documents(
     dataset: Sequence[str], split: str, text_column: str, tokenizer: Any, most: int | None
 ) -> Iterator[Sequence[int]]:
-    """Token ids of each document; a .bin file is one."""
+    """Token ids of each document; a .bin file is one document."""
     from itertools import islice
 
     from lemo_hf.eval.token_files import read_token_file
@@ -277,7 +286,7 @@ def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(output: Path | None, plot: Path | None) -> None:
-    """Refuse before the evaluation what could not be written after it."""
+    """Refuse, before the evaluation, outputs that could not be written after it."""
     if output is not None:
         check_output(output, "--output")
     if plot is not None:
@@ -288,7 +297,7 @@ def _check(output: Path | None, plot: Path | None) -> None:
 
 
 def _write(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
-    """The result, which was printed, in a file."""
+    """Write the result, which was printed, into a file."""
     if output is None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)

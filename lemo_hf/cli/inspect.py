@@ -24,24 +24,25 @@ def inspect(
     text: Annotated[Path, typer.Option(help="Text file.")],
     output: Annotated[Path | None, typer.Option(help="Directory for the pictures.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="First tokens of the text; default: at most 8192.")
+        int | None,
+        typer.Option(min=2, help="Number of first tokens to read; default: at most 8192."),
     ] = None,
     retention: Annotated[
-        float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
+        float | None, typer.Option(help="Share of the tokens that each layer keeps; default: 0.3.")
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Directory or Hub id of the lemo_config.json to start from."),
+        typer.Option(help="Directory or Hub id of a lemo_config.json to start from."),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help=f"Ranking of the blocks: {', '.join(POLICIES)}.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens a block.")] = None,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Each layer chooses blocks of its own.")
+        bool, typer.Option("--per-layer", help="Let each layer choose its own blocks.")
     ] = False,
     question: Annotated[
-        str | None, typer.Option(help="Question after the text; its answer alone has labels.")
+        str | None, typer.Option(help="Question after the text; only its answer has labels.")
     ] = None,
     answer: Annotated[str | None, typer.Option(help="Answer to the question.")] = None,
     needle: Annotated[
@@ -49,7 +50,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw what your model needs of your text, and what LeMo would keep of it."""
+    """Draw which blocks of your text your model attends to, and which LeMo would keep."""
     if output is None and not as_json:
         raise ValueError("give --output DIR for the pictures, or --json for the numbers, or both.")
     if not text.is_file():
@@ -58,7 +59,7 @@ def inspect(
         lone = f"--question {question!r} without --answer"
         if question is None:
             lone = f"--answer {answer!r} without --question"
-        raise ValueError(f"{lone}: give both, or neither, which labels the whole text.")
+        raise ValueError(f"{lone}: give both, or neither to label the whole text.")
     if output is not None:
         check_output(output, "--output", directory=True)
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
@@ -83,7 +84,9 @@ def inspect(
     words = read_text(text)
     row = text_row(tokenizer, words, tokens or 8192, question, answer, needle or ())
     if tokens is not None and len(row.input_ids) < tokens:
-        raise ValueError(f"--tokens {tokens}: {text} has {len(row.input_ids)}.")
+        raise ValueError(
+            f"--tokens {tokens}: {text} has only {len(row.input_ids)} tokens. Give fewer."
+        )
     blocks = -(-len(row.input_ids) // lemo_config.block_size)
     if blocks < FEW:
         raise ValueError(
@@ -117,7 +120,7 @@ def inspect(
 
 
 def _tell(found: "Inspection", compared: "KeptByPolicy") -> None:
-    """The numbers as text."""
+    """Print the numbers as text."""
     from lemo_hf.inspection.layers import SMALL
 
     print("layer  attention     MLP  recall")

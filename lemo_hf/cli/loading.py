@@ -1,4 +1,4 @@
-"""A model's files: damaged ones told in one line, and weights that they do not hold refused."""
+"""Loading of models: damaged files are reported in one line, and missing weights are refused."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from lemo_hf.shown import shortened
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Tell what loading the model ``name`` fails with.
+    """Report in one line why loading the model ``name`` fails.
 
     Raises:
-        ValueError: In the place of errors that name neither the model nor what is wrong with it.
+        ValueError: Loading failed with an error that names neither the model nor the cause.
     """
     try:
         yield
@@ -25,15 +25,17 @@ def loading(name: str) -> Iterator[None]:
             raise
         what = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
-            f"model {name!r} cannot be loaded, a file of it may be damaged ({what}): get it again."
+            f"model {name!r} cannot be loaded; one of its files may be damaged ({what}): get it "
+            "again."
         ) from error
 
 
 def load_causal_lm(name: str, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, which would draw weights that no file holds.
+    """`AutoModelForCausalLM.from_pretrained`, without weights drawn at random for missing ones.
 
     Raises:
-        ValueError: There are such weights. A head that is tied to the embeddings is none.
+        ValueError: The checkpoint lacks weights. A head that is tied to the embeddings may be
+            missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -45,7 +47,7 @@ def load_causal_lm(name: str, **kwargs: Any) -> Any:
         raise ValueError(
             f"model {name!r} has no values for {count} of {type(model).__name__}, which would be "
             f"random: {shortened(', '.join(missing))}. Name a checkpoint of this class. A "
-            "multimodal checkpoint holds its language model under other names: name one of the "
-            "text model alone."
+            "multimodal checkpoint stores its language model under other names: name a checkpoint "
+            "of the text model alone."
         )
     return model

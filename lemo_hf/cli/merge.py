@@ -22,16 +22,18 @@ def merge(
     ] = None,
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Dtype of the merged weights; default: as the base was trained."),
+        typer.Option(
+            help="Dtype of the merged weights; default: that of the base model in training."
+        ),
     ] = None,
     push: Annotated[str | None, typer.Option(help="Repository to upload the result to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter into its base model, and save it as a plain model that needs no PEFT.
+    """Add an adapter into its base model, and save a plain model that needs no PEFT.
 
-    An adapter of lemo train brings its settings (lemo_train.yaml): positions that were stretched
-    stay stretched. The result is compared with the adapted model before it gets its place.
+    An adapter of lemo train has its settings beside it (lemo_train.yaml): stretched positions stay
+    stretched. The merged model is compared with the adapted model before it is written to --output.
     """
     try:
         from peft import PeftConfig
@@ -85,19 +87,20 @@ def merge(
 
 
 def _check_weights(section: Any) -> None:
-    """Raises ValueError for a base model of quantised weights, which merging would round again."""
+    """Raises ValueError for a base model with quantised weights, which merging would round
+    again."""
     shared = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = prepared_config(section.name, **shared)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{section.name} has quantised weights, which would round what is added to them: give "
-            "--model, the unquantised one that it was made of."
+            f"{section.name} has quantised weights, which would round what the adapter adds: give "
+            "--model, the unquantised model that it was made from."
         )
 
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to, whose files get into ``output`` if all went well; else none does."""
+    """A folder to write to; its files are moved to ``output`` if all went well, else removed."""
     fresh = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -113,7 +116,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 
 def _trained(adapter: str, config: Any, model: str | None) -> tuple[Any, int | None]:
-    """How `lemo train` loaded the base model, and for rows of how many tokens."""
+    """How `lemo train` loaded the base model, and the tokens of its rows."""
     from lemo_hf.cli.adapter import file_of
     from lemo_hf.cli.train_config import ModelSection
     from lemo_hf.cli.train_settings import FILE_NAME, read_settings

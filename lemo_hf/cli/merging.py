@@ -1,4 +1,4 @@
-"""An adapter added into the weights of its model, and the proof that nothing else changed."""
+"""Merging of an adapter into its model's weights, and a check that nothing else changed."""
 
 import warnings
 from typing import Any
@@ -14,7 +14,7 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def probe(tuned: Any) -> torch.Tensor:
-    """A row of tokens from all over the vocabulary, those with rows of the adapter's among them."""
+    """A row of tokens from the whole vocabulary, including those whose rows the adapter stores."""
     rows = tuned.get_base_model().config.get_text_config().vocab_size
     spread = torch.linspace(0, rows - 1, TOKENS).round().long().tolist()
     trained = getattr(tuned.active_peft_config, "trainable_token_indices", None) or []
@@ -24,10 +24,10 @@ def probe(tuned: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of a row, in fp32.
+    """Logits of a row, in fp32.
 
     Raises:
-        ValueError: They are not finite.
+        ValueError: The logits are not finite.
     """
     found = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     if not found.isfinite().all():
@@ -39,7 +39,8 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def merged(tuned: Any, progress: bool) -> Any:
     """The plain model whose weights hold the adapter's, in the dtypes of the base model.
 
-    Embeddings and head that were one weight stay so only if the adapter does the same to both.
+    Embeddings and head that share a weight still do only if the adapter changes both in the same
+    way.
 
     Raises:
         ValueError: This kind of adapter cannot be merged.
@@ -72,7 +73,8 @@ def merged(tuned: Any, progress: bool) -> Any:
 
 
 def _unshare(lm: Any) -> None:
-    """Give each module weights of its own: what is added to one is not meant for the other."""
+    """Give modules that share weights weights of their own: an adapter may change one and not the
+    other."""
     seen: set[int] = set()
     for module in lm.modules():
         for name, weight in module._parameters.items():
@@ -83,10 +85,11 @@ def _unshare(lm: Any) -> None:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, model: Any, what: str) -> float:
-    """How far a model's logits are off, against the largest of those that are expected.
+    """Greatest difference of a model's logits from the expected ones, divided by the largest of
+    these.
 
     Raises:
-        ValueError: Further than rounding explains.
+        ValueError: The difference is larger than rounding explains.
     """
     share, dtype = torch.inf, model.dtype
     if found.shape == expected.shape:
@@ -96,10 +99,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor, model: Any, what: st
     limit = ROUNDING.get(dtype, 1e-3)
     if not share <= limit:
         raise ValueError(
-            f"{what} merges to another model: its logits differ from the adapted model's by "
-            f"{share:.2g} of the largest, and rounding to {str(dtype).removeprefix('torch.')} "
-            f"explains {limit:g}. Nothing was written: try --dtype float32, or use the "
-            "adapter without merging."
+            f"{what} does not merge exactly: the merged model's logits differ from the adapted "
+            f"model's by {share:.2g} of the largest, and rounding to "
+            f"{str(dtype).removeprefix('torch.')} explains {limit:g}. Nothing was written: try "
+            "--dtype float32, or use the adapter without merging."
         )
     return share
 

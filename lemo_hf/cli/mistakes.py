@@ -1,4 +1,4 @@
-"""Mistakes of a user, gathered so that all of them are told at once."""
+"""Mistakes of a user, gathered so that one message reports all of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,21 +6,22 @@ from types import TracebackType
 
 
 class Mistakes:
-    """Gathers errors; as a context it raises what it has at its end.
+    """Gathers errors; as a context manager it raises them at its end.
 
-    One alone is raised as it is; several are a ValueError with a line each.
+    A single error is raised unchanged; several are raised as a ValueError with a line for each.
     """
 
     def __init__(self) -> None:
         self.found: list[Exception] = []
 
     def add(self, text: str) -> None:
-        """Note a mistake in words."""
+        """Add a mistake, given in words."""
         self.found.append(ValueError(text))
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """What is raised inside for a user's mistake is noted, and the work goes on after it."""
+        """Within this context a user's mistake does not raise: it is added, and the work goes on
+        behind the context."""
         try:
             yield
         except Several as error:
@@ -42,7 +43,7 @@ class Mistakes:
 
 
 class Several(ValueError):
-    """More than one mistake."""
+    """Several mistakes in one error."""
 
     def __init__(self, each: list[Exception]):
         self.each = each

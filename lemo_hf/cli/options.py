@@ -1,4 +1,4 @@
-"""Options that commands share, and the model and the rows that they name."""
+"""Options that commands share, and the loading of the model and the config that they name."""
 
 import functools
 import inspect
@@ -43,11 +43,11 @@ AsJson = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options that say which model, and how it is loaded; see `takes_model`."""
+    """Options that name a model and say how to load it; see `takes_model`."""
 
     model: Model
     adapter: Annotated[
-        str | None, typer.Option(help="PEFT adapter over it: Hub id or directory.")
+        str | None, typer.Option(help="PEFT adapter of the model: Hub id or directory.")
     ] = None
     device: Annotated[
         str | None, typer.Option(help="Device, such as cuda:1 or cpu; default: the first GPU.")
@@ -55,16 +55,14 @@ class ModelOptions:
     dtype: Dtype = DType.auto
     rope_type: Annotated[
         str | None,
-        typer.Option(help="Stretch positions to the length asked for: linear, yarn, dynamic."),
+        typer.Option(help="Stretch positions to the given length: linear, yarn or dynamic."),
     ] = None
     rope_parameters: Annotated[
         str | None,
-        typer.Option(
-            help='JSON over the model\'s, of any type: \'{"rope_type": "linear", "factor": 4.0}\'.'
-        ),
+        typer.Option(help='RoPE parameters as JSON: \'{"rope_type": "linear", "factor": 4.0}\'.'),
     ] = None
     max_position_embeddings: Annotated[
-        int | None, typer.Option(min=1, help="Number of positions, put over the model's own.")
+        int | None, typer.Option(min=1, help="Number of positions, which replaces the model's own.")
     ] = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -76,8 +74,8 @@ class ModelOptions:
 
         Raises:
             OSError: There is no such model, or it cannot be reached.
-            ValueError: The rope parameters are no JSON object, the device is none, positions
-                cannot be stretched, or a file of the model is damaged.
+            ValueError: The rope parameters are not a JSON object, the device does not exist,
+                positions cannot be stretched, or a file of the model is damaged.
             ImportError: An adapter is asked for and peft is not installed.
         """
         with loading(self.model):
@@ -118,9 +116,9 @@ class ModelOptions:
 
 
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `ModelOptions`, which become its first argument.
+    """Give a command the options of `ModelOptions`, whose object becomes its first argument.
 
-    A parameter of the command with the name of one of them stands in the place of that one.
+    A parameter of the command replaces the option of the same name.
     """
     shared = dict(inspect.signature(ModelOptions).parameters)
     _, *own = inspect.signature(command).parameters.values()
@@ -142,7 +140,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         wanted = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"--rope-parameters is no JSON ({error}): {shortened(text)}") from error
+        raise ValueError(
+            f"--rope-parameters is not valid JSON ({error}): {shortened(text)}"
+        ) from error
     if not isinstance(wanted, dict):
         raise ValueError(f"--rope-parameters must be a JSON object, got {shortened(text)}")
     return wanted
@@ -157,14 +157,14 @@ def prepared_config(
     length: int | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """A model's config with its positions as they were asked for.
+    """A model's config, with the positions that the options ask for.
 
     Args:
         name: Hub id or directory.
         rope_type: Way in which positions are stretched to ``length`` tokens: linear, yarn or
             dynamic.
-        rope_parameters: RoPE parameters, put over the model's own.
-        max_position_embeddings: Number of positions, put over the model's own.
+        rope_parameters: RoPE parameters, which replace the model's own.
+        max_position_embeddings: Number of positions, which replaces the model's own.
         length: Tokens of a row.
         **from_pretrained: Arguments of `AutoConfig.from_pretrained`.
 

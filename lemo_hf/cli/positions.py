@@ -1,4 +1,4 @@
-"""Rotary positions of a model's config, changed as options ask for it."""
+"""Rotary positions of a model's config, changed as options ask."""
 
 import math
 from typing import Any
@@ -35,11 +35,11 @@ def change_positions(
     max_position_embeddings: int | None,
     length: int | None,
 ) -> None:
-    """Change a config's positions to what `prepared_config` was asked for.
+    """Change a config's positions as the arguments of `prepared_config` ask.
 
     Raises:
-        ValueError: The model has no such positions, or what is asked for would not be what runs,
-            or not what a saved model loads.
+        ValueError: The model has no such positions, or it would run or load with other positions
+            than those asked for.
     """
     if rope_type is None and rope_parameters is None and max_position_embeddings is None:
         return
@@ -58,8 +58,8 @@ def change_positions(
     if nested:
         if not given.keys() <= own.keys() or not all(isinstance(x, dict) for x in given.values()):
             raise ValueError(
-                f"--rope-parameters {given}: {text.model_type!r} has a set for each of "
-                f"{', '.join(sorted(own))}: say for which, as in "
+                f"--rope-parameters {given}: {text.model_type!r} has one set of parameters for "
+                f"each of {', '.join(sorted(own))}: name the ones you mean, as in "
                 f'{{"{min(own)}": {{"rope_type": "linear", "factor": 4.0}}}}.'
             )
         changed = {kind: _merged(text, own[kind] or {}, new) for kind, new in given.items()}
@@ -90,13 +90,13 @@ def _check_stretched(
 ) -> None:
     if rope_type not in STRETCHED:
         raise ValueError(
-            f"--rope-type must be linear, yarn or dynamic, got {rope_type!r}: other types take "
-            "more than a length, give them as --rope-parameters."
+            f"--rope-type must be linear, yarn or dynamic, got {rope_type!r}: other types need "
+            "more than a length: give --rope-parameters."
         )
     if length is None:
         raise ValueError(
-            f"--rope-type {rope_type} stretches positions to a length, which is not known "
-            "here: give --rope-parameters."
+            f"--rope-type {rope_type} stretches positions to a length, and this command knows "
+            "none: give --rope-parameters."
         )
     if nested:
         raise ValueError(
@@ -106,17 +106,18 @@ def _check_stretched(
     if own.get("rope_type", "default") != "default":
         raise ValueError(
             f"--rope-type {rope_type}: the model's positions are stretched already ({own}): give "
-            "--rope-parameters to put something else in their place."
+            "--rope-parameters to replace them."
         )
     if rope_type == "dynamic" and most is not None:
         raise ValueError(
-            f"--rope-type dynamic begins behind max_position_embeddings, the model's own "
+            "--rope-type dynamic begins after the model's max_position_embeddings, "
             f"{text.max_position_embeddings}: leave out --max-position-embeddings."
         )
 
 
 def _stretched(text: Any, rope_type: str, length: int, given: dict[str, Any]) -> dict[str, Any]:
-    """What makes ``length`` tokens fit where the model's own fitted, and ``given`` over it."""
+    """RoPE parameters that stretch the model's positions to ``length`` tokens, with those ``given``
+    over them."""
     wanted = _with_type(given).get("rope_type", rope_type)
     if wanted != rope_type:
         raise ValueError(
@@ -130,10 +131,11 @@ def _stretched(text: Any, rope_type: str, length: int, given: dict[str, Any]) ->
 
 
 def _with_type(given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with their type under transformers' name; many models were published with another.
+    """Parameters with their type as ``rope_type``, transformers' name for it; many models were
+    published with ``type``.
 
     Raises:
-        ValueError: Two types are given.
+        ValueError: The two names are given different types.
     """
     kinds = [given[name] for name in ("type", "rope_type") if given.get(name) is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
@@ -146,10 +148,12 @@ def _with_type(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(text: Any, own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """One set of parameters with others over it; of another type's, only what that reads too.
+    """One set of parameters with new ones over it. If the type changes, only those of the old that
+    the new type reads stay.
 
     Raises:
-        ValueError: The type is none, lacks something, or would not read something.
+        ValueError: The type is unknown, a parameter that it needs is missing, or it would not read
+            one.
     """
     own, given = _with_type(own), _with_type(given)
     before = own.get("rope_type", "default")
@@ -183,7 +187,7 @@ def _on_unread(name: str, kind: str, said: bool, text: Any) -> str:
     if not said:
         start += ", which is the model's own"
     if kind == "dynamic" and name == ORIGINAL:
-        return f"{start}, which begins behind max_position_embeddings: give that."
+        return f"{start}, which begins after max_position_embeddings: give that."
     types = [other for other, (needed, more) in READ.items() if name in (*needed, *more)]
     if types:
         return f"{start}: give a rope_type that reads it ({', '.join(types)}), or leave it out."
@@ -206,7 +210,7 @@ def _check_values(text: Any, merged: dict[str, Any], names: tuple[str, ...]) -> 
 
 
 def _wanted(name: str, value: Any, pairs: int) -> str | None:
-    """What a value must be; None if it is that."""
+    """What a value must be, in words; None if it is right."""
     if name == "truncate":
         return None if isinstance(value, bool) else "true or false"
     if name in _LISTS:

@@ -23,44 +23,47 @@ def train(
     context: typer.Context,
     config: Annotated[
         str | None,
-        typer.Option(help="YAML file, or a packaged preset such as llama3-8b-64k.yaml."),
+        typer.Option(help="YAML file, or packaged preset such as llama3-8b-64k.yaml."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="model.name: Hub id or directory.")] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="data.dataset: Hub id, directory, or file; repeatable for files."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="data.tokens: a row's length.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="data.tokens: tokens a row.")] = None,
     retention: Annotated[
-        float | None, typer.Option(help="lemo.retention: share each layer keeps, in (0, 1].")
+        float | None, typer.Option(help="lemo.retention: share that each layer keeps, in (0, 1].")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="training.output_dir.")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Train all parameters: leave out the section lora.")
+        bool, typer.Option("--full", help="Train all parameters: ignore the section lora.")
     ] = False,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Train without LeMo: leave out the section lemo.")
+        bool, typer.Option("--dense", help="Train without LeMo: ignore the section lemo.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the run in the output and start over.")
     ] = False,
     memory_gib: Annotated[
         float | None,
-        typer.Option(help="Of the GPU: row length, recomputation and offload are planned for it."),
+        typer.Option(
+            help="Memory of the GPU, to which row length, recomputation and offload are fitted."
+        ),
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Write report.html into the output, see lemo report.")
+        bool, typer.Option("--report", help="Write report.html into the output; see lemo report.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Look at model and data, print the settings, stop."),
+        typer.Option("--dry-run", help="Check model and data, print the settings, and stop."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model by a YAML file; any setting also as --section.key value, which wins.
+    """Fine-tune a model with settings from a YAML file; each is also a flag, --section.key value,
+    which wins.
 
     Sections: model, data, lora (peft's LoraConfig) or full: true, lemo (LeMoConfig), training
     (transformers' TrainingArguments). Works under accelerate launch -m lemo_hf.cli train.
@@ -139,7 +142,7 @@ def _fine_tune(
     report: bool,
     progress: bool,
 ) -> tuple[Any, dict[str, float]]:
-    """Train, evaluate and save; the Trainer and its metrics."""
+    """Train, evaluate and save. Returns the Trainer and its metrics."""
     from lemo_hf.cli.train_folder import clear, starting_point, write_first_settings
     from lemo_hf.cli.train_trainer import make_trainer
 
@@ -174,7 +177,7 @@ def _fine_tune(
 
 
 def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
-    """What is about to be trained, on what."""
+    """Print what is about to be trained, and on what."""
     from rich.console import Console
     from rich.table import Table
 

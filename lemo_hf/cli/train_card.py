@@ -1,4 +1,4 @@
-"""`lemo train --memory-gib`: what fits a card is found by the memory plan, before a run."""
+"""`lemo train --memory-gib`: settings that fit a card, found by the memory plan before a run."""
 
 import dataclasses
 import os
@@ -24,14 +24,14 @@ WORDS = {
 
 
 def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
-    """Set ``data.tokens``, checkpointing and offload where they were not said.
+    """Set ``data.tokens``, checkpointing and offload where the user did not.
 
-    The first of these ways that fits is taken: to store everything, to compute again, and to
-    offload as well. Without ``data.tokens`` rows are as long as the model's positions and sliding
-    window, or as the last of the ways allows if that is less.
+    The first of these ways that fits is taken: store everything, compute again, compute again and
+    offload. Without ``data.tokens`` rows are as long as the model's positions and sliding window,
+    or shorter if the last of the ways allows no more.
 
     Returns:
-        What there is for the run, and a sentence on what was chosen.
+        What `look` found of the run, and a sentence on what was chosen.
 
     Raises:
         OSError, ValueError: Nothing fits, the model is one whose memory is not predicted, or
@@ -41,7 +41,10 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     if tokens is None:
         settings.set("data", "tokens", 2, "--memory-gib")
         if settings.values.get("model", {}).get("rope_type") is not None:
-            raise ValueError("model.rope_type stretches positions to which length? Say --tokens.")
+            raise ValueError(
+                "model.rope_type stretches positions to the length of a row, which is not known: "
+                "give --tokens."
+            )
     run = settings.build()
     found = look(run)
     config, start = found.config, run.lemo
@@ -71,7 +74,7 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         return all(phase.peak <= room for phase in phases)
 
     def fitting(length: int) -> tuple[tuple[bool, float | None], list[Plan]] | None:
-        """The first way by which rows of ``length`` fit, and its phases."""
+        """The first way with which rows of ``length`` tokens fit, and its phases."""
         if not fits(last := phases_of(ways[-1], length)):
             return None  # nor by any other, which all store more
         found = ((way, phases_of(way, length)) for way in ways[:-1])
@@ -89,8 +92,9 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
         chosen = fitting(most) if most and asked is None else None
         if chosen is None:
             raise ValueError(
-                f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit, the longest "
-                f"that do have {most:,}: ask for these, for less retention, or for a larger card."
+                f"--memory-gib {memory_gib:g}: rows of {tokens:,} tokens do not fit; the longest "
+                f"that fit have {most:,}. Ask for shorter rows, a lower retention, or a larger "
+                "card."
             )
         tokens = most
     if asked is None:
@@ -118,7 +122,7 @@ def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:
 
 
 def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[tuple[bool, float | None]]:
-    """Checkpointing and offload that may be chosen, the fastest first."""
+    """Ways of checkpointing and offload that may be chosen, the fastest first."""
     said = settings.values.get("training", {}).get("activation_checkpointing")
     yield from ((way, None) for way in (False, True) if said in (None, way))
     if lemo is None or lemo.offload_gib is not None or lemo.cuda_graphs or said is False:

@@ -1,4 +1,5 @@
-"""Chats and instructions for `lemo train`: their columns are brought to the two forms TRL knows.
+"""Chats and instructions for `lemo train`: their columns become one of the two forms that TRL
+knows.
 
 - ``messages``, or ``conversations`` (ShareGPT), become ``messages``;
 - ``prompt`` and ``completion``, texts or lists of messages, stay what they are;
@@ -23,15 +24,15 @@ BUFFER = 256  # chats among which a stream is shuffled
 
 
 def names_of(data: DataSection) -> Sequence[Any]:
-    """The datasets that are opened one by one."""
+    """The datasets, as they are opened one by one."""
     return data.dataset if data.weights else [data.dataset]
 
 
 def kind_of(row: Mapping[str, Any], data: DataSection, name: str) -> tuple[str, ...] | None:
-    """The columns of a chat that ``row`` has; None if it is to be trained as text.
+    """The columns of a chat that ``row`` has; None if it is trained as text.
 
     Raises:
-        ValueError: It has neither.
+        ValueError: The row has neither a chat nor a text.
     """
     if data.text_column is None:
         for kind in KINDS:
@@ -42,16 +43,18 @@ def kind_of(row: Mapping[str, Any], data: DataSection, name: str) -> tuple[str, 
         return None
     known = "" if data.text_column else f" nor those of chats ({', '.join(map('+'.join, KINDS))})"
     raise ValueError(
-        f"{name} has no column {column!r}{known}; its columns are: {shortened(', '.join(row))}"
-        f"{nearest(column, row)} data.text_column names the text's."
+        f"{name} has no column {column!r}{known}; its columns are: "
+        f"{shortened(', '.join(row))}{nearest(column, row)} Name the column with the text in "
+        "data.text_column."
     )
 
 
 def form_of(rows: Sequence[tuple[Mapping[str, Any], tuple[str, ...]]], template: bool) -> str:
-    """What all rows become: ``"messages"``, ``"turns"`` (prompt and completion) or ``"texts"``.
+    """The form that all rows get: ``"messages"``, ``"turns"`` (prompt and completion) or
+    ``"texts"``.
 
     Args:
-        rows: A row of each dataset, and its kind.
+        rows: One row of each dataset, and its kind.
         template: Whether the tokenizer has a chat template.
     """
     forms = set()
@@ -69,7 +72,7 @@ def chat_table(data: DataSection, form: str, seed: int) -> Any:
     """The rows of section ``data`` in one form, as a table of `datasets`; a stream is shuffled.
 
     Raises:
-        OSError, ValueError: A dataset cannot be read, or a row of it is no chat.
+        OSError, ValueError: A dataset cannot be read, or one of its rows is not a chat.
     """
     tables = []
     for name in names_of(data):
@@ -88,7 +91,7 @@ def chat_table(data: DataSection, form: str, seed: int) -> Any:
 
 
 def use_template(tokenizer: Any, data: DataSection) -> None:
-    """Give the tokenizer the template of ``data.chat_template``, if there is one."""
+    """Give the tokenizer the template of ``data.chat_template``, if it is set."""
     if data.chat_template is not None:
         check_file(data.chat_template)
         tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
@@ -103,7 +106,7 @@ def _chat(
         messages = _turns(row[kind[0]], "user", where)
         if answers and all(turn["role"] != "assistant" for turn in messages):
             raise ValueError(
-                f"{where} has no turn of the assistant, and its turns alone get labels: leave the "
+                f"{where} has no turn of the assistant, and only these turns get labels: leave the "
                 "row out, or set data.answers_only to false."
             )
         return {"messages": messages, **beside}
@@ -123,7 +126,7 @@ def _chat(
 
 
 def _turns(content: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Messages by role and content; a text is one of ``role``."""
+    """A list of messages with role and content; a text becomes one message of ``role``."""
     from trl import maybe_convert_to_chatml
 
     if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""What `lemo train` is asked for, section by section, and its checks.
+"""Settings of `lemo train`, section by section, and their checks.
 
 Fields of a section are those of its dataclass: `ModelSection`, `DataSection`, peft's LoraConfig,
 `LeMoConfig` and transformers' TrainingArguments. An unknown key or a wrong type is an error that
@@ -35,12 +35,12 @@ _FLAGS = {
 
 @dataclass
 class Settings:
-    """Values by section and key, and where each was said.
+    """Values by section and key, and the place where each was given.
 
     Attributes:
-        values: Values of the sections that are there; ``lemo`` is False where training is dense.
-        full: Whether all parameters are trained where there is no section ``lora``.
-        sources: File or flag, by section and by ``section.key``.
+        values: Values of the given sections; ``lemo`` is False if training is dense.
+        full: Whether all parameters are trained, without a section ``lora``.
+        sources: File or flag that gave a value, by section and by ``section.key``.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,8 @@ class Settings:
     sources: dict[str, str] = field(default_factory=dict)
 
     def set(self, section: str, key: str, value: Any, source: str) -> None:
-        """Put a value over what was there, or what was said by an older name of the key."""
+        """Set a value. It replaces an earlier one, also one given under an older name of the
+        key."""
         key = RENAMED.get(key, key)
         if not isinstance(self.values.get(section), dict):
             self.values[section] = {}
@@ -59,8 +60,9 @@ class Settings:
         """The checked sections. Imports transformers, and peft where LoRA is asked for.
 
         Raises:
-            ValueError: Keys are unknown or missing, or values are wrong: all of them are told.
-            ImportError: LoRA is asked for and peft is not installed.
+            ValueError: Keys are unknown or missing, or values are wrong; the message lists all of
+                them.
+            ImportError: LoRA is asked for, and peft is not installed.
         """
         with Mistakes() as mistakes:
             found: dict[str, Any] = {}
@@ -75,17 +77,18 @@ class Settings:
                     found[name] = make()
             if not (self.full or "lora" in self.values):
                 mistakes.add(
-                    "say what is trained: --lora.r 8 and other fields of LoraConfig, or --full."
+                    "the run must say what it trains: give --lora.r 8 and other fields of "
+                    "LoraConfig, or --full."
                 )
             if not self.values.get("training", {}).get("output_dir"):
                 mistakes.add(f"training.output_dir is missing: {_FLAGS['training.output_dir']}.")
             if {"data", "training"} <= found.keys():
                 data, training = found["data"], found["training"]
                 if data.streaming and training.max_steps <= 0:
-                    mistakes.add("data.streaming has no last row: say training.max_steps.")
+                    mistakes.add("data.streaming has no last row: set training.max_steps.")
                 if training.do_eval and data.heldout is None and data.eval_share is None:
                     mistakes.add(
-                        "training.eval_strategy evaluates, on what? Say data.eval_dataset, "
+                        "training.eval_strategy needs rows to evaluate on: set data.eval_dataset, "
                         "data.eval_split or data.eval_share."
                     )
         return Run(**found)
@@ -158,7 +161,8 @@ class Settings:
             raise ValueError(f"{where}: there is no such key{nearest(key, known)}")
 
     def _source(self, section: str, key: str = "") -> str:
-        """Where a key was said; of a whole section, its file and the flags that went over it."""
+        """The place where a key was given; for a whole section, its file and the flags that changed
+        it."""
         if key:
             return self.sources.get(f"{section}.{key}") or self.sources.get(section, "flags")
         own = [source for name, source in self.sources.items() if name.startswith(f"{section}.")]
@@ -167,7 +171,7 @@ class Settings:
 
 @contextmanager
 def _told(where: str) -> Iterator[None]:
-    """An error of a section's own checks is told with the place it was read from."""
+    """Within this context errors of a section's own checks also name the place it was read from."""
     try:
         yield
     except (OSError, ImportError):
@@ -180,7 +184,7 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _checked(value: Any, expected: Any, where: str) -> Any:
-    """``value`` if it is of a field's type; whole numbers are numbers, too."""
+    """``value``, if it has a field's type; an integer is also a number."""
     from huggingface_hub.dataclasses import type_validator
 
     kinds = get_args(expected) or (expected,)
@@ -201,8 +205,8 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
 
 
 def _meant(value: Any, expected: Any) -> str:
-    """The end of a sentence on a wrong type: the number or truth value that stands in quotes, or a
-    choice with nearly that name."""
+    """The end of a sentence on a wrong type: a question for the number or truth value in quotes, or
+    for a choice with nearly that name."""
     if not isinstance(value, str):
         return "."
     if get_origin(expected) is Literal:

@@ -1,4 +1,5 @@
-"""The output directory of `lemo train`: it holds one run, and settings beside what they made."""
+"""The output directory of `lemo train`: it holds one run, with settings beside the weights they
+made."""
 
 import os
 import shutil
@@ -18,11 +19,11 @@ LEFT = (
 
 
 def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str | None:
-    """The checkpoint to go on from; None starts from the beginning.
+    """The checkpoint from which training continues; None: from the beginning.
 
     Raises:
-        ValueError: There is none to go on from, or a run or the base model lies there that would
-            be lost.
+        ValueError: There is no checkpoint to continue from, or the directory holds a run or the
+            base model, which would be lost.
     """
     directory = args.output_dir
     if resume and overwrite:
@@ -47,7 +48,7 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
 
 
 def clear(directory: str) -> None:
-    """Remove the run that lies in ``directory``; files of other kinds stay."""
+    """Remove the run in ``directory``; files of other kinds stay."""
     for path in [Path(directory, name) for name in LEFT] + _weights(directory):
         path.unlink(missing_ok=True)
     for path in checkpoints(directory):
@@ -55,10 +56,11 @@ def clear(directory: str) -> None:
 
 
 def write_settings(directory: str, settings: str) -> None:
-    """Put the settings where the weights that they make are about to be written.
+    """Write the settings into the directory where the weights that they make are about to be
+    written.
 
-    Weights of other settings go first: whenever the process ends, no settings lie beside weights
-    that they did not make.
+    Weights of other settings are removed first: whenever the process ends, no settings stand beside
+    weights that they did not make.
     """
     path = Path(directory, FILE_NAME)
     if path.is_file() and path.read_text(encoding="utf-8") == settings:
@@ -71,7 +73,8 @@ def write_settings(directory: str, settings: str) -> None:
 
 
 def write_first_settings(directory: str, settings: str) -> None:
-    """Write the settings at the start of a run, unless weights lie there that they did not make."""
+    """Write the settings at the start of a run, unless the directory holds weights that they did
+    not make."""
     if not _weights(directory):
         write_settings(directory, settings)
 

@@ -1,4 +1,4 @@
-"""What `lemo train` finds out before it loads a model: config, tokenizer and first rows."""
+"""What `lemo train` reads before it loads a model: config, tokenizer and first rows."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from lemo_hf.storage.text_rows import load_examples
 
 @dataclass(frozen=True)
 class Found:
-    """What there is.
+    """What was found.
 
     Attributes:
-        config: The model's, with its positions as they were asked for.
-        tokenizer: With the chat template that was asked for.
-        form: What rows of chats become, see `form_of`; None: it is text.
-        facts: Sentences on all that.
+        config: Config of the model, with the positions that were asked for.
+        tokenizer: Tokenizer, with the chat template that was asked for.
+        form: Form that rows of chats get, see `form_of`; None: rows are text.
+        facts: Sentences on what was found.
     """
 
     config: Any
@@ -37,8 +37,8 @@ def look(run: Run) -> Found:
     """Read the model's config and tokenizer, and the first row of each dataset.
 
     Raises:
-        OSError, ValueError, ImportError: Something is not there, does not fit, or needs a package
-            that is not installed: all of it is told.
+        OSError, ValueError, ImportError: Something is missing, does not fit, or needs a package
+            that is not installed; the message lists all of it.
     """
     config = tokenizer = None
     firsts: list[tuple[Mapping[str, Any], tuple[str, ...] | None]] = []
@@ -75,19 +75,23 @@ def _datasets(data: DataSection) -> Iterator[tuple[Any, DataSection]]:
 
 
 def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None:
-    """Of all rows, and whether the tokenizer and what is installed can make it."""
+    """The form of all rows; checks that the tokenizer and the installed packages can make it."""
     chats = [(row, kind) for row, kind in firsts if kind is not None]
     data = run.data
     if not chats:
         if data.chat_template is not None:
-            raise ValueError("data.chat_template is of chats, and the rows are text: leave it out.")
+            raise ValueError(
+                "data.chat_template is for chats, and the rows are text: leave it out."
+            )
         return None
     if data.min_tokens is not None:
-        raise ValueError("data.min_tokens is of text that is cut, and these are chats: drop it.")
+        raise ValueError(
+            "data.min_tokens is for text that is cut, and the rows are chats: leave it out."
+        )
     if len(chats) < len(firsts):
         raise ValueError(
-            "some datasets hold chats and others text: name the text's column by "
-            "data.text_column, which all then must have, or train one after the other."
+            "some datasets hold chats and others text: name the column with the text in "
+            "data.text_column (all datasets must have it), or train on one after the other."
         )
     if find_spec("trl") is None:
         raise ImportError('chats and instructions need TRL: pip install "lemo-hf[trl]".')
@@ -96,9 +100,9 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
         return form
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer of {run.model.name!r} has no chat template: give one by "
-            "data.chat_template FILE, take an instruct model, or rows whose prompt and completion "
-            "are texts."
+            f"the tokenizer of {run.model.name!r} has no chat template: give one in "
+            "data.chat_template, use an instruct model, or rows whose prompt and completion are "
+            "texts."
         )
     if form == "messages" and data.answers_only:
         from trl.chat_template_utils import get_training_chat_template
@@ -116,7 +120,7 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
 
 
 def _try_without_memory(run: Run, config: Any) -> str:
-    """Put adapters and LeMo on a model without weights; a sentence on it."""
+    """Try adapters and LeMo on a model without weights. Returns a sentence on it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +147,8 @@ def _try_without_memory(run: Run, config: Any) -> str:
 
 
 def _check_targets(lora: Any, modules: list[str]) -> None:
-    """PEFT leaves a name that no module has without a word, if another has one."""
+    """Raises ValueError for a target that no module has: PEFT ignores it silently if another target
+    has one."""
     targets = () if lora is None or isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets or ():
         if not any(f".{name}".endswith(f".{target}") for name in modules):

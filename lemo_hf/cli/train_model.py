@@ -21,7 +21,7 @@ def load_base(section: ModelSection, tokens: int | None) -> tuple[Any, Any]:
 
 
 def load_config(section: ModelSection, tokens: int | None) -> Any:
-    """The model's config with its positions as they were asked for; errors as of `load_base`."""
+    """The model's config, with the positions that were asked for; errors as of `load_base`."""
     with loading(section.name):
         return prepared_config(
             section.name,
@@ -34,7 +34,7 @@ def load_config(section: ModelSection, tokens: int | None) -> Any:
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """Errors as of `load_base`."""
+    """The tokenizer; errors as of `load_base`."""
     from transformers import AutoTokenizer
 
     with loading(section.name):
@@ -68,7 +68,7 @@ def load_for_training(run: Run, config: Any) -> Any:
 
 
 def adapted(model: Any, lora: Any) -> Any:
-    """The model with a new adapter on it; with ``lora`` None as it is."""
+    """The model with a new adapter on it; unchanged if ``lora`` is None."""
     if lora is None:
         return model
     from peft import get_peft_model

@@ -25,36 +25,36 @@ from lemo_hf.storage.outputs import check_output, only_run
 def train_predictor(
     model: ModelOptions,
     dataset: Dataset,
-    output: Annotated[Path, typer.Option(help="Directory for the predictor; resumed if begun.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for the predictor; an interrupted run resumes.")
+    ],
     push_to_hub: Annotated[
         str | None, typer.Option(help="Repository to upload the result to.")
     ] = None,
     layer: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Layer that gets a predictor; repeatable. Default: see PredictorTraining."
-        ),
+        typer.Option(help="Layer that gets a predictor; repeatable. Default: at 0.4 of the depth."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 64,
     rank: Annotated[int, typer.Option(min=1, help="Size of a token's query and key.")] = 512,
-    asking: Annotated[int, typer.Option(min=1, help="Blocks of a row that ask, at most.")] = 32,
+    asking: Annotated[int, typer.Option(min=1, help="Most asking blocks a row.")] = 32,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Passes over the rows; 0: tokens look for their like.")
+        int, typer.Option(min=0, help="Passes over the rows; 0: nothing is learned.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and device.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step on each device.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-4,
     split: Split = "train",
     text_column: TextColumn = "text",
     tokens: Tokens = 8192,
     rows: Rows = 1000,
     heldout_rows: Annotated[
-        int, typer.Option(min=0, help="Last of them, to measure recall on; not trained on.")
+        int, typer.Option(min=0, help="Last rows, held out to measure recall.")
     ] = 16,
 ) -> None:
-    """Make small networks that find the blocks that labels need, and measure their recall.
+    """Make small networks that find the blocks which labels need, and measure their recall.
 
-    Without --epochs nothing is learned: tokens look for their like. That found more of what answers
-    need than training on the model's attention did.
+    Without --epochs nothing is learned: tokens look for similar tokens. That found more of the
+    blocks that answers need than training on the model's attention did.
 
     The dataset holds texts, or rows of which a part is labelled: columns prompt and completion, or
     input_ids and labels.
@@ -101,7 +101,7 @@ def train_predictor(
 
 
 def _with_recall(lm: Any, predictor: Any, heldout: list[dict[str, list[int]]]) -> Any:
-    """The predictor with its recall, which is printed."""
+    """The predictor with its recall; prints it."""
     from lemo_hf.tune.recall import recall_table
 
     table = recall_table(lm, predictor, {"held-out rows": heldout})
@@ -119,7 +119,7 @@ def _is_labelled(row: dict[str, Any]) -> bool:
 
 
 def _check_rows(dataset: list[str], split: str, text_column: str) -> None:
-    """Errors of `_rows` that its first row shows, before a model is loaded."""
+    """Raise errors of `_rows` that the first row shows, before a model is loaded."""
     from lemo_hf.storage.text_rows import check_documents, load_examples
 
     if not _is_labelled(next(load_examples(dataset, split))):
@@ -135,7 +135,7 @@ def _rows(
     rows: int,
     progress: bool,
 ) -> list[dict[str, list[int]]]:
-    """Rows with labels as they are, or texts cut into rows."""
+    """Rows that have labels, unchanged, or texts cut into rows."""
     from lemo_hf.storage.text_rows import labelled_rows, load_documents, load_examples, token_rows
 
     examples = load_examples(dataset, split)

@@ -1,4 +1,4 @@
-"""Rows of tokens of plain text for `lemo train`, as the section ``data`` asks for them."""
+"""Rows of tokens from plain text for `lemo train`, as the section ``data`` asks for them."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -22,7 +22,7 @@ BUFFER = 256  # rows among which a stream is shuffled
 def text_rows(
     data: DataSection, tokenizer: Any, seed: int, progress: bool
 ) -> tuple[Any, list[dict] | None]:
-    """Rows to train on, in a list or a stream, and those to evaluate on, one document each.
+    """Rows to train on, as a list or a stream, and rows to evaluate on, of one document each.
 
     Raises:
         OSError, ValueError: A dataset cannot be read, or no document is long enough.
@@ -44,7 +44,9 @@ def text_rows(
     # Neighbours may be of one document: those held out are the last ones, in one piece.
     held = max(1, round(data.eval_share * len(rows)))
     if held == len(rows):
-        raise ValueError(f"eval_share={data.eval_share:g} of {held} rows leaves none to train on.")
+        raise ValueError(
+            f"eval_share={data.eval_share:g} of {held} rows leaves no row to train on."
+        )
     return rows[:-held], rows[-held:][: data.max_eval_rows]
 
 
@@ -68,10 +70,10 @@ def _rows(data: DataSection, tokenizer: Any, seed: int) -> Iterator[dict[str, li
 def packed_rows(
     documents: Iterable[str], tokenizer: Any, tokens: int
 ) -> Iterator[dict[str, list[int]]]:
-    """Documents end to end in rows of ``tokens`` tokens; what is left over is dropped.
+    """Documents one after the other in rows of ``tokens`` tokens; the rest is dropped.
 
-    Positions start anew with each document and after each cut, by which attention is kept inside
-    it. The first token of each is no label: it would be predicted from another document.
+    Positions start anew with each document and after each cut, which keeps attention inside a
+    document. The first token of each is no label: it would be predicted from another document.
 
     Returns:
         ``{"input_ids": [...], "labels": [...], "position_ids": [...]}`` a row.
@@ -95,13 +97,13 @@ def packed_rows(
                 row, made = {name: [] for name in row}, made + 1
     if not made:
         raise ValueError(
-            f"the documents have {len(row['input_ids'])} tokens in all, a row has {tokens}: ask "
-            "for shorter rows, or use more text."
+            f"the documents have {len(row['input_ids'])} tokens in all, fewer than a row of "
+            f"{tokens}: ask for shorter rows, or use more text."
         )
 
 
 def collator(tokenizer: Any) -> Any:
-    """Pads rows of different lengths, labels too."""
+    """A collator that pads rows of different lengths, and their labels."""
     from transformers import DataCollatorForSeq2Seq, default_data_collator
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The Trainer of `lemo train`: what a kill, a full disk or another run leaves, it copes with."""
+"""The Trainer of `lemo train`, which copes with what a killed process, a full disk or another run
+left."""
 
 import json
 import os
@@ -18,7 +19,7 @@ class RunMixin(LeMoMixin):
     """Puts the run's settings beside all weights that a trainer saves.
 
     Args:
-        settings: Settings of the run, as YAML.
+        settings: Settings of the run, as YAML text.
         **options: Arguments of the trainer.
     """
 
@@ -29,7 +30,8 @@ class RunMixin(LeMoMixin):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As LeMoTrainer's; from a checkpoint of the last step no step more, as Trainer's takes."""
+        """As LeMoTrainer's, but from a checkpoint of the last step it takes no further step, as
+        Trainer would."""
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, STATE_NAME))
             whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -42,13 +44,14 @@ class RunMixin(LeMoMixin):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As LeMoTrainer's; the settings first, so that a whole checkpoint has them."""
+        """As LeMoTrainer's; writes the settings first, so that a complete checkpoint has them."""
         if self.args.should_save:
             write_settings(output_dir or self._output_dir(), self.settings)
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
-        """As Trainer's, written as a whole; what a kill left of ``all_results.json`` is dropped."""
+        """As Trainer's; files are written as a whole, and an ``all_results.json`` that a killed
+        process left damaged is dropped."""
         if not self.is_world_process_zero():
             return
         _write(Path(self._output_dir(), f"{split}_results.json"), metrics)
@@ -62,7 +65,7 @@ class RunMixin(LeMoMixin):
 
 
 class RunTrainer(RunMixin, LeMoTrainer):
-    """`LeMoTrainer` of a run."""
+    """`LeMoTrainer` of a run of `lemo train`."""
 
 
 def _write(path: Path, metrics: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Sections of `lemo train`'s settings that are its own, and what a run was asked for."""
+"""Sections of settings that only `lemo train` has, and the settings of a run."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,16 +10,16 @@ from lemo_hf.shown import shown
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which causal LM, and how it is loaded.
+    """Settings of the causal LM and its loading.
 
     Attributes:
         name: Hub id or directory.
-        revision: Branch, tag or commit of the Hub's.
+        revision: Branch, tag or commit of a Hub repository.
         dtype: Dtype of the weights.
         attn_implementation: Attention as for `from_pretrained`; None is transformers' own choice.
         rope_type: Way in which positions are stretched to ``data.tokens``.
-        rope_parameters: RoPE parameters, put over the model's own.
-        max_position_embeddings: Number of positions, put over the model's own.
+        rope_parameters: RoPE parameters, which replace the model's own.
+        max_position_embeddings: Number of positions, which replaces the model's own.
         trust_remote_code: Whether Python code that comes with the model is run.
     """
 
@@ -35,27 +35,27 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which text or chats, and how rows of tokens are made of them.
+    """Settings of the text or the chats, and of the rows of tokens made from them.
 
     Attributes:
         dataset: Hub id, directory, or one or several files (.jsonl, .txt, .parquet); with
-            ``weights`` several of any kind.
+            ``weights`` several datasets of any kind.
         tokens: Length of a row. Longer documents and chats are cut.
         weights: Share of each dataset among the rows; None: files, one after the other.
         split: Split of a Hub dataset or a directory.
-        text_column: Column that holds the text; None: ``"text"``, where there are no columns of
-            chats (see `lemo_hf.cli.train_chats`).
-        answers_only: Whether of chats the answers alone have labels.
-        chat_template: File of a Jinja template in the place of the tokenizer's.
+        text_column: Column that holds the text; None: ``"text"``, if there are no columns of chats
+            (see `lemo_hf.cli.train_chats`).
+        answers_only: Whether only the answers of a chat have labels.
+        chat_template: File of a Jinja template that replaces the tokenizer's.
         packing: Whether rows hold several documents or chats, none of which sees another.
         streaming: Whether rows are made when they are asked for; it needs ``training.max_steps``.
         min_tokens: Tokens from which the rest of a document is a shorter row, without packing.
         max_rows: Most rows that are made, or chats that are read.
-        eval_dataset: Dataset to evaluate on, likewise; None: none, or ``dataset`` if there is an
-            ``eval_split``.
-        eval_split: Split of that; None: ``"test"``.
-        eval_share: Instead: share of the rows that are held out to evaluate on.
-        max_eval_rows: Most rows of that.
+        eval_dataset: Dataset to evaluate on, named like ``dataset``; None: ``dataset`` if there is
+            an ``eval_split``, else none.
+        eval_split: Split of the dataset to evaluate on; None: ``"test"``.
+        eval_share: Share of the rows that is held out to evaluate on, instead of another dataset.
+        max_eval_rows: Most rows to evaluate on.
     """
 
     dataset: str | list[str]
@@ -81,7 +81,9 @@ class DataSection:
                 if value is not None and value < least:
                     mistakes.add(f"{name} must be at least {least}, got {value}")
             if self.packing and self.min_tokens is not None:
-                mistakes.add(f"min_tokens={self.min_tokens} has no meaning with packing: drop it")
+                mistakes.add(
+                    f"min_tokens={self.min_tokens} has no meaning with packing: leave it out"
+                )
             if self.weights is not None and (
                 isinstance(self.dataset, str)
                 or len(self.weights) != len(self.dataset)
@@ -97,13 +99,14 @@ class DataSection:
                 others = [self.eval_dataset, self.eval_split, self.streaming or None]
                 if others != [None] * 3:
                     mistakes.add(
-                        f"eval_share={self.eval_share:g} excludes eval_dataset, eval_split "
-                        "and streaming: drop it, or these"
+                        f"eval_share={self.eval_share:g} excludes eval_dataset, eval_split and "
+                        "streaming: leave it out, or leave them out"
                     )
 
     @property
     def heldout(self) -> "DataSection | None":
-        """What is evaluated on, as a section of its own; None if nothing is, or a share."""
+        """The data to evaluate on, as a section of its own; None if there is none, or if it is a
+        share of the rows."""
         dataset = self.eval_dataset
         if dataset is None and self.eval_split is not None:
             dataset = self.dataset
@@ -122,7 +125,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was asked for, checked; ``lora`` or ``lemo`` is None where there is none."""
+    """The checked settings of a run; ``lora`` or ``lemo`` is None if the run does not have it."""
 
     model: ModelSection
     data: DataSection

@@ -1,4 +1,5 @@
-"""Settings of `lemo train`: a YAML file or a packaged preset, and flags that win over it."""
+"""Reading of the settings of `lemo train`: a YAML file or a packaged preset, and flags, which
+win."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +23,13 @@ def read_settings(
     """Read a file, then the flags ``--section.key value`` over it.
 
     Args:
-        config: A file, or the name of a packaged preset; None is nothing.
-        flags: Words as they stand on the command line.
-        options: Names of other flags, of which one may have been meant.
+        config: File, or name of a packaged preset; None: neither.
+        flags: Words of the command line.
+        options: Names of other flags, which a misspelt one may mean.
 
     Raises:
-        OSError: There is neither such a file nor such a preset.
-        ValueError: It is no YAML, or a key is unknown.
+        OSError: There is no such file and no such preset.
+        ValueError: The file is not YAML, or a key is unknown.
     """
     settings = Settings()
     if config is not None:
@@ -48,7 +49,7 @@ def find_config(name: str) -> Path:
     """A local file, or else the packaged preset of that name (with or without ``.yaml``).
 
     Raises:
-        OSError: There is neither.
+        OSError: There is no such file and no such preset.
     """
     if Path(name).is_file():
         return Path(name)
@@ -57,15 +58,16 @@ def find_config(name: str) -> Path:
     if stem in presets:
         return presets[stem]
     raise FileNotFoundError(
-        f"--config {name}: there is neither such a file nor such a preset"
-        f"{nearest(stem, presets)} Presets: {', '.join(presets)}."
+        f"--config {name}: there is no such file and no such preset{nearest(stem, presets)} "
+        f"Presets: {', '.join(presets)}."
     )
 
 
 def dump(run: Run, settings: Settings) -> str:
-    """The run as YAML that `read_settings` reads again; secrets are left out.
+    """The run as YAML, which `read_settings` can read; secrets are left out.
 
-    Model, data and LeMo's sections are whole; LoRA's and Trainer's hold what was asked for.
+    The sections model, data and lemo have all fields; lora and training have those that the user
+    set.
     """
     values: dict[str, Any] = {
         "model": dataclasses.asdict(run.model),
@@ -86,7 +88,7 @@ def dump(run: Run, settings: Settings) -> str:
 
 
 def _sections(values: Any, path: str) -> tuple[dict[str, Any], bool]:
-    """Sections of a file; whether it says ``full: true``, which stands for the missing ``lora``."""
+    """Sections of a file, and whether it says ``full: true``, which replaces a section ``lora``."""
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} must hold the sections {', '.join(SECTIONS)}, got {shown(values)}."

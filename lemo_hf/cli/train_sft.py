@@ -1,4 +1,4 @@
-"""The trainer of chats for `lemo train`: TRL's SFTTrainer makes rows of them."""
+"""The trainer of chats for `lemo train`: TRL's SFTTrainer makes their rows."""
 
 import copy
 from itertools import islice
@@ -15,10 +15,10 @@ FIRST = 256  # rows of a stream that are looked at
 
 
 class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
-    """`LeMoSFTTrainer` of a run; says how many answers its rows cut.
+    """`LeMoSFTTrainer` of a run, which says how many answers its rows cut.
 
     Attributes:
-        cut: Sentences on that, by dataset.
+        cut: Sentences on the answers that were cut, by dataset.
     """
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *more: Any) -> Any:
@@ -36,7 +36,7 @@ class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
 
 
 def cut_answers(rows: Any, tokens: int) -> str:
-    """A sentence on the rows that are longer than ``tokens``; empty if none is."""
+    """A sentence on the rows that are longer than ``tokens``; empty if there are none."""
     streamed = not hasattr(rows, "__len__")
     seen = longer = answers = lost = longest = 0
     for row in islice(rows.with_format("numpy"), FIRST if streamed else None):
@@ -55,7 +55,7 @@ def cut_answers(rows: Any, tokens: int) -> str:
 
 
 def chat_tables(run: Run, form: str) -> tuple[Any, Any]:
-    """What is trained on, and what is evaluated on or None."""
+    """The dataset to train on, and the one to evaluate on, or None."""
     data, seed = run.data, run.training.seed
     table = chat_table(data, form, seed)
     if data.heldout is not None:
@@ -70,7 +70,7 @@ def chat_tables(run: Run, form: str) -> tuple[Any, Any]:
 
 
 def sft_arguments(run: Run, form: str) -> Any:
-    """TRL's SFTConfig of a run: its TrainingArguments, and what section ``data`` says."""
+    """TRL's SFTConfig of a run, from its TrainingArguments and its section ``data``."""
     from trl import SFTConfig
 
     data: DataSection = run.data

@@ -10,7 +10,7 @@ from lemo_hf.cli.train_sections import Run
 
 
 def make_trainer(run: Run, found: Found, asked: str, progress: bool) -> Any:
-    """A `RunTrainer` of text, or of chats TRL's with the same additions.
+    """A `RunTrainer` for text, or a `RunSFTTrainer` for chats.
 
     Raises:
         OSError, ValueError: The model or a dataset cannot be read, or they do not fit.

@@ -1,4 +1,5 @@
-"""YAML of users, read in bounded time: no key twice, and no aliases that stand for millions."""
+"""YAML from users, read in bounded time: no key twice, and no aliases that stand for millions of
+values."""
 
 import os
 import re
@@ -15,7 +16,8 @@ MOST_VALUES = 10_000  # with aliases written out
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that reads 1e-4 as a number, and a key given twice as an error."""
+    """PyYAML's safe loader, which also reads 1e-4 as a number and refuses a key that is given
+    twice."""
 
     depth = 0
 
@@ -53,36 +55,37 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
-    """What a YAML file says; errors as of `parse_yaml`, and OSError."""
+    """The content of a YAML file; errors as of `parse_yaml`, and OSError."""
     return parse_yaml(read_text(path, MOST_BYTES), str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML text says.
+    """The content of a YAML text.
 
     Args:
         text: Text in YAML.
-        source: Place where it stands, for messages.
+        source: Place of the text, for messages.
 
     Raises:
-        ValueError: It is no YAML, has a key twice or one that is no word, or says too much.
+        ValueError: The text is not YAML, has a key twice, a key that is not a word, or too many
+            values.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     # PyYAML's constructors fail in their own ways: of `!!bool maybe` a KeyError is what comes.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         what = " ".join(str(error).split())  # PyYAML's messages have several lines
-        raise ValueError(f"{source} is no valid YAML: {what}") from error
+        raise ValueError(f"{source} is not valid YAML: {what}") from error
 
 
 def _values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """Nodes below and including ``node``, those that aliases name as often as they are named."""
+    """``node`` and all nodes below it; those that aliases name come once for each alias."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if node in known:
         if not known[node]:
             line = node.start_mark.line + 1
-            raise ValueError(f"the {node.id} in line {line} holds itself by an alias")
+            raise ValueError(f"the {node.id} in line {line} contains itself by an alias")
         return known[node]
     known[node] = 0
     parts = node.value

@@ -1,8 +1,8 @@
-"""The fastest of PyTorch's attention kernels for a model on this device, found by trying them once.
+"""The fastest of PyTorch's attention kernels for a model on this device, found by one trial.
 
-It matters: on an H200 cuDNN's takes 55 ms where FlashAttention 2's takes 94 (32,768 tokens, 32
-query and 8 key heads of 128, forward and backward). Other implementations (``flash_attention_2``,
-``flash_attention_3``, the kernels hub) are the user's choice by ``attn_implementation``.
+On an H200 cuDNN's kernel takes 55 ms where FlashAttention 2's takes 94 ms (32,768 tokens, 32 query
+and 8 key heads of 128, forward and backward). Other implementations (``flash_attention_2``,
+``flash_attention_3``, the kernels hub) run if the user chooses them by ``attn_implementation``.
 """
 
 import math
@@ -25,12 +25,12 @@ _ANY = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 def fastest_attention(
     module: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> tuple[SDPBackend, ...] | None:
-    """Backends in the order to try them, or None where PyTorch's own order stays.
+    """Backends in the order to try them, or None to leave PyTorch's own order.
 
     Args:
-        module: An attention module of the model.
-        device: Where it runs.
-        dtype: Of its queries.
+        module: Attention module of the model.
+        device: Device on which it runs.
+        dtype: Dtype of its queries.
     """
     if device.type != "cuda" or not by_sdpa(implementation_of(module)) or dtype.itemsize != 2:
         return None
@@ -44,7 +44,8 @@ def fastest_attention(
 
 
 def implementation_of(module: nn.Module) -> str:
-    """Name of the attention that an attention module runs; without a config it has but one."""
+    """Name of the implementation that an attention module runs; without a config it has only
+    one."""
     config: Any = getattr(module, "config", None)
     return "eager" if config is None else config._attn_implementation
 
@@ -55,7 +56,7 @@ def by_sdpa(implementation: str) -> bool:
 
 
 def using(backends: tuple[SDPBackend, ...] | None) -> AbstractContextManager:
-    """Within it, the first of ``backends`` that can do what it is asked is used."""
+    """Within this context the first of ``backends`` that supports a call runs it."""
     if backends is None:
         return nullcontext()
     return sdpa_kernel(list(backends), set_priority=True)
@@ -65,7 +66,7 @@ def using(backends: tuple[SDPBackend, ...] | None) -> AbstractContextManager:
 def _tried(
     heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[SDPBackend, ...] | None:
-    """Candidates that run, the fastest first, and what can stand in for them."""
+    """Candidates that run here, the fastest first, then those that can replace them."""
     times = {}
     for backend in _CANDIDATES:
         try:
@@ -79,10 +80,10 @@ def _tried(
 def _milliseconds(
     backend: SDPBackend, heads: int, keys: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """The faster of two runs, forward and backward, after one that is not timed.
+    """Milliseconds of the faster of two runs, forward and backward, after one untimed run.
 
-    As much work for any model, or the host's launches would be what is timed: for a model of 135 M
-    parameters one trial in two took the kernel that is slower by half.
+    The work is the same for any model, or the trial would time the host's launches: with a model of
+    135 M parameters one trial in two chose the kernel that is slower by half.
     """
     tokens = TOKENS * max(1, math.ceil(math.sqrt(WIDE / (heads * size))))
     shapes = [(1, tokens, count, size) for count in (heads, keys, keys)]

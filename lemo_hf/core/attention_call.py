@@ -1,10 +1,9 @@
 """The one way to call the attention module of a layer, on kept rows.
 
-The module's own forward runs. Where transformers wrote it, ``self`` is a stand-in for the module
-that differs in what LeMo needs otherwise (its projections, and the attention function that its
-config names), and one function among its globals is replaced, which nothing else could reach: the
-rotary embedding. The module itself stays as it is but for its ``forward``, for the time of the
-call, so that hooks on its call run.
+The module's own forward runs. If transformers wrote it, ``self`` is a stand-in for the module, with
+other projections and another attention function in its config, and one function among its globals
+is replaced: the rotary embedding, which nothing else could reach. The module itself changes only
+its ``forward``, for the time of the call, so that hooks on its call run.
 """
 
 from inspect import CO_VARKEYWORDS
@@ -33,12 +32,12 @@ def call_attention(
     """Output of the attention module for kept rows.
 
     Args:
-        attention: The layer's attention.
-        positions: cos and sin at the kept positions, or None.
-        share: Who works on which of the rows; None where this process works on all.
-        unread: Name of a projection of whose result nobody reads the values.
-        halves: It rotates the two halves of a head, if it rotates.
-        **kwargs: Of its layer's forward, ``position_embeddings`` excepted.
+        attention: Attention module of the layer.
+        positions: Rotary cos and sin at the kept positions, or None.
+        share: Division of the rows among processes; None if this process works on all.
+        unread: Name of a projection whose result nobody reads.
+        halves: Whether rotary positions, if the module has any, rotate the two halves of a head.
+        **kwargs: Arguments of its layer's forward, without ``position_embeddings``.
     """
     others = {} if share is None else {"config": shared_config(attention.config, share)}
     forward = type(attention).forward
@@ -65,7 +64,7 @@ def call_attention(
 
 
 def _linears(attention: nn.Module, unread: str | None) -> dict[str, Any]:
-    """What to call in place of projections."""
+    """Functions to call in place of projections."""
     found = {}
     for name, module in attention.named_children():
         linear = linear_of(module, values=name != unread or not has_adapter(module))

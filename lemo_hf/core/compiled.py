@@ -1,7 +1,7 @@
-"""A causal LM that somebody compiles: its training passes run as they are, all others compiled.
+"""A causal LM that the user compiles: its training passes run uncompiled, all others compiled.
 
-What a sparse pass keeps changes with every batch, and its kernels are fused already. Dynamo would
-trace hooks and gradients of our own, and break its graph at most of them.
+A sparse pass keeps other tokens with every batch, and its kernels are already fused. Dynamo would
+trace LeMo's hooks and gradients, and break its graph at most of them.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ CALL = "_call_impl"
 
 
 def stock_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What calling ``model`` does: its hooks and its forward."""
+    """Call ``model`` as PyTorch does: its hooks and its forward."""
     return type(model)._call_impl(model, *args, **kwargs)
 
 
 def train_eagerly(model: nn.Module, train: Callable = stock_call) -> None:
-    """From now on ``train(model, ...)`` is what ``model`` does in training mode, never compiled."""
+    """From now on ``model`` in training mode runs ``train(model, ...)``, never compiled."""
     compiled = model._compiled_call_impl
     if compiled is not None:  # by ``model.compile()``
         model._compiled_call_impl = partial(_call, compiled, train, model)

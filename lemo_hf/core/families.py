@@ -1,6 +1,6 @@
-"""Where each model family keeps the parts of a decoder layer: one row a family.
+"""The parts of a decoder layer in each model family: one row a family.
 
-To add a family, add a row. `tests/core/test_families.py` takes it up by itself and checks that at
+To add a family, add a row. `tests/core/test_families.py` finds it by itself and checks that at
 retention 1 the loss and every gradient are the stock model's.
 """
 
@@ -230,8 +230,9 @@ def _falcon(row: Family, config: Any) -> Family:
         )
     if config.hidden_dropout:
         raise ValueError(
-            f"hidden_dropout={config.hidden_dropout} of Falcon drops of the sum of attention and "
-            "MLP, which LeMo does not: set model.config.hidden_dropout=0 before the model is made."
+            f"hidden_dropout={config.hidden_dropout} of Falcon applies dropout to the sum of "
+            "attention and MLP, which LeMo cannot do: set model.config.hidden_dropout=0 before "
+            "the model is made."
         )
     return row
 
@@ -245,8 +246,8 @@ def _stablelm(row: Family, config: Any) -> Family:
 def _bloom(row: Family, config: Any) -> Family:
     if config.apply_residual_connection_post_layernorm:
         raise ValueError(
-            "apply_residual_connection_post_layernorm=True is not supported: BLOOM then adds to "
-            "the normed stream, and tokens that are left out have none."
+            "apply_residual_connection_post_layernorm=True is not supported: BLOOM then adds "
+            "updates to the normed stream, which tokens that are left out do not have."
         )
     return row
 
@@ -254,8 +255,8 @@ def _bloom(row: Family, config: Any) -> Family:
 def _gemma_4(row: Family, config: Any) -> Family:
     if config.enable_moe_block:
         raise ValueError(
-            "enable_moe_block=True is not supported: experts of Gemma 4 stand beside its MLP, with "
-            "norms of their own. Its dense sizes are supported."
+            "enable_moe_block=True is not supported: Gemma 4's experts stand beside its MLP, with "
+            "norms of their own. Use one of its dense sizes."
         )
     return replace(row, shares_keys=config.num_kv_shared_layers > 0)
 
@@ -275,7 +276,7 @@ def family_of(config: Any) -> Family:
     """The row of a model's ``config``.
 
     Raises:
-        ValueError: There is none; the message says why, or how to add a row.
+        ValueError: The family is not supported; the message says why, or how to add a row.
     """
     name = config.model_type
     if name in MULTIMODAL:
@@ -294,7 +295,7 @@ def family_of(config: Any) -> Family:
 
 
 def _inside(row: Family) -> Family:
-    """``row`` of a language model inside a multimodal one, whose head does not scale logits."""
+    """``row`` for a language model inside a multimodal one, whose head does not scale logits."""
     return replace(
         row,
         layers="model.language_model." + row.layers.partition(".")[2],

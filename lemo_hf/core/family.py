@@ -1,4 +1,4 @@
-"""What must be known of a model family: where the parts of its decoder layer are."""
+"""Facts about a model family: the names of the parts of its decoder layer."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,32 +10,29 @@ from torch import nn
 class Family:
     """Attribute names of a decoder layer; the defaults are Llama's.
 
-    ``attention_output`` names the last projection inside ``attention``.
-    ``mlp`` is one module or a chain of modules; ``gate`` names the projections of a gated one (gate
-    and up, or both fused; none for others), and ``activation`` its activation. ``norm`` is the kind
-    of all norms, as `lemo_hf.kernels.norm.KINDS` names it, or "own": then they are called.
-    ``intermediate`` names the Linear whose input is the MLP's intermediate activation, None where
-    experts have no single one.
-    ``router`` names the router inside an ``mlp`` of experts.
-    ``final_norm`` is what the stream goes through before the head, if nothing else is.
-    ``pre_norm_flag`` names an attribute which, when False, moves both norms behind the residual
-    addition. In a ``parallel`` layer the MLP reads the rows that attention reads, and both updates
-    are added at once; where ``mlp_norm`` is ``attention_norm``, it is taken once.
-    ``half_rotary``: if attention rotates, then the two halves of a head, as Llama does.
-    ``reads_positions``: attention reads ``position_ids``, besides cos and sin.
-    ``own_attention``: queries and keys cannot be looked at, since attention calls no function of
-    transformers' `AttentionInterface` or takes keys of other layers.
-    ``adds_residual``: attention and MLP are handed the residual and add it themselves.
+    ``attention_output`` names the last projection inside ``attention``. ``mlp`` is one module or a
+    chain of modules; ``gate`` names the projections of a gated one (gate and up, or both fused;
+    none for others), and ``activation`` its activation. ``norm`` is the kind of all norms, as
+    `lemo_hf.kernels.norm.KINDS` names it, or "own": then they are called. ``intermediate`` names
+    the Linear whose input is the MLP's intermediate activation; None for experts, which have no
+    single one. ``router`` names the router inside an ``mlp`` of experts. ``final_norm`` names the
+    norm between the stream and the head, if nothing else is there. ``pre_norm_flag`` names an
+    attribute which, when False, moves both norms behind the residual addition. In a ``parallel``
+    layer the MLP reads the rows that attention reads, and both updates are added at once; where
+    ``mlp_norm`` is ``attention_norm``, it is taken once. ``half_rotary``: if attention rotates, it
+    rotates the two halves of a head, as Llama does. ``reads_positions``: attention reads
+    ``position_ids``, besides cos and sin. ``own_attention``: LeMo cannot read queries and keys,
+    since attention calls no function of transformers' `AttentionInterface`, or takes keys of other
+    layers. ``adds_residual``: attention and MLP get the residual and add it themselves.
     ``recurrent`` is the row of layers that have its ``attention`` in place of this row's: a module
     that passes a state from token to token (``carries_state``), such as linear attention, Mamba or
-    a convolution. It reads the kept rows as one shorter sequence.
-    ``layer_input`` names gate, projection and norm of a third sublayer, which mixes the stream with
-    an input of each token that the layer has of its own (Gemma 4), if a layer has that gate.
-    ``layer_scale`` names a factor that the layer's stream is multiplied by at its end.
-    ``shares_keys``: some layers read keys and values of earlier ones.
-    ``mlp_beside`` names a module that reads what the MLP reads, and whose update is added to its.
-    ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its update, or the layer its stream,
-    as the first of two.
+    a convolution. It reads the kept rows as one shorter sequence. ``layer_input`` names gate,
+    projection and norm of a third sublayer, which mixes the stream with an input of each token that
+    the layer has of its own (Gemma 4), if a layer has that gate. ``layer_scale`` names a factor
+    that the layer's stream is multiplied by at its end. ``shares_keys``: some layers read keys and
+    values of earlier ones. ``mlp_beside`` names a module that reads the MLP's input, and whose
+    update is added to the MLP's. ``mlp_returns_tuple``, ``returns_tuple``: the MLP returns its
+    update, or the layer its stream, as the first of two.
     """
 
     layers: str = "model.layers"
@@ -81,7 +78,7 @@ class Family:
         return self
 
     def divisor(self, config: Any) -> float:
-        """What logits are divided by."""
+        """The number that logits are divided by."""
         if self.logits_factor is not None:
             return 1 / getattr(config, self.logits_factor)
         return 1.0 if self.logits_divisor is None else getattr(config, self.logits_divisor)
@@ -92,7 +89,7 @@ class Family:
 
 
 def with_experts(row: Family, router: str = "gate") -> Family:
-    """``row`` with experts for an MLP."""
+    """``row`` with experts in place of an MLP."""
     return replace(row, intermediate=None, gate=(), router=router)
 
 

@@ -1,4 +1,4 @@
-"""What layers of a family cannot do of what a config asks."""
+"""Checks of a config against the layers of a family."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from lemo_hf.core.family import Family
 
 
 def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
-    """Raises ValueError if layers of the family cannot do or be scored as ``config`` says."""
+    """Raises ValueError if layers of the family do not support ``config`` or its policy."""
     if family.own_attention and config.policy in ("oracle", "pooled"):
         raise ValueError(
-            f"policy={config.policy!r}: transformers' attention of {model_type!r} keeps its "
-            "queries and keys to itself, so that they cannot be compared. Use policy='auto'."
+            f"policy={config.policy!r}: transformers' attention of {model_type!r} does not give "
+            "out its queries and keys, so they cannot be compared. Use policy='auto'."
         )
     if family.recurrent is not None and config.policy in ("oracle", "pooled"):
         raise ValueError(
@@ -24,15 +24,15 @@ def check_family(config: LeMoConfig, family: Family, model_type: str) -> None:
         if family.parallel and getattr(config, name) is not None:
             raise ValueError(
                 f"{name}={getattr(config, name)}: attention and MLP of {model_type!r} read the "
-                "same rows and add to them at once, so that they keep the same blocks. Set "
-                f"{name}=None."
+                f"same rows at the same time, so they must keep the same blocks. Set {name}=None."
             )
 
 
 def _check_one_set(config: LeMoConfig, model_type: str) -> None:
     """Raises ValueError unless all layers from some layer on keep the same tokens.
 
-    Layers scale the stream and read each other's keys, so that what was left out once stays out.
+    Layers scale the stream and read each other's keys, so a token that was left out once must stay
+    out.
     """
     for name, value, needed in (
         ("agree_across_layers", config.agree_across_layers, True),
@@ -43,25 +43,24 @@ def _check_one_set(config: LeMoConfig, model_type: str) -> None:
         if value != needed:
             raise ValueError(
                 f"{name}={value}: layers of {model_type!r} scale the stream and read keys and "
-                f"values of earlier ones, so that all must keep the same tokens. Set {name}="
-                f"{needed}."
+                f"values of earlier layers, so all must keep the same tokens. Set {name}={needed}."
             )
     if isinstance(config.retention, tuple | list) or isinstance(config.threshold, tuple | list):
         raise ValueError(
             f"retention and threshold by layer: layers of {model_type!r} scale the stream and read "
-            "keys and values of earlier ones, so that all must keep the same tokens. Give one "
+            "keys and values of earlier layers, so all must keep the same tokens. Give one "
             "number, and dense_first_layers for layers that keep everything."
         )
 
 
 def check_shared_keys(config: LeMoConfig, model_config: Any) -> None:
-    """Raises ValueError for layers that keep everything and hand keys to layers that do not."""
+    """Raises ValueError for layers that keep everything and give keys to layers that do not."""
     first = model_config.num_hidden_layers - model_config.num_kv_shared_layers
     before = model_config.layer_types[:first]
     givers = [first - 1 - before[::-1].index(kind) for kind in set(before)]
     if config.dense_first_layers > min(givers):
         raise ValueError(
             f"dense_first_layers={config.dense_first_layers}: layer {min(givers)} gives its keys "
-            f"and values to layers from {first} on, so that they must keep the same tokens. Set "
+            f"and values to layers from {first} on, so they must keep the same tokens. Set "
             f"dense_first_layers to {min(givers)} or less."
         )

@@ -1,9 +1,9 @@
-"""Products with frozen weights in FP8: what is kept of each weight, and where it is found.
+"""Products with frozen weights in FP8, and the FP8 copies of these weights.
 
-One FP8 copy of a weight serves both directions. A result sums over the weight's columns, so its
-rows' scales stand outside of the sum. The gradient of the input sums over its rows, so their scales
-go into the gradient before that is quantised in its turn; the copy is transposed on the way.
-LoRA's own products stay as they are.
+One FP8 copy of a weight serves forward and backward. The forward sums over the weight's columns, so
+the scales of its rows stay outside of the sum. The gradient of the input sums over its rows, so
+their scales are multiplied into the gradient before it is quantised; the copy is transposed for
+this product. LoRA's own products do not change.
 
 Source: row-wise scales as in torchao's float8 training; which products, HALO, arXiv:2501.02625.
 """
@@ -46,14 +46,15 @@ _copies: MutableMapping[Tensor, Fp8Weight | None] = WeakTensorKeyDictionary()
 
 
 def fp8_weight(weight: Tensor, rows: int) -> Fp8Weight | None:
-    """The copy of ``weight``, made anew where the weight has changed or moved.
+    """The FP8 copy of ``weight``, made anew if the weight has changed or moved.
 
     Args:
-        weight: Of a linear.
-        rows: That are multiplied with it.
+        weight: Weight of a linear, ``[out, in]``.
+        rows: Number of rows that are multiplied with it.
 
     Returns:
-        None if it is to have none, or for so few rows.
+        The copy; None if products with the weight are not in FP8, or for fewer than `FEWEST_ROWS`
+        rows.
     """
     if not has_fp8(weight) or rows < FEWEST_ROWS:
         return None
@@ -69,10 +70,11 @@ def has_fp8(weight: Tensor) -> bool:
 
 
 def keep_in_fp8(layers: Sequence[nn.Module]) -> list[Tensor]:
-    """From now on products with the frozen linears' weights in ``layers`` are in FP8; the weights.
+    """Compute products with the frozen linears of ``layers`` in FP8 from now on. Returns their
+    weights.
 
     Raises:
-        ValueError: There is none, or another process holds a part of them.
+        ValueError: ``layers`` have no such linear, or another process holds a part of a weight.
     """
     if any(map(sharded, layers)):
         raise ValueError(
@@ -100,13 +102,13 @@ def keep_in_fp8(layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def forget(weights: Iterable[Tensor]) -> None:
-    """Products with ``weights`` are the model's own again."""
+    """Undo `keep_in_fp8` for ``weights``."""
     for weight in weights:
         _copies.pop(weight, None)
 
 
 def check_fp8(weight: Tensor) -> None:
-    """Raises ValueError where products with ``weight`` cannot be in FP8."""
+    """Raises ValueError if products with ``weight`` cannot be in FP8."""
     if weight.device.type != "cuda":
         return  # by the definition
     if torch.cuda.get_device_capability(weight.device) < (9, 0):

@@ -1,8 +1,8 @@
-"""Where a kernel may stand in for a module's own forward, and where the module must be called.
+"""Decides whether a kernel may replace a module's own forward, or the module must be called.
 
-A kernel reads a norm's weight, or calls the Linear modules inside an MLP, and leaves out the call
-of the module around them. That is only right if the module is transformers' own and nobody hangs
-on its call (`untouched`).
+A kernel reads a norm's weight, or calls the Linear modules inside an MLP, and skips the call of the
+module around them. This is right only if the module is transformers' own and nothing is hooked to
+its call (`untouched`).
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 
 
 def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
-    """What the kernels need of a norm module; None if the module itself must be called."""
+    """A norm module as the kernels need it; None if the module itself must be called."""
     if module is None or not untouched(module) or getattr(module, "weight", None) is None:
         return None
     pytorchs = kind == "layer" and type(module) is nn.LayerNorm
@@ -42,7 +42,8 @@ def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
 
 
 def final_norm(model: nn.Module, family: Family) -> Norm | None:
-    """The norm between the last layer and the head, if the kernels know it and it stands alone."""
+    """The norm between the last layer and the head, if the kernels support it and nothing else is
+    there."""
     inner = model.get_submodule(family.layers.rpartition(".")[0])
     if getattr(inner, "project_out", None) is not None:  # OPT-350m: a projection follows
         return None
@@ -52,7 +53,8 @@ def final_norm(model: nn.Module, family: Family) -> Norm | None:
 
 
 def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Tensor] | None:
-    """A gated MLP up to its last Linear, by those before it; None if the MLP must be called."""
+    """The input of a gated MLP's last Linear, computed by the Linears before it; None if the MLP
+    must be called."""
     mlp = getattr(layer, family.mlp[0])
     activation = _ACTIVATIONS.get(type(getattr(mlp, family.activation, None)))
     projections = [getattr(mlp, name, None) for name in family.gate]

@@ -1,8 +1,8 @@
-"""Rows of families in which some layers pass a state from token to token in place of attention.
+"""Rows for families in which some layers pass a state from token to token instead of attention.
 
-`lemo_hf.core.families` has them among its own. Their layers' recurrent modules read kept rows as
-one shorter sequence: a contiguous piece is what the stock model makes of that piece, and where
-tokens are left out, the state goes from the last token before the gap to the first one behind it.
+`lemo_hf.core.families` includes them. The recurrent modules of their layers read the kept rows as
+one shorter sequence: a contiguous piece gives what the stock model makes of that piece, and at a
+gap the state goes from the last token before it to the first token behind it.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from lemo_hf.core.family import GRANITE_MOE, OLMO_2, Family, with_experts
 
 
 def _state(row: Family, module: str) -> Family:
-    """``row`` of layers whose ``module`` stands in attention's place."""
+    """``row`` for layers that have ``module`` in place of attention."""
     return replace(
         row,
         attention=module,
@@ -59,7 +59,8 @@ HYBRIDS = {
 
 
 def granite_4(row: Family, config: Any) -> Family:
-    """The row of a Granite 4 by its ``config``: small ones have no experts, but one MLP."""
+    """The row of a Granite 4 model by its ``config``: small models have one MLP instead of
+    experts."""
     if config.num_local_experts:
         return row
     row = replace(

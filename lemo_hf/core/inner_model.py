@@ -1,4 +1,4 @@
-"""The model that LeMo works on, inside what users hand over."""
+"""The model that LeMo works on, inside the model that the user gives."""
 
 from typing import cast
 

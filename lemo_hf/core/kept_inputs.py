@@ -1,4 +1,4 @@
-"""What a layer reads besides the rows of the stream, gathered to a kept set."""
+"""Inputs of a layer besides the stream, gathered for a kept set."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lemo_hf.kernels.rotary import KeptRotary
 def kept_positions(
     position_embeddings: tuple[Tensor, Tensor] | None, kept: KeptSet
 ) -> tuple[KeptRotary, KeptRotary] | None:
-    """Rotary cos and sin ``[B or 1, T, R]`` at the kept positions; nothing is gathered yet."""
+    """Rotary cos and sin ``[B or 1, T, R]`` at the kept positions, which are gathered later."""
     if position_embeddings is None:
         return None
     key = "rotary", id(position_embeddings[0])  # held by what is cached, so no other has it
@@ -31,13 +31,13 @@ def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
     """The attention mask among kept tokens.
 
     Args:
-        mask: As transformers hands it to a layer: None (causal), ``[B, T]`` padding mask (flash
-            attention), or ``[B or 1, h, T, T]``, bool (True = visible) or additive float.
-        kept: The set; its slots are in causal order, so None stays None.
+        mask: Mask as transformers gives it to a layer: None (causal), ``[B, T]`` padding mask
+            (flash attention), or ``[B or 1, h, T, T]``, bool (True = visible) or additive float.
+        kept: Kept set; its slots are in causal order, so None stays None.
 
     Returns:
-        None, ``[B, K]`` or ``[B, h, K, K]``. Idle slots are seen by no kept token and see
-        themselves alone, so that no row of the softmax is empty.
+        None, ``[B, K]`` or ``[B, h, K, K]``. Kept tokens do not see idle slots; an idle slot sees
+        itself alone, so that no row of the softmax is empty.
     """
     if mask is None:
         return None
@@ -61,20 +61,20 @@ def kept_mask(mask: Tensor | None, kept: KeptSet) -> Tensor | None:
 
 
 def kept_rows(x: Tensor | None, kept: KeptSet) -> Tensor:
-    """``[B, T, D]`` to ``[B, K, D]``; only layers that are given ``x`` ask."""
+    """The kept rows ``[B, K, D]`` of an input ``x [B, T, D]`` that some layers have."""
     assert x is not None
     return x if kept.whole else x.gather(1, kept.index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def kept_alibi(alibi: Tensor, kept: KeptSet) -> Tensor:
-    """ALiBi, which is added to scores by the place of a key, at kept keys.
+    """ALiBi at kept keys: the bias that is added to scores by the place of a key.
 
     Args:
-        alibi: ``[B * heads, 1, T]`` or ``[B, heads, 1, T]``.
+        alibi: Bias, ``[B * heads, 1, T]`` or ``[B, heads, 1, T]``.
         kept: The set.
 
     Returns:
-        The same with K in place of T.
+        The bias with K in place of T.
     """
     index = kept.index[:, None, None]
     by_row = alibi.view(len(index), -1, 1, alibi.shape[-1])
@@ -87,7 +87,7 @@ def kept_documents(documents: Tensor, kept: KeptSet) -> dict[str, Any]:
 
     Args:
         documents: ``[B, T]`` non-decreasing document ids.
-        kept: The set. An idle tail of slots becomes a document of its own.
+        kept: Kept set. Idle slots at the end become a document of their own.
     """
     ids = documents.gather(1, kept.index)
     if kept.slot_mask is not None:
@@ -114,10 +114,11 @@ def kept_attention_inputs(
     alibi: Tensor | None,
     flash: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments of the attention module for the kept rows, but their rotary positions.
+    """Keyword arguments of the attention module for the kept rows, without rotary positions.
 
-    Where tokens are left out, so are ``position_ids`` that only flash attention reads: it takes
-    gaps between kept positions for document boundaries. It is given the real ones instead.
+    If tokens are left out, ``position_ids`` that only flash attention reads are left out too: it
+    would take gaps between kept positions for document boundaries. It gets the real boundaries
+    instead.
     """
     own: dict[str, Any] = {"residual": 0.0} if family.adds_residual else {}
     if kept.whole:

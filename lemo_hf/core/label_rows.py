@@ -1,6 +1,6 @@
-"""The final norm of the rows that a head will read, where it reads those with labels alone.
+"""The final norm of rows with labels alone, for a head that reads no others.
 
-A norm of the whole stream and what its backward keeps would be as large as all kept rows of the
+A norm of the whole stream, and what its backward stores, would be as large as all kept rows of the
 layers.
 """
 
@@ -19,13 +19,14 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 def norm_label_rows(
     model: PreTrainedModel, family: Family, sparse_pass: SparsePass, targets: Tensor
 ) -> StandIn | None:
-    """Let the final norm's next call do no more; None where its module must be called.
+    """Let the next call of the final norm compute only the rows with labels; None if its module
+    must be called.
 
     Args:
-        model: The causal LM, about to run.
-        family: Where its parts are.
-        sparse_pass: The pass.
-        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
+        model: Causal LM that is about to run.
+        family: Names of its parts.
+        sparse_pass: Sparse pass under way.
+        targets: ``[B, T]`` token that each position must predict, `IGNORE_INDEX` for none.
     """
     norm = norm_before_the_head(model, family)
     if norm is None:

@@ -1,4 +1,4 @@
-"""The labels of a pass, of which a loss that is not LeMo's gets those of kept tokens."""
+"""The labels of a pass. A loss that is not LeMo's gets those of kept tokens."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,15 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 
 @dataclass
 class Labels:
-    """What a pass is to predict.
+    """The labels of one pass.
 
     Attributes:
-        name: The argument they came by; ``"shift_labels"`` stand where they are predicted.
+        name: Argument that they were given as; ``"shift_labels"`` stand at the position that
+            predicts them.
         tensor: ``[B, T]`` int64, a copy that may be changed.
         num_items: fp32 scalar tensor that may be changed, or None.
-        ignored: What a loss that is given ``ignore_index`` takes for no label.
-        prompt: Virtual tokens (prompt tuning) that the model has before them, and no label for.
+        ignored: Value that means no label: the loss's ``ignore_index``.
+        prompt: Number of virtual tokens (prompt tuning) before them, which have no labels.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Labels:
         name: str = "labels",
         ignored: int = IGNORE_INDEX,
     ) -> "Labels":
-        """Labels that the pass may change; the caller's stay as they are."""
+        """A copy that the pass may change; the caller's labels do not change."""
         if num_items is not None:
             num_items = torch.as_tensor(num_items, device=tensor.device).float().clone()
         return cls(name, tensor.clone(), num_items, ignored)
@@ -52,14 +53,15 @@ class Labels:
         return None
 
     def fit(self, batch: Tensor) -> bool:
-        """Whether they are of the tokens of ``batch``, ``[B, T]`` ids or embeddings ``[B, T, H]``,
-        before which there may be a prompt."""
+        """Whether the labels have the shape of ``batch``, ``[B, T]`` ids or embeddings
+        ``[B, T, H]``, perhaps behind a prompt."""
         more = batch.shape[1] - self.tensor.shape[1]
         self.prompt = more if more > 0 and batch.dim() == 3 else 0
         return self.tensor.shape[0] == batch.shape[0] and more == self.prompt
 
     def targets(self) -> Tensor:
-        """``[B, prompt + T]``: the token each position must predict, `IGNORE_INDEX` for none."""
+        """The token that each position must predict, ``[B, prompt + T]``, `IGNORE_INDEX` for
+        none."""
         targets = self.tensor
         if self.ignored != IGNORE_INDEX:
             targets = targets.masked_fill(targets == self.ignored, IGNORE_INDEX)
@@ -68,7 +70,7 @@ class Labels:
         return shifted(nn.functional.pad(targets, (self.prompt, 0), value=IGNORE_INDEX))
 
     def strike(self, sparse_pass: SparsePass) -> None:
-        """Ignore what eliminated tokens would have to predict; take it out of the item count."""
+        """Strike the labels of tokens that were left out, and subtract them from the item count."""
         before = self.targets()
         after, _ = supervised_targets(before, sparse_pass)
         if self.num_items is not None:
@@ -84,20 +86,21 @@ class Labels:
 
 @dataclass
 class StepLabels(Labels):
-    """Labels of a training step, of which each of its passes may strike some.
+    """Labels of a training step; each of its passes may strike some.
 
     Attributes:
-        whole: As they were.
+        whole: Labels as they were before any pass.
     """
 
     whole: Labels = field(kw_only=True)
 
     def fit(self, batch: Tensor) -> bool:
-        """As of `Labels`."""
+        """As `Labels.fit`."""
         return super().fit(batch) and self.whole.fit(batch)
 
     def restored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a pass, with these as they were where they are among them."""
+        """Arguments of a pass, with these labels as they were before, if they are among the
+        arguments."""
         changed = ((self.tensor, self.whole.tensor), (self.num_items, self.whole.num_items))
         return {
             name: next((whole for struck, whole in changed if value is struck), value)
@@ -106,11 +109,11 @@ class StepLabels(Labels):
 
 
 class AnnouncedLabels:
-    """Labels of losses outside the model, which a trainer shows before it calls the model.
+    """Labels of losses outside the model, which a trainer announces before it calls the model.
 
     Attributes:
-        for_next: Of the next pass, which is not given them; or None.
-        for_step: Of any pass of the step, given them or not; or None.
+        for_next: Labels of the next pass, which does not get them as an argument; or None.
+        for_step: Labels of any pass of the step, which may get them as an argument; or None.
     """
 
     def __init__(self) -> None:
@@ -118,14 +121,14 @@ class AnnouncedLabels:
         self.for_step: StepLabels | None = None
 
     def promise(self, tensor: Tensor, num_items: Tensor | int | None) -> Labels:
-        """Announce labels that the next pass is not given."""
+        """Announce labels of the next pass, which does not get them as an argument."""
         self.for_next = Labels.copy_of(tensor, num_items)
         return self.for_next
 
     def expect(self, tensor: Tensor, num_items: Any) -> Labels:
-        """Announce labels that any pass of the step may take, given them or not.
+        """Announce labels for any pass of the step, which may get them as an argument.
 
-        ``num_items``, a tensor or None, may be changed.
+        ``num_items`` is a tensor that may be changed, or None.
         """
         whole = Labels.copy_of(tensor, num_items)
         self.for_step = StepLabels("labels", tensor.clone(), num_items, whole=whole)
@@ -143,11 +146,12 @@ class AnnouncedLabels:
         """Labels of a pass over ``batch``, ``[B, T]`` ids or embeddings ``[B, T, H]``.
 
         Args:
-            promised: Those that were `for_next`, or None.
-            batch: The model's input.
+            promised: Labels that were announced as `for_next`, or None.
+            batch: Input of the model.
 
         Returns:
-            Those that a loss outside takes, and the same as no pass has struck any; or None twice.
+            The labels of a loss outside the model, and the same before any pass struck some; or
+            None twice.
         """
         if promised is not None:
             promised.fit(batch)

@@ -1,9 +1,8 @@
 """The decoder layer in a sparse pass: kept rows in, its own attention and MLP, kept rows out.
 
-A layer that is to stay dense keeps every row and goes the same way. A layer of the model becomes an
-instance of a cached subclass of its own class, with the same name: state dicts, hooks, PEFT and
-FSDP's lookup by class name see what they saw before. What belongs to LeMo lives in one plain
-attribute outside the module tree.
+A dense layer keeps every row and runs the same code. A layer of the model becomes an instance of a
+cached subclass of its own class, with the same name: state dicts, hooks, PEFT and FSDP's lookup by
+class name work as before. LeMo's data are in one plain attribute outside the module tree.
 """
 
 from collections.abc import Callable
@@ -46,17 +45,18 @@ _CACHES = ("past_key_values", "layer_past")
 
 @dataclass
 class LayerSetup:
-    """What one layer must know.
+    """LeMo's data of one layer.
 
     Attributes:
-        family: Where its parts are; the row of this layer.
-        index: Its place in the stack.
-        rule: How much its attention keeps; None if the layer is dense.
-        mlp_rule: The same of its MLP; None if the MLP keeps the attention's rows.
-        closes: It is the last layer.
-        recompute: One of `LEVELS`; None follows the model's gradient checkpointing.
-        predictor: For the predictor policy.
-        passes: Knows the forward pass under way.
+        family: Names of its parts, for this kind of layer.
+        index: Index of the layer in the model.
+        rule: Rule of how much its attention keeps; None if the layer is dense.
+        mlp_rule: Rule of how much its MLP keeps; None if the MLP keeps what the attention keeps.
+        closes: Whether it is the last layer.
+        recompute: Level of recomputation, one of `LEVELS`; None follows the model's gradient
+            checkpointing.
+        predictor: Predictor of this layer for ``policy="predictor"``, or None.
+        passes: Passes of the model, which know the one under way.
     """
 
     family: Family
@@ -77,7 +77,7 @@ else:
 
 
 class SparseLayer(_Mixed):
-    """Mixed in before a decoder layer's class; see the module's docstring."""
+    """Mixin before a decoder layer's class; see the module's docstring."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         setup: LayerSetup = self.__dict__[_SETUP]
@@ -122,7 +122,8 @@ def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plainly(passes: Passes, checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """Checkpoint a layer of a plain pass: its second run, in the backward, is plain as well."""
+    """Checkpoint a layer of a plain pass, so that its second run, in the backward, is plain as
+    well."""
 
     def run(*inner: Any, **kwargs: Any) -> Any:
         before, passes.plain = passes.plain, True
@@ -171,7 +172,7 @@ def _sparse_forward(
     per_layer_input: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The stream ``x [B, T, H]``, its kept rows updated in place."""
+    """The layer's pass: the stream ``x [B, T, H]``, with its kept rows updated in place."""
     x = _stream(x, setup, sparse_pass)
     attends = not setup.family.carries_state
     flash = attends and setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
@@ -254,7 +255,7 @@ def _sparse_forward(
 
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
-    """The stream as something that may be updated in place."""
+    """The stream, in memory that may be updated in place."""
     if x._is_view():  # FSDP2 hands each layer a view that must not be written to
         return open_stream(x)
     if setup.index > 0:
@@ -274,7 +275,7 @@ def _update(
     share: Share | None,
     sublayers: list[Sublayer],
 ) -> Tensor:
-    """``sublayers`` on the kept rows of the stream, stored back into it."""
+    """Run ``sublayers`` on the kept rows of the stream, and store the results back into it."""
     # What is computed again begins with the rows, so that nothing but they is stored.
     again = level in UNITS
     late = again or share is not None or sublayers[0].again
@@ -296,14 +297,14 @@ def _update(
 
 
 def _level(layer: nn.Module, setup: LayerSetup, sparse_pass: SparsePass, x: Tensor) -> str:
-    """What the model's gradient checkpointing asks for."""
+    """The level that the model's gradient checkpointing asks for."""
     if not getattr(layer, "gradient_checkpointing", False):
         return "none"
     return setup.passes.levels.of(sparse_pass, x)
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:
-    """Of the products of ``hidden``, under autocast or not."""
+    """Dtype of products with ``hidden``, with or without autocast."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -318,7 +319,7 @@ def _uses_flash(layer: nn.Module, family: Family, sparse_pass: SparsePass) -> bo
     if window is not None and window < sparse_pass.tokens:
         raise ValueError(
             f"{implementation} counts a sliding window of {window} in kept rows, not in tokens, "
-            f"and the sequence has {sparse_pass.tokens}. Use attn_implementation='sdpa', "
-            "or 'eager' where transformers has no 'sdpa' for the model."
+            f"and the sequence has {sparse_pass.tokens} tokens. Use attn_implementation='sdpa' (or "
+            "'eager', if transformers has no 'sdpa' for the model), or shorter sequences."
         )
     return True

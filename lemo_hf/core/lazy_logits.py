@@ -1,4 +1,4 @@
-"""A model's output whose logits are made when somebody reads them, and not before."""
+"""A model's output whose logits are made only when they are read."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,8 +15,8 @@ class Logits:
     """Logits of one pass.
 
     Args:
-        make: Makes them; holds the stream. None: they cannot be made.
-        why_not: What is said to who asks for them in vain, then and after the backward.
+        make: Function that makes the logits, and holds the stream. None: they cannot be made.
+        why_not: Message of the error if logits are read that cannot be made (any more).
     """
 
     def __init__(self, make: Callable[[], Tensor] | None, why_not: str):
@@ -32,7 +32,8 @@ class Logits:
         return self._made[0]
 
     def go_with(self, loss: Tensor) -> None:
-        """Let the stream go when the backward of ``loss`` begins, whose peak it would add to."""
+        """Free the stream when the backward of ``loss`` begins, since it would add to the peak
+        memory."""
         if not loss.requires_grad:
             return
         itself = ref(self)
@@ -53,10 +54,10 @@ else:
 
 
 class _AsksForLogits(_Mixed):
-    """Mixed in before an output's class.
+    """Mixin before an output's class.
 
-    Among its values the `Logits` themselves stand for logits, so that they outlive who makes the
-    output anew of its items: accelerate, which does in mixed precision, and FSDP.
+    Its value for logits is the `Logits` object. So logits survive when an output is made anew from
+    its items, as accelerate does in mixed precision, and FSDP.
     """
 
     loss: Tensor

@@ -1,4 +1,5 @@
-"""The level of recomputation that fits beside a pass, for layers that follow checkpointing."""
+"""The level of recomputation that fits the memory, for layers that follow gradient
+checkpointing."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,13 @@ MOST_SHAPES = 1024  # whose levels are remembered
 
 
 class Levels:
-    """Levels by the shape of a batch and as many rows as layers keep, each found once.
+    """Levels by the shape of a batch and the number of kept rows, each found once.
 
     Args:
-        parameters: Of the model.
-        family: Where its parts are.
+        parameters: Parameters of the model.
+        family: Names of its parts.
         layers: The decoder layers.
-        host: Where layers store what they would keep on the device, or None.
+        host: Pinned host memory for what layers store, or None.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Levels:
         self._found: dict[tuple, str] = {}
 
     def of(self, sparse_pass: SparsePass, x: Tensor) -> str:
-        """What all layers of the pass compute again: one of `UNITS`; a layer reads ``x``."""
+        """The level of all layers of the pass, one of `UNITS`; a layer reads ``x``."""
         if sparse_pass.level is None:  # it is the first that asks
             rows = tuple(sparse_pass.stored_rows(len(self._layers)))
             if (x.shape, rows) not in self._found:
                 level = self._fitting(x, rows)
                 if level not in self._found.values():
                     logger.info(
-                        "recompute=%r is what fits beside batches of %d x %d tokens",
+                        "recompute=%r fits the memory for batches of %d x %d tokens",
                         level,
                         sparse_pass.batch,
                         sparse_pass.tokens,
@@ -66,14 +67,14 @@ class Levels:
         return self.fitting(x, rows, free_bytes(x.device))
 
     def fitting(self, x: Tensor, rows: Sequence[LayerRows], room: int) -> str:
-        """The level that fits ``room`` bytes of the device beside all else, if layers keep so."""
+        """The level that fits ``room`` free bytes of the device, if layers keep these rows."""
         width = max(self._width(layer) or x.shape[2] for layer in self._layers)
         trained = sum(local_bytes(p) for p in self._parameters() if p.requires_grad)
         slabs = 0 if self._host is None else self._host.most
         return fitting_level(rows, x.shape, width, x.element_size(), trained, slabs, room)
 
     def _width(self, layer: nn.Module) -> int:
-        """Of the queries of all heads; 0 if the layer does not say."""
+        """Width of the queries of all heads; 0 if the layer does not say."""
         attention: Any = getattr(layer, self._family.attention)
         config = getattr(attention, "config", None)  # BLOOM's has none
         return getattr(config, "num_attention_heads", 0) * getattr(attention, "head_dim", 0)

@@ -1,9 +1,9 @@
-"""A linear of the model, PEFT's LoRA in it or not, in as few passes as there can be.
+"""A linear of the model, with or without PEFT's LoRA, in as few passes over memory as possible.
 
-``W x + scaling * B (A x)`` takes PEFT two passes over the result for the scaling and the sum, one
-over its gradient, and one for the sum of the input's two gradients. Added up and scaled inside the
-products there are none. Where a layer runs again and nobody reads the result, the products that
-make it are left out (`linear_of`, ``values``).
+For ``W x + scaling * B (A x)`` PEFT takes two passes over the result for the scaling and the sum,
+one over its gradient, and one for the sum of the input's two gradients. Here the products do this
+themselves. When a layer runs again and nobody reads the result, the products that make it are left
+out (`linear_of`, ``values``).
 
 Source: LoRA, arXiv:2106.09685.
 """
@@ -29,7 +29,7 @@ class _Adapter(NamedTuple):
 
 
 class _Linear(Function):
-    """``x [N, in]`` by a frozen weight and perhaps an adapter."""
+    """``x [N, in]`` times a frozen weight, with or without an adapter."""
 
     @staticmethod
     def forward(
@@ -92,11 +92,11 @@ def _product_in(dtype: torch.dtype, x: Tensor, y: Tensor) -> Tensor:
 
 
 def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tensor]:
-    """What to call in place of a linear of the model; ``module`` itself if it must be called.
+    """Function to call in place of a linear of the model; ``module`` itself if it must be called.
 
     Args:
-        module: Any module.
-        values: False: the result need not be right, only its gradients.
+        module: Module of any kind.
+        values: Whether the result is read; if False only its gradients are right.
     """
     base, adapter = _parts(module)
     if base is None or (values and adapter is None and not has_fp8(base.weight)):
@@ -117,12 +117,13 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether `linear_of` knows an adapter in it."""
+    """Whether the module has an adapter that `linear_of` supports."""
     return _parts(module)[1] is not None
 
 
 def _parts(module: Any) -> tuple[nn.Linear | None, _Adapter | None]:
-    """The frozen linear that a call multiplies by and one plain adapter; None for no such."""
+    """The frozen linear that a call multiplies by, and its one plain adapter; None for any other
+    module."""
     if _is_frozen(module):
         return cast(nn.Linear, module), None
     layers = sys.modules.get("peft.tuners.lora.layer")

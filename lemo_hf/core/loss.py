@@ -1,4 +1,4 @@
-"""The language-model loss of a sparse pass: on tokens that may be asked, by segments."""
+"""The language-model loss of a sparse pass, of tokens that have a loss, segment by segment."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX, segment_cross_en
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """The token each position must predict: ``labels [B, T]`` one to the left, the end ignored."""
+    """The token that each position must predict: ``labels [B, T]`` shifted one to the left, the
+    last ignored."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def of_tokens(targets: Tensor, sparse_pass: SparsePass) -> Tensor:
-    """``targets [B, T]`` without those of padding, which no layer reads and nobody may ask."""
+    """``targets [B, T]`` with those of padding ignored, which no layer reads."""
     return (
         targets
         if sparse_pass.valid is None
@@ -34,10 +35,11 @@ def supervised(sparse_pass: SparsePass) -> Tensor:
 
 
 def most_labels(sparse_pass: SparsePass) -> int | None:
-    """No more tokens than this have a label that is asked for; None if only the device knows.
+    """Upper bound of the number of tokens that have a loss; None if only the device knows.
 
-    The device alone knows where layers choose sets of their own, and tokens kept most often are
-    asked. Where processes share the sequence, of the tokens that this one holds.
+    Only the device knows if layers choose sets of their own and tokens that are kept most often
+    have the loss. If processes share the sequence, the bound is for the tokens that this process
+    holds.
     """
     labels = sum(row.most_labels for row in sparse_pass.rows)
     if sparse_pass.config.supervise == "all":
@@ -50,14 +52,14 @@ def most_labels(sparse_pass: SparsePass) -> int | None:
 
 
 def supervised_targets(targets: Tensor, sparse_pass: SparsePass) -> tuple[Tensor, Tensor]:
-    """Targets the pass may ask for, and each row's weight.
+    """Targets that have a loss in the pass, and the weight of each row.
 
     With ``supervise="kept"`` the mean loss over a row's remaining targets stands for the row, so a
     row weighs as much as in dense training: its weight is (its targets) / (remaining targets).
 
     Args:
         targets: ``[B, T]`` int64, `IGNORE_INDEX` for none.
-        sparse_pass: The forward pass, after its last sparse layer.
+        sparse_pass: Sparse pass, after its last sparse layer.
 
     Returns:
         Targets ``[B, T]`` and weights ``[B, 1]`` fp32.
@@ -71,9 +73,9 @@ def supervised_targets(targets: Tensor, sparse_pass: SparsePass) -> tuple[Tensor
 
 
 def share_left(before: Tensor, after: Tensor) -> Tensor:
-    """Of the targets ``before`` the share that is left ``after``, fp32 scalar.
+    """Share of the targets ``before`` that is left ``after``, fp32 scalar.
 
-    Of none that are left the sum of losses is 0; divided by 0 items it would be NaN: 1 then.
+    It is 1 if none is left: the sum of losses is then 0, and divided by 0 items it would be NaN.
     """
     count = (before != IGNORE_INDEX).sum().clamp_min(1)
     left = (after != IGNORE_INDEX).sum()
@@ -93,21 +95,21 @@ def segment_loss(
     """The model's causal-LM loss without its ``[B, T, V]`` logits.
 
     Args:
-        hidden: What the head reads, ``[B, T, H]``; before ``norm`` if there is one. Of the shard
-            where processes share the sequence.
-        targets: ``[B, T]`` token each position must predict, `IGNORE_INDEX` for none.
-        sparse_pass: The forward pass.
-        head: The output embeddings, called as a module.
-        family: Where the config keeps a logit divisor or soft cap.
+        hidden: Input of the head, ``[B, T, H]``; before ``norm`` if there is one. If processes
+            share the sequence, of this process's shard.
+        targets: ``[B, T]`` token that each position must predict, `IGNORE_INDEX` for none.
+        sparse_pass: Sparse pass under way.
+        head: Output embeddings, called as a module.
+        family: Names of the config's logit divisor and soft cap.
         model_config: Config of the model.
-        num_items_in_batch: Labels in all micro-batches of the optimizer step (Trainer counts
-            them), or None: the labels of this batch.
-        norm: Between ``hidden`` and the head, or None.
+        num_items_in_batch: Number of labels in all micro-batches of the optimizer step, which
+            Trainer counts; None: that of this batch.
+        norm: Norm between ``hidden`` and the head, or None.
 
     Returns:
-        Nats per label, fp32 scalar; 0, with gradients of 0, if there is no label. Where processes
+        Loss in nats per label, fp32 scalar; 0, with gradients of 0, without labels. If processes
         share the sequence, the mean over them is the loss: engines take the mean of their
-        gradients, and Trainer of what it logs.
+        gradients, and Trainer of its logs.
     """
     sparse_pass.check_labels(targets)
     count: Tensor | float

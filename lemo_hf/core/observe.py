@@ -1,4 +1,4 @@
-"""A look into a dense forward pass: each layer and what it is about to read."""
+"""Observation of a dense forward pass: each layer and its input."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,19 +26,20 @@ def observe(
     targets: Tensor | None = None,
     sublayers: Sequence[str] = ("attention",),
 ) -> None:
-    """Run the decoder densely and call ``see`` before each sublayer of each layer, in order.
+    """Run the decoder dense and call ``see`` before each sublayer of each layer, in order.
 
-    No logits are made and nothing is kept. ``see`` may score the blocks by any policy, or train on
-    what it sees (under `torch.enable_grad`).
+    No logits are made and nothing is stored. ``see`` may score the blocks by any policy, or train
+    on what it gets (under `torch.enable_grad`).
 
     Args:
-        model: A transformers causal LM of a supported family, in evaluation mode.
+        model: Causal LM of a supported family, in evaluation mode.
         config: Block size and kind of score.
         input_ids: ``[B, T]`` int64.
-        see: Gets the layer and its stream before elimination, ``[B, T, H]``.
+        see: Function of the layer and the stream that it reads, ``[B, T, H]``.
         attention_mask: ``[B, T]``, 1 = token, or None.
-        targets: ``[B, T]`` token each position must predict, which say what blocks ask; or None.
-        sublayers: ``"attention"``, ``"mlp"``, or both.
+        targets: ``[B, T]`` token that each position must predict, which decide what blocks ask; or
+            None.
+        sublayers: Names of the sublayers: ``"attention"``, ``"mlp"``, or both.
     """
     family = check_model(model)
     layers = cast(nn.ModuleList, model.get_submodule(family.layers))
@@ -90,7 +91,7 @@ def observe(
 
 
 def _mlp_start(layer: nn.Module, family: Family) -> nn.Module:
-    """The module that reads the stream first on the way into the MLP."""
+    """The first module on the way into the MLP that reads the stream."""
     if family.parallel:
         return layer
     post_norm = family.pre_norm_flag and not getattr(layer, family.pre_norm_flag)

@@ -1,7 +1,7 @@
-"""The model's own loss, from what its head is about to read: no ``[B, T, V]`` logits are made.
+"""The model's own loss, made from the head's input: no ``[B, T, V]`` logits are made.
 
-`makes_plain_loss` says where that is the model's loss and nothing else; every other loss is left to
-who makes it. Logits come later, if they are asked for.
+`makes_plain_loss` says whether this is the model's loss; any other loss is made by its own code.
+Logits are made later, if they are read.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ OF_GRAPHS = _NO_LOGITS.format("a CUDA graph keeps none, set LeMoConfig(cuda_grap
 def makes_plain_loss(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether the model, called like this, takes the plain cross-entropy of transformers.
 
-    Not with another forward on it or its class, another ``loss_function`` or ``loss_type``, or an
-    ``ignore_index`` of the caller's.
+    It does not with another forward on it or its class, another ``loss_function`` or ``loss_type``,
+    or an ``ignore_index`` that the caller gives.
     """
     if kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
         return False
@@ -45,7 +45,7 @@ def makes_plain_loss(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def returns_tuple(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller gets a tuple, of which the logits are a part."""
+    """Whether the caller gets a tuple, which includes the logits."""
     wanted = kwargs.get("return_dict")
     return not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
 
@@ -65,7 +65,7 @@ def runs_own_forward(module: nn.Module) -> bool:
 
 
 def norm_before_the_head(model: PreTrainedModel, family: Family) -> Norm | None:
-    """The final norm, if nothing but it lies between the stream and what the head reads."""
+    """The final norm, if nothing else is between the stream and the head."""
     parts = family.layers.split(".")[:-1]
     names = [".".join(parts[: i + 1]) for i in range(len(parts))]
     between = [model.get_submodule(name) for name in names]
@@ -75,14 +75,14 @@ def norm_before_the_head(model: PreTrainedModel, family: Family) -> Norm | None:
 
 
 class OwnLoss:
-    """Makes the loss of one pass; the head then sees one row a sequence.
+    """Makes the loss of one pass; the model's own call of the head then reads one row a sequence.
 
     Args:
-        model: The causal LM, about to run.
-        family: Where its parts are.
-        sparse_pass: The pass.
-        targets: ``[B, T]`` token each position must predict.
-        num_items: As `segment_loss` is given them.
+        model: Causal LM that is about to run.
+        family: Names of its parts.
+        sparse_pass: Sparse pass under way.
+        targets: ``[B, T]`` token that each position must predict.
+        num_items: Number of labels, as for `segment_loss`.
     """
 
     def __init__(
@@ -118,12 +118,13 @@ class OwnLoss:
         self._hooks.append(StandIn(module, at_norm))
 
     def remove(self) -> None:
-        """Take away what has not been called."""
+        """Remove hooks that have not been called."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def give(self, output: ModelOutput) -> ModelOutput:
-        """The model's ``output`` with the loss, and logits for who asks."""
+        """The model's ``output`` with the loss, and with logits that are made when they are
+        read."""
         assert self._loss is not None  # the head has been called
         load = self._sparse_pass.load
         if load is not None:
@@ -176,9 +177,9 @@ class OwnLoss:
         return (args[0][:, :1].detach(),)
 
     def _make_inside(self) -> None:
-        """Let the head's next call return the loss.
+        """Make the head's next call return the loss.
 
-        FSDP2 and ZeRO-3 gather a head for its call and for the backward of what that returns.
+        FSDP2 and ZeRO-3 gather a head for its call and for the backward of its result.
         """
         check_sharded_head(self._head)
 

@@ -1,4 +1,4 @@
-"""Preference training: the reference's pass keeps what the policy's pass over the pairs kept."""
+"""Preference training: the reference model's pass keeps what the trained model's pass kept."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,14 @@ from lemo_hf.core.sparse_pass import SparsePass
 
 @dataclass
 class PairSets:
-    """What the passes of a policy and of its reference share.
+    """Kept sets that the passes of the trained model and of its reference share.
 
     Attributes:
-        fixed: A row keeps the same at every step, as reference log-probabilities that are computed
-            before training ask for.
-        alone: Passes without gradient are the reference's, and no policy's pass comes before them.
-        latest: The policy's pass over the batch under way, once it has ended.
+        fixed: Whether a row keeps the same at every step, which reference log-probabilities
+            computed before training need.
+        alone: Whether passes without gradient are the reference's, with no pass of the trained
+            model before them.
+        latest: The trained model's pass over the current batch, once it has ended.
     """
 
     fixed: bool = False
@@ -23,5 +24,5 @@ class PairSets:
     latest: SparsePass | None = None
 
     def are_asked(self) -> bool:
-        """Whether a pass that begins now is the reference's, in training mode or not."""
+        """Whether a pass that begins now is the reference's, in any mode."""
         return not torch.is_grad_enabled() and (self.alone or self.latest is not None)

@@ -1,11 +1,11 @@
-"""Hooks on the causal LM: they see each batch come in, and the loss go out.
+"""Hooks on the causal LM, which see each batch and its loss.
 
-In a sparse pass the loss belongs to one of three: the model itself, then `OwnLoss` takes its place
-and no ``[B, T, V]`` logits are made; a forward or loss function that somebody put on the instance
-or its class (Liger, TRL, cut cross-entropy); or a function of the logits outside the model
-(``compute_loss_func``, label smoothing, a `compute_loss` of the user's). The last two keep their
-loss. They are given labels from which the targets of eliminated tokens are struck once the last
-sparse layer has run. A pass in training mode without labels is sparse in a training step alone.
+The loss of a sparse pass is made in one of three places. The model makes it: then `OwnLoss`
+replaces it, and no ``[B, T, V]`` logits are made. A forward or loss function that was put on the
+instance or its class makes it (Liger, TRL, cut cross-entropy). Or a function of the logits outside
+the model makes it (``compute_loss_func``, label smoothing, a user's `compute_loss`). The last two
+keep their loss, and get labels in which those of tokens that were left out are struck once the last
+sparse layer has run. A pass in training mode without labels is sparse only in a training step.
 """
 
 import inspect
@@ -49,33 +49,35 @@ PLAIN_UNLABELLED = (
     "If it trains, give the model its labels, or call LeMo.begin_step before each step."
 )
 SPARSE_UNLABELLED = (
-    "LeMo: a training step gives the model no labels, so that nothing says which blocks hold "
-    "answers, and its loss may ask tokens that were left out. Give the model its labels; for a "
+    "LeMo: a training step gives the model no labels, so LeMo does not know which blocks hold "
+    "answers, and the loss may cover tokens that were left out. Give the model its labels; for a "
     "loss of your own use LeMoTrainer, where inputs['labels'] are those of kept tokens."
 )
 
 
 class Passes:
-    """The forward passes of one model: the one under way, and what those that ended have kept.
+    """The forward passes of one model: the one under way, and counts of what earlier ones kept.
 
     Attributes:
-        resting: A trainer put LeMo on and does not train now: all passes are the plain model's. In
-            a loop of one's own it is False.
-        current: The sparse pass under way, or None.
-        plain: The pass under way is the stock model's, though in training mode.
-        global_step: Optimizer steps done, int64 scalar tensor or int.
-        retention: What rows keep in passes from now on, whatever the config says; None: what it
-            says.
-        asked: A training step is under way, whose passes are sparse without labels too.
+        resting: Whether a trainer put LeMo on the model and does not train now, so that all passes
+            are the plain model's. False in a training loop of one's own.
+        current: Sparse pass under way, or None.
+        plain: Whether the pass under way is the stock model's, though in training mode.
+        global_step: Number of optimizer steps done, int64 scalar tensor or int.
+        retention: Share of the blocks that rows keep in the finish, instead of the config's; None
+            outside the finish.
+        asked: Whether a training step is under way, whose passes are sparse without labels too.
         announced: Labels of losses outside the model.
-        pairs: What passes over pairs of answers share with their reference's; None: there are none.
-        rows: Counts of the rows of the next pass, where the host knows them already.
-        tally: What passes that ended have kept.
-        deliver: Is given what a pass has kept; `Tally.add`, unless it is not to be counted.
-        dtype: Of products in the last sparse pass.
+        pairs: Kept sets that passes over pairs share with those of their reference; None without
+            pairs.
+        rows: Counts of the rows of the next pass, if the host knows them already.
+        tally: Counts of what passes that have ended kept.
+        deliver: Function that gets what a pass has kept; `Tally.add`, unless it is not to be
+            counted.
+        dtype: Dtype of products in the last sparse pass.
         last: The last sparse layer.
-        host: Where layers store what they would keep on the device, or None.
-        levels: What layers that follow gradient checkpointing compute again.
+        host: Pinned host memory for what layers store, or None.
+        levels: Levels of recomputation of layers that follow gradient checkpointing.
         group: The processes that share each sequence, or None.
     """
 
@@ -112,13 +114,13 @@ class Passes:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self.drop()
         for hook in self._hooks:
             hook.remove()
 
     def run(self, train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call ``model``, which is in training mode, by ``train``."""
+        """Call ``model``, which is in training mode, through ``train``."""
         if self.resting:
             train = stock_call
         try:
@@ -128,7 +130,7 @@ class Passes:
             self.drop()  # Ctrl-C skips `_after`, and what it left would be the next pass's
 
     def said_what_helps(self) -> AbstractContextManager[None]:
-        """Around what may run out of memory, see `out_of_memory.said_what_helps`."""
+        """Context for code that may run out of memory, see `out_of_memory.said_what_helps`."""
         return said_what_helps(self.config, self._layers, finish=self.retention is not None)
 
     def drop(self) -> None:
@@ -143,7 +145,7 @@ class Passes:
     def _before(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
-        """Begin the pass; what the model is to be called with."""
+        """Begin the pass. Returns the arguments to call the model with."""
         promised, self.announced.for_next = self.announced.for_next, None
         self.plain = False
         if args:
@@ -235,7 +237,7 @@ class Passes:
     def _makes_own_loss(
         self, model: PreTrainedModel, kwargs: dict[str, Any], given: Labels | None
     ) -> bool:
-        """Whether `OwnLoss` takes the place of the loss that the model would make."""
+        """Whether `OwnLoss` replaces the loss that the model would make."""
         if given is None or not makes_plain_loss(model, kwargs) or returns_tuple(model, kwargs):
             return False
         if self.announced.for_step is None or self.group is not None:
@@ -243,7 +245,7 @@ class Passes:
         return not sharded(self._head())  # whose logits cannot be made after the pass
 
     def _strike_later(self, current: SparsePass, others: Sequence[Labels]) -> None:
-        """Strike labels of other losses when the last sparse layer has run."""
+        """Strike labels of other losses once the last sparse layer has run."""
         if not others or (self.config.supervise == "all" and current.valid is None):
             return
 
@@ -254,15 +256,15 @@ class Passes:
         self._for_this_pass.append(self.last.register_forward_hook(strike))
 
     def _asked_without_labels(self) -> bool:
-        """Whether a pass without labels is one of a training step; says once what follows."""
+        """Whether a pass without labels belongs to a training step; warns once of what follows."""
         if not torch.is_grad_enabled():
             return False  # generation, a look at the logits
         text = SPARSE_UNLABELLED if self.asked else PLAIN_UNLABELLED
-        self._say_once("unlabelled", f"{text} Said once.")
+        self._say_once("unlabelled", f"{text} This is said once.")
         return self.asked
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """End the pass (after an error too), count it, and hand our loss over."""
+        """End the pass (also after an error), count it, and put LeMo's loss into the output."""
         ended, own = self.current, self._own
         self.drop()
         if ended is None or output is None:
@@ -272,18 +274,18 @@ class Passes:
         return output if own is None else own.give(output)
 
     def _count(self, ended: SparsePass) -> None:
-        """Count a pass that trains, and say what is to be said of it."""
+        """Count a pass that trains, and log its warnings."""
         if self.pairs is not None:
             self.pairs.latest = ended
         if ended.exceeded:
-            said = f"{ended.exceeded}. Said once; the logged retention shows how often."
+            said = f"{ended.exceeded}. This is said once; the logged retention shows how often."
             self._say_once("exceeded", said)
         if ended.budget.retention is None:  # a run may go on within its finish
             self.tally.note_first(ended.rows, ended.row_slots)
         self.deliver(ended.seen())
 
     def _say_once(self, subject: str, message: str) -> None:
-        """Warn, once for a subject."""
+        """Warn once for each subject."""
         if subject not in self._said:
             self._said.add(subject)
             logger.warning("%s", message)

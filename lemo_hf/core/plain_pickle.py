@@ -1,6 +1,6 @@
-"""A model with LeMo on it is pickled as the plain one: what is written loads without lemo-hf.
+"""A model with LeMo on it is pickled as the plain model, which loads without lemo-hf.
 
-`copy.deepcopy` asks for what `pickle` asks, unless it finds a ``__deepcopy__``. A copy keeps LeMo.
+`copy.deepcopy` uses the methods of `pickle`, unless it finds a ``__deepcopy__``. A copy keeps LeMo.
 """
 
 import copy
@@ -17,14 +17,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def pickled_as(kind: type, module: nn.Module, own: Iterable[str]) -> tuple[Callable, tuple, dict]:
-    """What ``__reduce_ex__`` answers to make ``module`` a ``kind`` without attributes ``own``."""
+    """Result of ``__reduce_ex__`` that makes ``module`` a ``kind`` without attributes ``own``."""
     state = {name: value for name, value in module.__getstate__().items() if name not in own}
     # Not `copyreg.__newobj__`, for which pickle insists on the class of ``module``.
     return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
 
 
 def deep_copy(module: _Module, memo: dict[int, Any]) -> _Module:
-    """What `copy.deepcopy` makes of a module whose class says nothing of pickles."""
+    """Copy of a module that `copy.deepcopy` makes if its class defines nothing for pickles."""
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin
     twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))

@@ -1,4 +1,4 @@
-"""Selection policies: what ranks the blocks of a layer. One function a policy.
+"""Policies, which rank the blocks of a layer: one function a policy.
 
 Each maps a `ScoreInputs` to block scores ``[B, N]`` without gradient; higher is better.
 """
@@ -41,18 +41,18 @@ _overlap_scores = Replayed(overlap_scores)
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a policy may look at: the layer and the stream it is about to read, before elimination.
+    """Inputs of a policy: the layer and the stream that it is about to read.
 
     Attributes:
-        layer: The decoder layer.
-        family: Where its parts are.
-        layer_index: Its place in the stack.
-        sublayer: ``"attention"`` or ``"mlp"``.
-        x: Residual stream, ``[B, T, H]``; the shard of it where processes share the sequence.
+        layer: Decoder layer.
+        family: Names of its parts.
+        layer_index: Index of the layer in the model.
+        sublayer: Name of the sublayer that chooses: ``"attention"`` or ``"mlp"``.
+        x: Residual stream, ``[B, T, H]``; this process's shard if processes share the sequence.
         position_embeddings: Rotary ``(cos, sin)`` of ``[B or 1, T, D]`` each, or None.
-        sparse_pass: The batch's padding, documents and seeds.
-        predictor: Of this layer and sublayer, or None.
-        position_ids: ``[B or 1, T]`` where the family's attention reads them, or None.
+        sparse_pass: Sparse pass under way, which has the batch's padding, documents and seeds.
+        predictor: Predictor of this layer and sublayer, or None.
+        position_ids: ``[B or 1, T]`` if the family's attention reads them, or None.
     """
 
     layer: nn.Module
@@ -67,7 +67,7 @@ class ScoreInputs:
 
 
 def sublayer_input(inputs: ScoreInputs, rows: Tensor) -> Tensor:
-    """What the attention or MLP module reads of ``rows``: their norm, where the family has one."""
+    """Input of the attention or MLP module for ``rows``: their norm, if the family has one."""
     norm = _input_norm(inputs)
     return rows if norm is None else norm(rows)
 
@@ -86,10 +86,10 @@ def _input_norm(inputs: ScoreInputs) -> nn.Module | None:
 
 
 def oracle(inputs: ScoreInputs) -> Tensor:
-    """How much blocks that ask attend to a block, by the layer's real queries and keys.
+    """How much asking blocks attend to a block, by the layer's real queries and keys.
 
-    An MLP that chooses for itself keeps the blocks with its largest activations; one of experts
-    those with its largest updates.
+    An MLP with a kept set of its own keeps the blocks with its largest activations, or, if it has
+    experts, with its largest updates.
     """
     sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
     if inputs.sublayer == "attention":
@@ -101,16 +101,16 @@ def oracle(inputs: ScoreInputs) -> Tensor:
 
 
 def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[Tensor]:
-    """What each asking block gives each block by the layer's attention; see `asked_shares`.
+    """Shares that each asking block gives each block by the layer's attention; see `asked_shares`.
 
     Raises:
-        ValueError: The family's attention shows its queries and keys to nobody.
+        ValueError: The family's attention does not give out its queries and keys.
     """
     if inputs.family.own_attention:
         raise ValueError(
-            f"{type(_attention(inputs)).__name__} of transformers keeps its queries and keys to "
-            "itself, so that nobody can see what it looks at: no predictor can be trained, and no "
-            "recall measured, for this family. Use policy='auto'."
+            f"{type(_attention(inputs)).__name__} of transformers does not give out its queries "
+            "and keys. For this family no predictor can be trained and no recall measured. Use "
+            "policy='auto'."
         )
     sparse_pass = inputs.sparse_pass
     captured = query_key(
@@ -134,7 +134,8 @@ def oracle_shares(inputs: ScoreInputs, index: Tensor, asks: Tensor) -> Iterator[
 
 
 def pooled(inputs: ScoreInputs) -> Tensor:
-    """The same score from one query and one key a block: of the block's mean row, at its middle."""
+    """The score of `oracle` from one query and one key a block: those of its mean row, at its
+    middle."""
     sparse_pass, size = inputs.sparse_pass, inputs.sparse_pass.config.block_size
     parts = [
         pool_blocks(sublayer_input(inputs, inputs.x[:, part]), valid, size)
@@ -167,39 +168,39 @@ def pooled(inputs: ScoreInputs) -> Tensor:
 
 
 def _asking(inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
-    """The blocks that ask, as `asking_index` gives them."""
+    """Asking blocks, as `asking_index` gives them."""
     sparse_pass = inputs.sparse_pass
     most = max(1, *(row.most_label_blocks or row.blocks for row in sparse_pass.rows))
     return asking_index(sparse_pass.asking_blocks, most)
 
 
 def _summed(shares: Iterator[Tensor]) -> Tensor:
-    """``[B, N]``: what all asking blocks give."""
+    """``[B, N]``: sums of the shares of all asking blocks."""
     return torch.stack([part.sum(1) for part in shares]).sum(0)
 
 
 def random(inputs: ScoreInputs) -> Tensor:
-    """Uniform, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
+    """Uniform scores, fixed by the seed, the optimizer step, the layer and the row's own tokens."""
     return random_scores(inputs.sparse_pass.keys, inputs.sparse_pass.num_blocks, *_salts(inputs))
 
 
 def window(inputs: ScoreInputs) -> Tensor:
-    """Neighbours from a random place on, which is fixed as the random policy's scores are."""
+    """Neighbours from a random place on, fixed like the scores of `random`."""
     return window_scores(inputs.sparse_pass.keys, inputs.sparse_pass.places, *_salts(inputs))
 
 
 def chunks(inputs: ScoreInputs) -> Tensor:
-    """Runs of neighbouring blocks by chance, fixed as the random policy's scores are."""
+    """Runs of neighbouring blocks by chance, fixed like the scores of `random`."""
     sparse_pass = inputs.sparse_pass
     chunk = max(1, sparse_pass.config.chunk_size // sparse_pass.config.block_size)
     return chunk_scores(sparse_pass.keys, sparse_pass.places, chunk, *_salts(inputs))
 
 
 def overlap(inputs: ScoreInputs) -> Tensor:
-    """Rare words shared with the blocks that hold labels and the one before each.
+    """Rare words shared with label blocks and the block before each.
 
-    Blocks that share nothing come after the others, by chance as in `chunks`: all of a row whose
-    labels cover it.
+    Blocks that share nothing come after the others, by chance as in `chunks`. In a row that is
+    labelled throughout these are all blocks.
     """
     return _with_chance(inputs, _shared_words(inputs))
 
@@ -208,8 +209,8 @@ def _shared_words(inputs: ScoreInputs) -> Tensor:
     sparse_pass = inputs.sparse_pass
     if sparse_pass.input_ids is None:
         raise ValueError(
-            "policy='overlap' compares tokens, and the model was given inputs_embeds: use "
-            "policy='chunks'."
+            "policy='overlap' compares tokens, and the batch has inputs_embeds instead of "
+            "input_ids: use policy='chunks'."
         )
     shared = _overlap_scores(
         sparse_pass.input_ids,
@@ -222,17 +223,18 @@ def _shared_words(inputs: ScoreInputs) -> Tensor:
 
 
 def auto(inputs: ScoreInputs) -> Tensor:
-    """`overlap` where a part of a row is labelled, `chunks` where all of it is.
+    """`overlap` for rows of which a part is labelled, `chunks` for rows labelled throughout.
 
-    Of a model that is given ``inputs_embeds`` (prompt tuning) nobody knows the words: chunks.
+    `chunks` for all rows if the model gets ``inputs_embeds`` (prompt tuning), since words are then
+    unknown.
     """
     sparse_pass = inputs.sparse_pass
     if not any(row.label_blocks for row in sparse_pass.rows):
         return chunks(inputs)
     if sparse_pass.input_ids is None:
         logger.warning_once(
-            "LeMo: the model is given inputs_embeds, so that no words can be compared: blocks are "
-            "kept by chance (policy 'chunks')."
+            "LeMo: the batch has inputs_embeds instead of input_ids, so no words can be compared. "
+            "Blocks are kept by chance (policy='chunks')."
         )
         return chunks(inputs)
     return overlap(inputs)
@@ -256,16 +258,16 @@ def _salts(inputs: ScoreInputs) -> tuple[Tensor | int, ...]:
 
 
 def recent(inputs: ScoreInputs) -> Tensor:
-    """The later the better."""
+    """Position: later blocks rank higher."""
     return recent_scores(inputs.sparse_pass.batch, inputs.sparse_pass.num_blocks, inputs.x.device)
 
 
 def predictor(inputs: ScoreInputs) -> Tensor:
-    """How much the layer's predictor says blocks that ask will look at a block.
+    """How much asking blocks will need a block, as the layer's predictor says.
 
-    In rows whose labels cover a part, half of the blocks are the best by `overlap`: what one of the
-    two misses the other often finds (docs/predictors.md). Thresholds compare what the predictor
-    says alone.
+    In rows whose labels cover a part, half of the blocks are the best by `overlap`: one of the two
+    often finds what the other misses (docs/predictors.md). With thresholds only the predictor's
+    scores count.
     """
     sparse_pass, network = inputs.sparse_pass, inputs.predictor
     assert network is not None  # see `check_predictors`
@@ -295,7 +297,7 @@ def _chunks(inputs: ScoreInputs) -> Iterator[tuple[slice, Tensor | None]]:
 
 
 def _whole(inputs: ScoreInputs, blocks: Tensor) -> Tensor:
-    """``[B, N, ...]`` of the whole sequence, of which this process may have made a part."""
+    """``[B, N, ...]`` of the whole sequence; this process may have made only a part of it."""
     shards = inputs.sparse_pass.shards
     return blocks if shards is None else shards.gather_blocks(blocks)
 
@@ -321,9 +323,9 @@ def rank(inputs: ScoreInputs) -> Tensor:
 
 
 def _mlp_activity(inputs: ScoreInputs, rows: Tensor, normed: bool = False) -> Tensor:
-    """Mean magnitude of the MLP's intermediate activation a row: ``[B, R, H]`` to ``[B, R]``.
+    """Mean magnitude ``[B, R]`` of the MLP's intermediate activation for each row of ``[B, R, H]``.
 
-    Experts have no single one: of theirs, that of the update which they make together.
+    Experts have no single activation; for them it is that of the update which they make together.
     """
     seen: list[Tensor] = []
     with ExitStack() as hooks:

@@ -12,14 +12,14 @@ from lemo_hf.altered import altering
 
 @dataclass(frozen=True)
 class QueryKey:
-    """What an attention module gives its attention function.
+    """Arguments that an attention module gives its attention function.
 
     Attributes:
         query: ``[B, H, T, D]``, rotated.
         key: ``[B, H_kv, T, D]``, rotated.
         scaling: Factor of ``q . k``.
         window: Sliding window in tokens, or None.
-        softcap: As in Gemma 2, or None.
+        softcap: Soft cap of scores, as in Gemma 2, or None.
     """
 
     query: Tensor
@@ -42,7 +42,7 @@ def _capture(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention implementation that keeps what it was given and attends to nothing."""
+    """An attention implementation that keeps its arguments and attends to nothing."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     _captured.append(QueryKey(query, key, scaling, window, kwargs.get("softcap")))
@@ -61,10 +61,10 @@ def query_key(
     """Queries and keys of ``hidden [B, T, H]`` exactly as the attention module makes them.
 
     Args:
-        attention: Of a family whose attention is transformers' `AttentionInterface`'s.
-        hidden: What it reads.
+        attention: Attention module that uses transformers' `AttentionInterface`.
+        hidden: Input of the module, ``[B, T, H]``.
         positions: Rotary cos and sin of the rows, or None.
-        position_ids: Of the rows, if it reads them besides.
+        position_ids: Position ids of the rows, if the module reads them too.
     """
     own: Any = copy.copy(attention.config)
     own._attn_implementation = _CAPTURE

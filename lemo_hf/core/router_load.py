@@ -1,8 +1,8 @@
-"""The loss by which routers balance the load of experts, over kept tokens.
+"""The auxiliary loss that balances the load of experts, over kept tokens.
 
-transformers makes it of all routers' logits once the last layer has run. Here layers may compute
-their experts again, and keep no logits: each layer adds to sums while it runs first, which give the
-loss, and the gradient of every logit but a factor; its backward adds that gradient.
+transformers makes it from all routers' logits after the last layer. Here layers may compute their
+experts again and store no logits. In its first run each layer adds to sums, which give the loss
+and, up to a factor, the gradient of every logit; its backward adds that gradient.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 
 class RouterLoad:
-    """What the routers of one pass have chosen.
+    """Counts of what the routers of one pass have chosen.
 
     Args:
-        model: The causal LM, whose class has this loss.
+        model: Causal LM whose class has this loss.
     """
 
     def __init__(self, model: Any):
@@ -41,10 +41,11 @@ class RouterLoad:
         """``experts(hidden)``, whose router is called once.
 
         Args:
-            experts: Of a layer.
-            router: Returns logits ``[N, experts]``, what chosen experts weigh, and their numbers.
-            counted: ``[N]`` bool, False at padding and idle slots; None if there are none.
-            hidden: Of N tokens.
+            experts: Experts of a layer.
+            router: Router, which returns logits ``[N, experts]``, the weights of chosen experts,
+                and their indices.
+            counted: ``[N]`` bool, False at padding and idle slots; None without these.
+            hidden: Input of the experts, of N tokens.
         """
 
         def balance(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,18 +80,19 @@ class RouterLoad:
             )
 
     def loss(self) -> Tensor:
-        """As transformers makes it; without a gradient."""
+        """The loss as transformers makes it; without a gradient."""
         self._complete = True
         assert isinstance(self._tokens, Tensor)  # a layer has run
         both = torch.as_tensor(self._assigned * self._probability)
         return self._experts * both.sum() / self._tokens.square()
 
     def added_to(self, loss: Tensor) -> Tensor:
-        """``loss`` of the tokens and this one, whose gradient layers add as they run backward."""
+        """Sum of the tokens' ``loss`` and this loss, whose gradient layers add in their
+        backward."""
         return _Added.apply(loss, self)
 
     def gradient(self, logits: Tensor, counted: Tensor | None) -> Tensor:
-        """Of the model's loss, ``[N, experts]``."""
+        """Gradient of the model's loss by the logits, ``[N, experts]``."""
         assert isinstance(self._assigned, Tensor) and isinstance(self._tokens, Tensor)
         assert self.factor is not None  # the backward of the loss ran first
         each = self.factor * self._experts * self._assigned / self._tokens.square()
@@ -114,7 +116,7 @@ class _Added(Function):
 
 
 class _Balanced(Function):
-    """Hands ``weights`` on; the gradient of ``logits`` is the load's."""
+    """Returns ``weights`` unchanged; the gradient of ``logits`` is that of the auxiliary loss."""
 
     @staticmethod
     def forward(

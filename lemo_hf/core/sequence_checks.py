@@ -1,4 +1,5 @@
-"""What LeMo refuses where several processes share one sequence: the value, and the way out."""
+"""Checks for several processes that share one sequence; an error names the value and the way
+out."""
 
 from typing import Any
 
@@ -18,14 +19,14 @@ def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Fam
     prefix = f"sequence_parallel_size={size}"
     if model.config.model_type in MULTIMODAL:
         raise ValueError(
-            f"{prefix} is not supported for {type(model).__name__}, whose language model stands "
-            "inside another: use one process a sequence."
+            f"{prefix} is not supported for {type(model).__name__}, whose language model is inside "
+            "another model: use one process a sequence."
         )
     heads = model.config.num_attention_heads
     if heads % size:
         raise ValueError(
-            f"{prefix} does not divide the {heads} attention heads of {type(model).__name__}, which"
-            " are shared out: use a size that does."
+            f"{prefix} does not divide the {heads} attention heads of {type(model).__name__}, "
+            "which the processes share: use a size that divides them."
         )
     implementation = model.config._attn_implementation
     if implementation not in ATTENTIONS:
@@ -41,8 +42,8 @@ def check_sequence_model(config: LeMoConfig, model: PreTrainedModel, family: Fam
     own = family.own_attention or family.recurrent is not None or family.layer_scale is not None
     if family.reads_positions or own:
         raise ValueError(
-            f"layers of {type(model).__name__} read more than their rows, cos and sin, which is "
-            f"not supported with {prefix}: use one process a sequence."
+            f"layers of {type(model).__name__} read more inputs than their rows and rotary tables, "
+            f"which is not supported with {prefix}: use one process a sequence."
         )
     inner = model.get_submodule(family.layers.rpartition(".")[0])
     if not hasattr(inner, "rotary_emb"):
@@ -62,11 +63,11 @@ def check_sequence_call(
     """Raises ValueError for a batch that cannot be shared.
 
     Args:
-        config: The user's choice.
-        layers: The decoder layers.
-        family: Where their attention is.
-        kwargs: Of the call of the causal LM.
-        main: Its ids ``[B, T]`` or embeddings ``[B, T, H]``.
+        config: The user's settings.
+        layers: Decoder layers.
+        family: Names of their parts.
+        kwargs: Arguments of the call of the causal LM.
+        main: Input of the call, ids ``[B, T]`` or embeddings ``[B, T, H]``.
     """
     size, block = config.sequence_parallel_size, config.block_size
     prefix = f"sequence_parallel_size={size}"
@@ -74,7 +75,7 @@ def check_sequence_call(
     if batch != 1:
         raise ValueError(
             f"{prefix} takes one sequence at a time, and the batch has {batch}: set "
-            "per_device_train_batch_size=1, and gradient_accumulation_steps for more."
+            "per_device_train_batch_size=1, and raise gradient_accumulation_steps instead."
         )
     if tokens <= block * (size - 1):
         raise ValueError(
@@ -84,8 +85,8 @@ def check_sequence_call(
     mask = kwargs.get("attention_mask")
     if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
         raise ValueError(
-            f"padding and masks of one's own are not supported with {prefix}: a batch of one "
-            "sequence needs none. Leave attention_mask and pad_to_multiple_of unset."
+            f"padding and attention masks are not supported with {prefix}: a batch of one sequence "
+            "needs none. Leave attention_mask and pad_to_multiple_of unset."
         )
     positions = kwargs.get("position_ids")
     packed = kwargs.get("cu_seq_lens_q") is not None
@@ -108,13 +109,14 @@ def check_sequence_loss(config: LeMoConfig, labelled: bool, own: bool) -> None:
     """Raises ValueError unless a pass computes its own loss.
 
     Args:
-        config: The user's choice.
-        labelled: The pass was given labels.
-        own: Its loss is the model class's, which LeMo stands in for.
+        config: The user's settings.
+        labelled: Whether the pass was given labels.
+        own: Whether its loss is the model class's, which LeMo replaces.
     """
     if not (labelled and own):
         raise ValueError(
-            f"sequence_parallel_size={config.sequence_parallel_size} needs the model's own loss on "
-            "labels that it is given: each process has the logits of its shard alone. Leave "
-            "compute_loss_func, label_smoothing_factor, use_liger_kernel and patched forwards out."
+            f"sequence_parallel_size={config.sequence_parallel_size} needs the model's own loss, "
+            "made from labels: each process has only the logits of its part of the sequence. "
+            "Leave out compute_loss_func, label_smoothing_factor, use_liger_kernel and patched "
+            "forwards."
         )

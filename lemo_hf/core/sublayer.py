@@ -1,7 +1,7 @@
-"""The residual updates of a layer on rows that are kept: norm, module, what follows it.
+"""The residual updates of a layer on its kept rows: norm, module, and what follows it.
 
-The addition of an update is left pending, since whoever comes next can do it on the way: the norm
-of the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`).
+The addition of an update stays pending, since the next operation does it on the way: the norm of
+the next sublayer (`add_norm`), or the store into the stream (`scatter_add_`).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,19 +28,20 @@ class Sublayer:
     """One residual update ``rows + scale * output(run(norm(rows)))``, in the family's order.
 
     Attributes:
-        run: The attention or MLP: ``[B, K, H]`` normed rows to their update.
-        norm: Before ``run``; None if the family has none there.
-        output_norm: After ``run``, or None.
-        post_norm: After the residual addition (OPT's other order), or None.
-        kind: Of the norms, as `KINDS` names it.
-        dropout: Of the output, or None.
-        scale: Of the update.
-        modules: What ``run`` calls.
-        width: Of the widest activation inside ``run``, elements; None if that is not known.
-        again: Store nothing of it but its rows, and run it again in the backward.
-        again_run: In place of ``run`` where nobody reads the result: the same gradients. None:
-            ``run`` itself.
-        beside: It reads the rows that the sublayer before it has read, without its update.
+        run: Attention or MLP, which maps normed rows ``[B, K, H]`` to their update.
+        norm: Norm before ``run``; None if the family has none there.
+        output_norm: Norm after ``run``, or None.
+        post_norm: Norm after the residual addition (OPT's other order), or None.
+        kind: Kind of the norms, as `KINDS` names it.
+        dropout: Dropout of the output, or None.
+        scale: Factor of the update.
+        modules: Modules that ``run`` calls.
+        width: Width of the widest activation inside ``run``, elements; None if not known.
+        again: Whether it stores only its rows, and runs again in the backward.
+        again_run: Function with the gradients of ``run``, called when nobody reads the result.
+            None: ``run`` itself.
+        beside: Whether it reads the rows that the sublayer before it has read, without that one's
+            update.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -58,15 +59,16 @@ class Sublayer:
 
     @property
     def plain(self) -> bool:
-        """Nothing reads what ``run`` returns but the sum of rows and update."""
+        """Whether only the sum of rows and update reads what ``run`` returns."""
         return (self.output_norm, self.post_norm, self.dropout) == (None, None, None)
 
     def fused_norm(self) -> Norm | None:
-        """The norm for a kernel that reads rows; None if there is none or it must be called."""
+        """The norm for a kernel that reads rows; None if there is no norm or its module must be
+        called."""
         return norm_of(self.norm, self.kind)
 
     def enter(self, rows: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add what is pending; the rows, and what ``run`` reads of them."""
+        """Add the pending update. Returns the rows, and the input of ``run``."""
         norm = self.fused_norm()
         if norm is not None:
             return add_norm(rows, update, norm, self.scale)
@@ -74,7 +76,7 @@ class Sublayer:
         return rows, rows if self.norm is None else self.norm(rows)
 
     def apply(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run on ``hidden``; the rows, and the update that is pending now."""
+        """Run on ``hidden``. Returns the rows, and the update that is pending now."""
         update = self.run(hidden)
         if self.output_norm is not None:
             norm = norm_of(self.output_norm, self.kind)
@@ -86,13 +88,13 @@ class Sublayer:
         return rows, update
 
     def unread(self) -> "Sublayer":
-        """The same where nobody reads the values of its update."""
+        """The same sublayer for a run whose update nobody reads."""
         return self if self.again_run is None else replace(self, run=self.again_run)
 
     def rerun(
         self, rows: Tensor, update: Tensor | None, unit: Unit | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`enter` and `apply`, of which nothing but the sum of rows and update is stored."""
+        """`enter` and `apply`, which store only the sum of rows and update."""
 
         def run(tile: Tensor) -> tuple[Tensor, Tensor | None]:
             # Gradients are on where it runs again.
@@ -111,13 +113,13 @@ def run_sublayers(
     unit: Unit | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """All ``sublayers`` on one set of rows, one after the other.
+    """Run all ``sublayers`` on one set of rows, one after the other.
 
     Args:
-        sublayers: At least one.
+        sublayers: Sublayers, at least one.
         rows: ``[B, K, H]``.
-        unit: That they are, if they run again for their backward; None if they do not.
-        hidden: What the first one is to run on, if its norm was taken already.
+        unit: Unit of recomputation that they belong to; None if they do not run again.
+        hidden: Input of the first sublayer, if its norm was already computed.
 
     Returns:
         Rows ``[B, K, H]`` and the update still to be added to them, or None.
@@ -158,7 +160,8 @@ def _run_beside(
 
 
 def attention_sublayer(layer: nn.Module, family: Family, attend: Callable[..., Tensor]) -> Sublayer:
-    """The attention of ``layer``, called by ``attend(rows, unread=projection)``, see there."""
+    """The attention of ``layer``, called by ``attend(rows, unread=projection)``; see
+    `call_attention`."""
     names = (family.attention_norm, family.attention_output_norm, family.attention_dropout)
     made = _sublayer(layer, family, attend, (getattr(layer, family.attention),), *names)
     if not made.plain:
@@ -193,7 +196,8 @@ def mlp_sublayer(layer: nn.Module, family: Family, again: bool) -> Sublayer:
 def ending(
     mlp: Sublayer, layer: nn.Module, family: Family, own: Callable[[], Tensor]
 ) -> list[Sublayer]:
-    """``mlp`` and what follows it; ``own()`` is the layer's own input of its rows ``[B, K, D]``."""
+    """``mlp`` and what follows it; ``own()`` gives the layer's own input for its rows,
+    ``[B, K, D]``."""
     sublayers = [mlp]
     if family.layer_input and hasattr(layer, family.layer_input[0]):
         gate, projection, _ = (getattr(layer, name) for name in family.layer_input)
@@ -211,7 +215,8 @@ def ending(
 
 
 class _Factor(nn.Module):
-    """Multiplies the stream by what ``get`` returns, which is not part of this module."""
+    """Multiplies the stream by the tensor that ``get`` returns, which is not part of this
+    module."""
 
     def __init__(self, get: Callable[[], Tensor]):
         super().__init__()
@@ -224,7 +229,8 @@ class _Factor(nn.Module):
 def balanced(
     mlp: Sublayer, layer: nn.Module, family: Family, load: RouterLoad, counted: Tensor | None
 ) -> Sublayer:
-    """``mlp`` whose router, if it has one, tells ``load`` what it chooses for ``counted`` rows."""
+    """``mlp``, whose router, if it has one, reports its choices for ``counted`` rows to
+    ``load``."""
     router = getattr(getattr(layer, family.mlp[0]), family.router or "", None)
     if router is None:
         return mlp
@@ -232,7 +238,7 @@ def balanced(
 
 
 def mlp_calls(layer: nn.Module, family: Family) -> list[Callable[[Tensor], Tensor]]:
-    """The MLP of ``layer``: what to call, one after the other."""
+    """The MLP of ``layer``: modules to call one after the other."""
     parts = [getattr(layer, name) for name in family.mlp]
     if family.mlp_returns_tuple:
         parts.append(itemgetter(0))

@@ -1,7 +1,8 @@
-"""Why causal LMs of transformers have no row in families.py: reasons, and types they are true of.
+"""Reasons why causal LMs of transformers have no row in families.py, and the model types of each
+reason.
 
-`tests/test_support.py` asks that every causal LM of transformers has a row or is here, and that
-docs/support.md says the same. A type that gets a row leaves this table.
+`tests/test_support.py` checks that every causal LM of transformers has a row or is here, and that
+docs/support.md says the same. Remove a type from this table when it gets a row.
 """
 
 WHY_NOT = {
@@ -53,6 +54,6 @@ WHY_NOT = {
 
 
 def why_not(model_type: str) -> str | None:
-    """The reason, or None for a type that nobody has looked at."""
+    """The reason for a type; None if nobody has looked at it."""
     reasons = (reason for reason, types in WHY_NOT.items() if model_type in types.split())
     return next(reasons, None)

@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts of different lengths, as a batch."""
+"""Greedy continuations of prompts of different lengths, in one batch."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, cast
@@ -20,23 +20,22 @@ def continue_greedily(
     min_new_tokens: int = 0,
     stop_tokens: Collection[int] = (),
 ) -> list[str]:
-    """What the model writes after each prompt, token by token the most likely one.
+    """Continue each prompt, token by token the most likely one.
 
-    Nothing of the model's generation config is used but its end tokens: no sampling, and no
-    penalty, which would count the padding of shorter prompts as text. A row's result is therefore
-    the same whatever else is in the batch, to the rounding of the model's dtype.
+    Only the end tokens of the model's generation config are used: no sampling, and no penalty,
+    which would count the padding of shorter prompts as text. So a row's result does not depend on
+    the rest of the batch, up to the rounding of the model's dtype.
 
     Args:
-        model: A causal LM or a PEFT model around one, in evaluation mode.
+        model: Causal LM or a PEFT model around one, in evaluation mode.
         tokenizer: Tokenizer of the model.
         prompts: Token ids, one list a prompt; shorter ones are padded on the left.
-        max_new_tokens: Most tokens that are written.
-        min_new_tokens: Least tokens that are written, before which no end or stop token is.
-        stop_tokens: A row ends with one of these too, beside the end tokens of the tokenizer and
-            the model.
+        max_new_tokens: Greatest number of new tokens.
+        min_new_tokens: Least number of new tokens; no end or stop token comes before.
+        stop_tokens: Tokens that end a row, besides the end tokens of the tokenizer and the model.
 
     Returns:
-        The new text of each row, without special tokens; a stop token that is text is part of it.
+        New text of each row, without special tokens; a stop token that is text is part of it.
 
     Raises:
         ValueError: A prompt is empty.
@@ -44,7 +43,7 @@ def continue_greedily(
     if not prompts:
         return []
     if not all(prompts):
-        raise ValueError("a prompt without a token cannot be continued.")
+        raise ValueError("a prompt has no token: give at least one.")
     inner = transformers_model(model)
     ends = {*_end_tokens(inner, tokenizer), *stop_tokens}
     longest, device = max(map(len, prompts)), input_device(model)
@@ -82,6 +81,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 
 
 def _ended(row: list[int], ends: set[int]) -> list[int]:
-    """Up to the first end token; behind it there is padding."""
+    """A row's tokens up to the first end token; the rest is padding."""
     first = next((i for i, token in enumerate(row) if token in ends), len(row))
     return row[: first + 1]

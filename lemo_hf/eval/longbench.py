@@ -1,4 +1,5 @@
-"""LongBench and LongBench-E: predictions of a model, resumable and on several GPUs, and scores."""
+"""LongBench and LongBench-E: predictions, which can be resumed and run on several GPUs, and
+scores."""
 
 import hashlib
 import logging
@@ -47,27 +48,28 @@ def run_longbench(
     """Let a model answer LongBench's rows, and score what it wrote.
 
     Predictions are written batch by batch, in the data's order and the benchmark's own format, to
-    ``{output_dir}/{task}.jsonl``. A run that was interrupted goes on where it stopped when it is
-    called again, and gives what it would have given: batches are made of the same rows. With
-    accelerate or torchrun each process takes its share of the batches; all call this function.
+    ``{output_dir}/{task}.jsonl``. An interrupted run continues where it stopped when it is called
+    again, with the same result: batches have the same rows. With accelerate or torchrun all
+    processes call this function, and each takes its share of the batches.
 
     Args:
-        model: A causal LM or a PEFT model around one, on its device.
+        model: Causal LM or a PEFT model around one, on its device.
         tokenizer: Tokenizer of the model.
         output_dir: Directory for predictions, ``settings.json`` and ``result.json``; made if
             missing. It holds runs of one model with one set of settings, task by task if wanted.
-        tasks: Names; None takes all, 21 or LongBench-E's 13.
-        data: Folder or zip, see `load_task`; None takes the Hub's.
-        revision: Branch, tag or commit of the Hub's.
-        extended: LongBench-E.
-        max_length: Tokens of a prompt from which on its middle is left out; the answer and a chat
-            template come on top. None takes what the model's context has room for, task by task:
-            ``max_position_embeddings`` less the task's new tokens, the chat template's, and 16 for
-            the cut. The benchmark's own runs had 3,500 for a context of 4k and 31,500 for 32k.
-        batch_size: Prompts that a process continues at a time; padded to the longest.
-        chat_template: Put prompts into the tokenizer's chat template, if it has one, except those
-            of the six tasks that the benchmark asks without.
-        max_rows: Only the first rows of each task.
+        tasks: Names of tasks; None: all, 21 or LongBench-E's 13.
+        data: Folder or zip, see `load_task`; None: the Hub's.
+        revision: Branch, tag or commit of the Hub's data.
+        extended: Whether to run LongBench-E.
+        max_length: Greatest number of tokens of a prompt; the middle of a longer one is left out.
+            The answer and a chat template come on top. None: what the model's context has room for,
+            task by task: ``max_position_embeddings`` less the task's new tokens, those of the chat
+            template, and 16 for the cut. The benchmark's own runs had 3,500 for a context of 4k and
+            31,500 for 32k.
+        batch_size: Number of prompts that a process continues at a time, padded to the longest.
+        chat_template: Whether to put prompts into the tokenizer's chat template, if it has one,
+            except for the six tasks for which the benchmark does not.
+        max_rows: Number of first rows of each task to answer; None: all.
         progress: Whether progress bars are shown, on the first process.
 
     Returns:
@@ -75,7 +77,7 @@ def run_longbench(
 
     Raises:
         ImportError: There is a Chinese task and jieba is not installed.
-        OSError: The data cannot be had.
+        OSError: The data are not there or cannot be reached.
         ValueError: A setting or a row of the data is wrong, ``output_dir`` holds results of other
             settings, or another run writes there.
     """
@@ -123,7 +125,7 @@ def run_longbench(
 
 @dataclass(frozen=True)
 class _Answer:
-    """From rows of one task to predictions."""
+    """Answers rows of one task."""
 
     model: nn.Module
     tokenizer: Any
@@ -145,7 +147,7 @@ class _Answer:
 def _predict(
     rows: Sequence[dict[str, Any]], path: Path, answer: _Answer, batch_size: int, progress: bool
 ) -> None:
-    """Append the predictions that ``path`` lacks, a batch of each process at a time."""
+    """Append the predictions that ``path`` lacks, one batch of each process at a time."""
     state = PartialState()
     done = _first_process(lambda: resume(path, rows, batch_size))
     hidden = not (progress and state.is_main_process)
@@ -160,7 +162,7 @@ def _predict(
 
 
 def _first_process(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives on the first process, on all of them; so does what it raises."""
+    """Run ``work`` on the first process. All processes get its result, or raise its error."""
     outcome: list[Any] = [None, None]  # what came of it, or what was raised
     if PartialState().is_main_process:
         try:
@@ -182,13 +184,13 @@ def _prompt_length(
             raise ValueError("the model's config has no max_position_embeddings: give max_length.")
         if fits < 2:
             raise ValueError(
-                f"the model's context of {context_of(model)} tokens has no room for a prompt "
-                f"beside the {task.max_new_tokens} that {task.name} generates: give max_length."
+                f"the model's context of {context_of(model)} tokens has no room for a prompt: "
+                f"{task.name} generates {task.max_new_tokens}. Give max_length."
             )
         return fits
     if fits is not None and max_length > fits and PartialState().is_main_process:
         logger.warning(
-            "%s: prompts of %d tokens and %d new ones may exceed the model's context of %d.",
+            "%s: prompts of %d tokens and %d generated ones may exceed the model's context of %d.",
             task.name,
             max_length,
             task.max_new_tokens,
@@ -198,7 +200,8 @@ def _prompt_length(
 
 
 def _identity(model: nn.Module, tokenizer: Any, chat_template: bool) -> dict[str, Any]:
-    """What else decides the predictions: two states of one training have the same name."""
+    """Further facts that decide the predictions, since two states of one training have the same
+    name."""
     config = transformers_model(model).config
     rope = getattr(config.get_text_config(), "rope_parameters", None)
     template = getattr(tokenizer, "chat_template", None) if chat_template else None

@@ -1,4 +1,4 @@
-"""What a run of LongBench keeps on disk: its settings, and predictions that only grow."""
+"""Files of a LongBench run: its settings, and predictions, which are only appended."""
 
 import json
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ from lemo_hf.storage.files import parse_json, whole_file, write_json
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Make ``folder`` the one of runs with these ``settings``, in its ``settings.json``.
+    """Reserve ``folder`` for runs with these ``settings``, which are written to its
+    ``settings.json``.
 
     Raises:
-        ValueError: It holds results of other settings, or of unknown ones.
+        ValueError: The folder holds results of other or unknown settings.
     """
     path = folder / SETTINGS_NAME
     settings = json.loads(json.dumps(settings, default=str))  # as they will be read
@@ -34,23 +35,23 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         return
     if any(folder.glob("*.jsonl")):
         raise ValueError(
-            f"{folder} has predictions but no {SETTINGS_NAME}: how they were made is not known. "
-            "Give another folder; score_folder scores those."
+            f"{folder} has predictions but no {SETTINGS_NAME}, so their settings are not known. "
+            "Give another folder, or score these with score_folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, {"settings": settings, "rows": {}})
 
 
 def resume(path: Path, rows: Sequence[dict[str, Any]], batch_size: int) -> int:
-    """Rows whose predictions ``path`` has; what an interruption left of the next ones is cut off.
+    """Number of rows whose predictions ``path`` has. What an interruption left of the next ones is
+    cut off.
 
-    So is a batch that is there in part: its rows are to be answered together, as if nothing had
-    happened.
+    A batch that is there in part is cut off too: its rows are answered together again.
 
     Args:
-        path: ``{task}.jsonl``, in a folder that was claimed.
-        rows: All that are to be answered.
-        batch_size: Rows that are answered together.
+        path: File ``{task}.jsonl``, in a folder that was claimed.
+        rows: All rows that are to be answered.
+        batch_size: Number of rows that are answered together.
 
     Raises:
         ValueError: The file has a broken line, or its predictions are not of these rows.
@@ -85,7 +86,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]], predictions: Sequence[str
 
 
 def _expect(path: Path, rows: int) -> None:
-    """Note how many rows there will be, so that a score of fewer is known as such."""
+    """Write down how many rows there will be, so that a score of fewer is recognised."""
     settings = path.parent / SETTINGS_NAME
     values = read_settings(settings)
     if values["rows"].get(path.stem) != rows:

@@ -24,14 +24,14 @@ def load_task(
     extended: bool = False,
     revision: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of one task.
+    """Load the rows of one task.
 
     Args:
         task: Name of the task.
         data: Folder with ``{task}.jsonl``, .jsonl.xz or .jsonl.gz, in itself or in its ``data/``; a
-            copy of the benchmark's data.zip; or None, to get that from the Hub. Archives are read
-            as they are, nothing is unpacked to disk.
-        extended: The rows of LongBench-E, ``{task}_e.jsonl``.
+            copy of the benchmark's data.zip; or None, to get it from the Hub. Archives are read
+            without unpacking to disk.
+        extended: Whether to load the rows of LongBench-E, ``{task}_e.jsonl``.
         revision: Branch, tag or commit of the Hub's data set.
 
     Returns:
@@ -44,7 +44,10 @@ def load_task(
     """
     choose_tasks([task], extended=extended)
     if data is not None and revision is not None:
-        raise ValueError(f"revision {revision!r} is one of the Hub's data, but data is given.")
+        raise ValueError(
+            f"revision {revision!r} names a version of the Hub's data, and data was given too: "
+            "leave out one of them."
+        )
     name = f"{task}_e.jsonl" if extended else f"{task}.jsonl"
     if data is None:
         instead = "give data, a copy of it or a folder of its files"
@@ -73,10 +76,10 @@ def load_task(
 
 
 def check_fields(row: dict[str, Any], fields: dict[str, Any], where: str) -> None:
-    """Whether a row has ``fields``, each of its type; those that are lists, of texts.
+    """Check that a row has ``fields``, each of its type; lists must hold texts.
 
     Raises:
-        ValueError: It lacks one, or has it in another type.
+        ValueError: A field is missing or of another type.
     """
     for name, kind in fields.items():
         if name not in row:

@@ -1,8 +1,8 @@
-"""LongBench's nine metrics, equal to its own scorer's, which the published numbers come from.
+"""LongBench's nine metrics, equal to those of its own scorer, which made the published numbers.
 
-They are its definitions with their oddities (`classification`, `rouge`), because other ones do not
-compare. The one difference: its ROUGE-L recurses, so that a sentence of about a thousand words
-exceeds Python's recursion limit, which it scores 0. Here such a pair gets its score.
+They have its definitions and oddities (`classification`, `rouge`), since scores by others do not
+compare. There is one difference: its ROUGE-L recurses, so a sentence of about a thousand words
+exceeds Python's recursion limit and scores 0. Here such a pair gets its score.
 """
 
 import difflib
@@ -53,11 +53,11 @@ def qa_f1_zh(prediction: str, answer: str) -> float:
 
 
 def rouge(prediction: str, answer: str) -> float:
-    """F of ROUGE-L as the package ``rouge`` 1.0.1 defines it by default.
+    """F score of ROUGE-L, as the package ``rouge`` 1.0.1 defines it by default.
 
-    Not the usual ROUGE-L: both texts are cut at full stops, each sentence of the answer is compared
-    with each of the prediction, and what counts are the different words in the union of these
-    longest common subsequences, against the different words of either text.
+    This is not the usual ROUGE-L: both texts are cut at full stops, and each sentence of the answer
+    is compared with each of the prediction. The distinct words in the union of these longest common
+    subsequences count, relative to the distinct words of each text.
     """
     predicted, expected = _sentences(prediction), _sentences(answer)
     if not predicted or not expected:
@@ -89,7 +89,7 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> 
         ValueError: There are no classes.
     """
     if not all_classes:
-        raise ValueError("classification needs the names of all classes, all_classes is empty.")
+        raise ValueError("classification needs the names of all classes: all_classes is empty.")
     named = [name for name in all_classes if name in prediction]
     # The list shrinks while it is walked, as in the benchmark: the class that follows a removed
     # one is not looked at.
@@ -100,7 +100,7 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> 
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """Share of the prediction's numbers that are the one of the answer's ``Paragraph N``."""
+    """Share of the prediction's numbers that equal the N of the answer's ``Paragraph N``."""
     return count(prediction, _number_after("Paragraph ", answer))
 
 
@@ -118,7 +118,7 @@ def count(prediction: str, answer: str) -> float:
 def code_sim(prediction: str, answer: str) -> float:
     """Similarity of the first line that is no comment and no code fence, in whole percent.
 
-    It is fuzzywuzzy's ratio without python-Levenshtein, so difflib's.
+    It is fuzzywuzzy's ratio without python-Levenshtein, which is difflib's.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = (line for line in lines if not any(mark in line for mark in ("`", "#", "//")))
@@ -151,7 +151,7 @@ def load_jieba() -> Any:
     """The package that cuts Chinese texts into words.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: jieba is not installed.
     """
     try:
         import jieba
@@ -190,12 +190,12 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each sentence; one of white space alone is one word, the empty one."""
+    """Words of each sentence; a sentence of white space alone has one word, the empty one."""
     return [part.split() or [""] for part in text.split(".") if part]
 
 
 def _common_words(expected: Sequence[str], predicted: Sequence[str]) -> set[str]:
-    """Words of one longest common subsequence: which one of several decides the score."""
+    """Words of one longest common subsequence; which of several it is decides the score."""
     lengths = [[0] * (len(predicted) + 1)]
     for word in expected:
         above, row = lengths[-1], [0]

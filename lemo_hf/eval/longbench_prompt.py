@@ -1,4 +1,4 @@
-"""The tokens that a model gets for a row of LongBench: middle truncation, chat template."""
+"""Prompts of LongBench in tokens: truncation in the middle, and the chat template."""
 
 from typing import Any
 
@@ -16,16 +16,17 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of the prompt, as the benchmark makes them.
 
-    A prompt of more than ``max_length`` tokens keeps as many from either end, half of them each:
-    what it asks is at its ends. The halves become text again, without special tokens, and that is
-    tokenised. The chat template is put around it after that, beyond ``max_length``.
+    A prompt of more than ``max_length`` tokens keeps half of that number from each end, where its
+    question stands. The halves become text again, without special tokens, which is tokenised. The
+    chat template comes on top of ``max_length``.
 
     Args:
-        task: Whose row it is.
+        task: Task of the row.
         row: Mapping with ``context`` and ``input``.
         tokenizer: Tokenizer of the model.
-        max_length: Tokens from which on the middle is left out.
-        chat_template: Use the tokenizer's chat template, if it has one and the task wants one.
+        max_length: Greatest number of tokens; the middle of a longer prompt is left out.
+        chat_template: Whether to use the tokenizer's chat template, if it has one and the task uses
+            one.
     """
     text = task.prompt.format(context=row["context"], input=row["input"])
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -40,15 +41,16 @@ def prompt_tokens(
 
 
 def uses_chat_template(task: Task, tokenizer: Any) -> bool:
-    """Whether the task's prompts get one: the task wants it, and the tokenizer has it."""
+    """Whether the task's prompts get a chat template: the task uses one, and the tokenizer has
+    one."""
     return task.chat_template and getattr(tokenizer, "chat_template", None) is not None
 
 
 def room(task: Task, model: nn.Module, tokenizer: Any, chat_template: bool = True) -> int | None:
     """Largest ``max_length`` with which prompt and answer fit the model's context for certain.
 
-    The model's ``max_position_embeddings`` less the task's new tokens, the chat template's and
-    `CUT_TOKENS`. None if the model names no context.
+    It is the model's ``max_position_embeddings`` less the task's new tokens, the chat template's
+    and `CUT_TOKENS`. None if the config has no such number.
     """
     context = context_of(model)
     if context is None:
@@ -59,7 +61,7 @@ def room(task: Task, model: nn.Module, tokenizer: Any, chat_template: bool = Tru
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Tokens of the model's context by its config, or None."""
+    """Number of tokens of the model's context by its config, or None."""
     config = transformers_model(model).config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 

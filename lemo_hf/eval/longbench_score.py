@@ -31,9 +31,9 @@ def score_row(
     """Score of one prediction: the best over its answers, 0 to 1.
 
     Args:
-        task: Name, one of `TASKS`.
+        task: Name of the task, one of `TASKS`.
         prediction: Text that the model wrote.
-        answers: Each of which would be right.
+        answers: Texts that would each be right.
         all_classes: Names of the classes, where the task has some.
 
     Raises:
@@ -59,10 +59,11 @@ def score_rows(
     """Score of a task: the mean over its rows, in percent with two decimals.
 
     Args:
-        task: Name, one of `TASKS`.
-        rows: Mappings with ``pred``, ``answers`` and ``all_classes``; in the benchmark's own files.
-        extended: A score for each of LongBench-E's `BUCKETS`, by the rows' ``length``; NaN where a
-            bucket has no row.
+        task: Name of the task, one of `TASKS`.
+        rows: Mappings with ``pred``, ``answers`` and ``all_classes``, as in the benchmark's own
+            files.
+        extended: Whether to score each of LongBench-E's `BUCKETS`, by the rows' ``length``; NaN for
+            a bucket without rows.
 
     Raises:
         ImportError: The task is Chinese and jieba is not installed.
@@ -97,7 +98,7 @@ def score_rows(
 
 
 def check_rows(task: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Whether predictions of these rows could be scored: rather now than after hours.
+    """Check that predictions of these rows can be scored, before hours of work.
 
     Raises:
         ImportError: The task is Chinese and jieba is not installed.
@@ -137,17 +138,17 @@ def score_predictions(folder: str | os.PathLike, *, extended: bool = False) -> d
         folder: Folder with ``{task}.jsonl`` for each task that was run, in the benchmark's own
             format: ``pred``, ``answers``, ``all_classes`` and ``length`` a line. Made by
             `run_longbench`, by the benchmark's pred.py or by anything else.
-        extended: They are LongBench-E's (whose files have the same names).
+        extended: Whether they are LongBench-E's, whose files have the same names.
 
     Returns:
-        What ``result.json`` holds: the score by task, or by task and bucket. A bucket without a row
-        is NaN there too, as the benchmark writes it.
+        The content of ``result.json``: the score by task, or by task and bucket; NaN for a bucket
+        without rows, as the benchmark writes it.
 
     Raises:
         ImportError: There is a Chinese task and jieba is not installed.
         OSError: There is no such folder.
-        ValueError: It has no predictions, a file's name or a row in it is wrong, or there are more
-            rows than a run was asked for.
+        ValueError: The folder has no predictions, a file's name or a row is wrong, or there are
+            more rows than a run was asked for.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -169,7 +170,8 @@ def score_predictions(folder: str | os.PathLike, *, extended: bool = False) -> d
 
 
 def _compare_with_asked(folder: Path, path: Path, rows: int) -> None:
-    """What a run of `run_longbench` was asked for: fewer rows are a warning, more an error."""
+    """Compare with the rows that `run_longbench` was asked for: fewer are a warning, more an
+    error."""
     if not (folder / SETTINGS_NAME).is_file():
         return
     task = path.name.split(".")[0]
@@ -184,7 +186,7 @@ def _compare_with_asked(folder: Path, path: Path, rows: int) -> None:
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """What `run_longbench` left: its ``settings``, and how many ``rows`` each task has.
+    """What `run_longbench` wrote: its ``settings``, and the number of ``rows`` of each task.
 
     Raises:
         ValueError: The file is damaged.

@@ -1,4 +1,4 @@
-"""LongBench's 21 tasks: what each generates, how it is scored, and the benchmark's own prompts."""
+"""LongBench's 21 tasks: their generation, their metrics, and the benchmark's own prompts."""
 
 import json
 from collections.abc import Sequence
@@ -60,15 +60,15 @@ class Task:
     """One task of LongBench.
 
     Attributes:
-        name: The benchmark's.
+        name: Name in the benchmark.
         metric: Key of `lemo_hf.eval.longbench_metrics.METRICS`.
-        prompt: Template with ``{context}``, and ``{input}`` where a task asks something.
-        max_new_tokens: Tokens to generate at most.
-        language: ``"en"``, ``"zh"`` or ``"code"``.
-        chat_template: A chat model gets the prompt in its chat template.
-        first_line: Only the prediction's first line is scored.
-        stops_at_newline: Generation ends at a newline, after one token at least.
-        extended: Part of LongBench-E.
+        prompt: Template with ``{context}``, and ``{input}`` if the task asks something.
+        max_new_tokens: Greatest number of tokens to generate.
+        language: Language, ``"en"``, ``"zh"`` or ``"code"``.
+        chat_template: Whether a chat model gets the prompt in its chat template.
+        first_line: Whether only the prediction's first line is scored.
+        stops_at_newline: Whether generation ends at a newline, after at least one token.
+        extended: Whether the task is part of LongBench-E.
     """
 
     name: str
@@ -111,11 +111,11 @@ def choose_tasks(names: Sequence[str] | None = None, *, extended: bool = False) 
     """Tasks by their names, in the benchmark's order.
 
     Args:
-        names: Names of `TASKS`; None takes all.
-        extended: Only those of LongBench-E.
+        names: Names of `TASKS`; None: all.
+        extended: Whether to choose among LongBench-E's tasks only.
 
     Raises:
-        ValueError: A name is unknown, or not of LongBench-E; the names that there are are listed.
+        ValueError: A name is unknown, or not of LongBench-E; the message lists the known names.
     """
     known = {name: task for name, task in TASKS.items() if task.extended or not extended}
     benchmark = "LongBench-E" if extended else "LongBench"

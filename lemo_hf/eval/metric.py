@@ -1,4 +1,4 @@
-"""LongBench's scores as a `evaluate.Metric`, for whoever collects metrics with that library."""
+"""LongBench's scores as an `evaluate.Metric`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +23,8 @@ class LongBenchMetric(evaluate.Metric):
     ``{"score": ...}``.
 
     Args:
-        config_name: A task of LongBench.
-        **options: Options as `evaluate.Metric` takes them (``cache_dir``, ``num_process``, ...).
+        config_name: Name of a LongBench task.
+        **options: Options of `evaluate.Metric` (``cache_dir``, ``num_process``, ...).
 
     Raises:
         ImportError: The task is Chinese and jieba is not installed (by ``compute``).

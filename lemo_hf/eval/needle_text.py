@@ -1,4 +1,4 @@
-"""The words of needles, and texts in tokens with needles written into them."""
+"""The words of needles, and token rows with needles written into texts."""
 
 import random
 import re
@@ -39,10 +39,10 @@ class NeedleTemplate:
     A key is two words (``"amber-falcon"``), a value a random number without a leading zero.
 
     Attributes:
-        needle: A line that tells a value; inserted as a line of its own.
-        question: The last line. It ends with the value: all before it is the prompt.
-        introduction: Before the haystack; with ``question``, the place for a chat format.
-        digits: Digits of a value. Who knows no more than that guesses it with
+        needle: Line that tells a value; inserted as a line of its own.
+        question: Last line of the row. It ends with the value; all before the value is the prompt.
+        introduction: Text before the haystack; this and ``question`` may have a chat format.
+        digits: Number of digits of a value. A guess by this alone has
             ``-log(9 * 10 ** (digits - 1))`` nats, -16.0 for 7 digits.
 
     Raises:
@@ -64,8 +64,8 @@ class NeedleTemplate:
                     raise ValueError(f"{name} must contain {part}, got {text!r}.")
         if self.question.find("{value}") != len(self.question) - len("{value}"):
             raise ValueError(
-                f"question must end with {{value}} and hold it once, got {self.question!r}: the "
-                "model is asked for what comes last."
+                f"question must end with {{value}} and contain it once, got {self.question!r}: "
+                "the model is asked for its end."
             )
         if self.digits < 4:
             raise ValueError(f"digits must be at least 4, got {self.digits}.")
@@ -73,7 +73,8 @@ class NeedleTemplate:
 
 @dataclass(frozen=True)
 class Document:
-    """A text in tokens; after ``ends`` of them (ascending, the last is all) a needle may stand."""
+    """A text in tokens. ``ends`` are ascending numbers of tokens after which a needle may stand;
+    the last is all."""
 
     ids: list[int]
     ends: np.ndarray
@@ -81,7 +82,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Needle:
-    """A key, its value, its line, and the question for it with the answer at the end, in tokens."""
+    """A key, its value, and in tokens its line and its question, which ends with the answer."""
 
     key: str
     value: str
@@ -91,24 +92,24 @@ class Needle:
 
 
 class Writer:
-    """Makes token ids of texts and needles; benchmark and training rows are both its work."""
+    """Makes token ids of texts and needles, for benchmark and training rows."""
 
     def __init__(self, tokenizer: Any, template: NeedleTemplate, keys: int):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"{type(tokenizer).__name__} does not tell where in a text its tokens are: use the "
-                "fast tokenizer of the model (AutoTokenizer gives it where there is one)."
+                f"{type(tokenizer).__name__} gives no places of tokens in the text: use the "
+                "model's fast tokenizer (AutoTokenizer loads it if there is one)."
             )
         words = [f"{adj}-{noun}" for adj in ADJECTIVES.split() for noun in NOUNS.split()]
         if keys > len(words):
-            raise ValueError(f"there are {len(words):,} different keys, got keys={keys:,}.")
+            raise ValueError(f"keys={keys:,} is too many: there are {len(words):,} different keys.")
         self.tokenizer, self.template = tokenizer, template
         self.words, self.keys = words, keys
         self.bos = start_tokens(tokenizer)
         self.start = self.bos + self._encode(template.introduction)[0]
 
     def _encode(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Tokens, and where in the text each of them ends."""
+        """Tokens, and the place in the text where each of them ends."""
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -116,7 +117,7 @@ class Writer:
         return encoded["input_ids"], ends
 
     def documents(self, texts: Iterable[str], tokens: int, count: int) -> list[Document]:
-        """The first ``count`` that have so many tokens, or those that there are."""
+        """The first ``count`` documents with enough tokens, or fewer if there are no more."""
         found, longest = [], 0
         for document in map(self.document, texts):
             longest = max(longest, len(document.ids))
@@ -129,7 +130,7 @@ class Writer:
         return found
 
     def document(self, text: str) -> Document:
-        """A text, and where needles may stand in it."""
+        """A text in tokens, and the places where needles may stand in it."""
         ids, ends = self._encode(text)
         for pattern in (SENTENCE_END, LINE_END):
             places = _ends(pattern, text, ends)
@@ -140,7 +141,7 @@ class Writer:
         return Document(ids, np.union1d(places, [len(ids)]))
 
     def needles(self, rng: random.Random) -> list[Needle]:
-        """All needles of a row, no key and no value twice."""
+        """All needles of a row, without a key or value twice."""
         least = 10 ** (self.template.digits - 1)
         words = rng.sample(self.words, self.keys)
         values = rng.sample(range(least, 10 * least), self.keys)
@@ -161,7 +162,7 @@ class Writer:
         return Needle(key, value, self._encode(line)[0], ids, answer_tokens)
 
     def room(self, tokens: int, needles: list[Needle], asked: list[Needle]) -> int:
-        """Tokens that are left for the haystack."""
+        """Number of tokens that are left for the haystack."""
         start = self.start if needles else self.bos
         taken = sum(len(needle.line) for needle in needles)
         taken += sum(len(needle.question) for needle in asked) + len(start)
@@ -180,7 +181,7 @@ class Writer:
         needles: list[Needle],
         depths: list[float],
     ) -> tuple[list[int], int]:
-        """The row up to its question, and where in it the first needle begins."""
+        """The row up to its question, and the place in it where the first needle begins."""
         inner = document.ends[(document.ends > first) & (document.ends < first + room)]
         places = np.array([0, *(inner - first), room])
         nearest = [int(places[np.abs(places - depth * room).argmin()]) for depth in depths]
@@ -194,7 +195,8 @@ class Writer:
 
 
 def _ends(pattern: re.Pattern, text: str, ends: np.ndarray) -> np.ndarray:
-    """Counts of tokens after which the text has come to a match: the last token that ends in it."""
+    """Numbers of tokens after which the text has reached a match: those up to the last token that
+    ends in it."""
     spans = [match.span(1) for match in pattern.finditer(text)]
     if not spans:
         return np.empty(0, dtype=np.int64)

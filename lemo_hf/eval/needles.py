@@ -1,4 +1,4 @@
-"""Needles in real text: rows that tell a key's value somewhere and ask for it at the end.
+"""Needles in real text: rows that tell a key's value somewhere, and ask for it at the end.
 
 The haystack is real text and the needle's depth is chosen, as in needle in a haystack (Kamradt,
 2023); key-value lines and distractor keys are those of single-key and multi-key NIAH in RULER
@@ -23,10 +23,10 @@ class NeedleRow:
 
     Attributes:
         input_ids: Prompt and answer.
-        answer_tokens: Number of those that, at the end, are the answer.
-        depth: Share of the haystack's tokens that were to come before the asked line.
-        position: Place of its first token.
-        key, value: What is asked, and what the answer says.
+        answer_tokens: Number of tokens, at the end, that are the answer.
+        depth: Share of the haystack's tokens that should come before the asked line.
+        position: Place of that line's first token.
+        key, value: Key in the question, and value in the answer.
     """
 
     input_ids: list[int]
@@ -38,12 +38,12 @@ class NeedleRow:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What a model is to go on from."""
+        """Token ids of the prompt."""
         return self.input_ids[: -self.answer_tokens]
 
     @property
     def answer_ids(self) -> list[int]:
-        """What it is to go on with."""
+        """Token ids of the answer."""
         return self.input_ids[-self.answer_tokens :]
 
 
@@ -61,24 +61,24 @@ def needle_rows(
 ) -> list[NeedleRow]:
     """Questions about lines hidden in real text.
 
-    A row is: what the tokenizer begins a text with (BOS, if it adds one), the introduction, the
-    haystack with its needles, the question, the answer. The haystack is one piece of one document,
-    cut so that the row has exactly its length; its last sentence is whole. A needle stands where
-    the nearest sentence or paragraph ends (where these are rare, as in code, a line). Rows of one
-    length and sample have their haystack from the same place at every depth.
+    A row has the tokenizer's BOS token (if it adds one), the introduction, the haystack with its
+    needles, the question, and the answer. The haystack is one piece of one document, cut so that
+    the row has exactly its length; its last sentence is whole. A needle stands where the nearest
+    sentence or paragraph ends (where these are rare, as in code, a line). Rows of one length and
+    sample have their haystack from the same place at every depth.
 
     Args:
-        documents: Texts. The first ``samples`` that have as many tokens as the longest row are
-            used, in turn; no more are read.
-        tokenizer: Tokenizer of the model; one that knows the place of each token in a text
-            ("fast").
-        lengths: Tokens of a row, all included.
-        depths: Share of the haystack before the needle, 0 (first) to 1 (last before the question).
-        samples: Rows for each length and depth.
-        keys: Lines with a key each. One is asked for; the others, distractors, lie anywhere.
-        template: The words; None takes those of `NeedleTemplate`.
-        seed: Seed of all that is random. A row depends on it, its length, depth and sample number,
-            and on the documents, not on what other rows are asked for.
+        documents: Texts. The first ``samples`` with as many tokens as the longest row are used in
+            turn; no more are read.
+        tokenizer: Tokenizer of the model; a fast one, which knows the place of each token in a
+            text.
+        lengths: Numbers of tokens of a whole row.
+        depths: Shares of the haystack before the needle, 0 (first) to 1 (last before the question).
+        samples: Number of rows for each length and depth.
+        keys: Number of lines with a key. One is asked for; the others are distractors anywhere.
+        template: Words around keys and values; None: those of `NeedleTemplate`.
+        seed: Seed of all that is random. A row depends on it, on its length, depth and sample
+            number, and on the documents, not on other rows.
         progress: Whether a progress bar is shown.
 
     Returns:
@@ -90,7 +90,9 @@ def needle_rows(
     """
     _at_least(1, samples=samples, keys=keys)
     if not lengths or not depths:
-        raise ValueError(f"name lengths and depths, got {list(lengths)} and {list(depths)}.")
+        raise ValueError(
+            f"lengths and depths must not be empty, got {list(lengths)} and {list(depths)}."
+        )
     for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(
@@ -133,22 +135,22 @@ def mix_retrieval(
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, list[int]]]:
-    """Rows to train on, like those of `token_rows`; some of them ask for lines hidden in them.
+    """Rows to train on, like those of `token_rows`, some of which ask for lines hidden in them.
 
     Documents are cut into rows one after the other; no row spans two, rests are left out. A row
     with retrieval is written as by `needle_rows`, its needles at random depths.
 
     Args:
-        documents: Texts. No more of them are read than ``max_rows`` need.
-        tokenizer: Tokenizer of the model; "fast".
+        documents: Texts. No more are read than ``max_rows`` need.
+        tokenizer: Tokenizer of the model; a fast one.
         tokens: Length of every row.
-        share: Share of the rows that are to have retrieval, drawn row by row.
-        keys: Lines with a key each, in a row with retrieval.
-        questions: Number of them that the row asks for at its end, one question after the other.
-        answer_only: Rows with retrieval have labels on the answers alone (-100 elsewhere); rows
-            without it keep all labels.
-        template: The words; None takes those of `NeedleTemplate`.
-        max_rows: Most rows that are made; None takes all.
+        share: Share of the rows with retrieval, drawn row by row, 0 to 1.
+        keys: Number of lines with a key in a row with retrieval.
+        questions: Number of keys that the row asks for at its end, one after the other.
+        answer_only: Whether rows with retrieval have labels on the answers alone (-100 elsewhere);
+            other rows keep all labels.
+        template: Words around keys and values; None: those of `NeedleTemplate`.
+        max_rows: Greatest number of rows; None: all.
         seed: Seed of all that is random.
         progress: Whether a progress bar is shown.
 

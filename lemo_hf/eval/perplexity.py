@@ -27,21 +27,21 @@ LONGLORA_STRIDE = 256
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity, and all that another figure must agree in to be compared with it.
+    """Perplexity, with all settings that a comparable figure must share.
 
     Attributes:
         perplexity: ``exp(loss)``.
         loss: Nats per scored token.
-        tokens: Scored tokens; ``"longlora"`` scores most tokens in several windows.
-        windows: Windows that were run.
-        documents: Documents with at least one window.
-        skipped_documents: Those too short for any.
-        protocol: ``"sliding"`` or ``"longlora"``.
-        max_length: Tokens a window.
-        stride: Tokens from the start of a window to the start of the next.
-        by_position: Losses of tokens by how many tokens of context they have, which is their place
-            in the window. One entry a range of contexts in which tokens were scored: ``first`` and
-            ``last`` context of it, ``tokens``, ``loss``, ``perplexity``.
+        tokens: Number of scored tokens; ``"longlora"`` scores most tokens in several windows.
+        windows: Number of windows that were run.
+        documents: Number of documents with at least one window.
+        skipped_documents: Number of documents that are too short for a window.
+        protocol: Protocol, ``"sliding"`` or ``"longlora"``.
+        max_length: Number of tokens of a window.
+        stride: Number of tokens between the starts of two windows.
+        by_position: Losses by the number of context tokens, which is a token's place in the window.
+            One entry for each range in which tokens were scored: ``first`` and ``last`` number of
+            context tokens, ``tokens``, ``loss`` (nats a token) and ``perplexity``.
     """
 
     perplexity: float
@@ -56,7 +56,7 @@ class Perplexity:
     by_position: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON takes it."""
+        """All figures, as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -74,43 +74,42 @@ def perplexity(
     """Perplexity of ``model`` on documents that may be longer than its context.
 
     A document is cut into windows of ``max_length`` tokens, one every ``stride`` tokens. A window
-    sees nothing of what is before it, and no window spans two documents.
+    does not see the text before it, and no window spans two documents.
 
-    ``"sliding"`` scores each token once, in the first window that has it, so all but the first
+    ``"sliding"`` scores each token once, in the first window that has it. So all but the first
     ``max_length`` tokens of a document have at least ``max_length - stride`` tokens of context. The
-    last window may be shorter. This is the strided evaluation that transformers documents, without
-    its approximation there: the result is ``exp(sum of losses / scored tokens)``, not a mean of
-    the windows' means. What starts a document is not scored, and with ``stride=max_length``
-    neither is what starts a window: no token is before it.
+    last window may be shorter. This is the strided evaluation of transformers' documentation,
+    without the approximation there: the result is ``exp(sum of losses / scored tokens)``, not a
+    mean of the windows' means. The first token of a document is not scored, nor, with
+    ``stride=max_length``, that of a window: no token is before it.
 
-    ``"longlora"`` scores every window whole, tokens with little context too, and leaves out what
-    does not fill a window: figures are higher than those of ``"sliding"`` and compare only among
-    themselves. It is the protocol of LongLoRA's eval.py (arXiv 2309.12307) on one stream of tokens
-    a document, except that eval.py leaves out the last window or two of the stream, weighs a last
-    batch that is not full as a full one, and takes 2.71828 for e.
+    ``"longlora"`` scores every window whole, also tokens with little context, and leaves out what
+    does not fill a window. Its figures are higher than those of ``"sliding"``; compare them only
+    with each other. It is the protocol of LongLoRA's eval.py (arXiv 2309.12307) for one stream of
+    tokens a document, except that eval.py leaves out the last window or two of the stream, gives a
+    last batch that is not full the weight of a full one, and takes 2.71828 for e.
 
     Batches hold windows of one length, so nothing is padded. Passes are dense and without KV cache,
-    whatever `apply_lemo` did to the model. Several processes (``accelerate launch``) share the
-    batches if all are given the same documents, and all return the same result; FSDP2 may shard
-    the model over them.
+    also after `apply_lemo`. Several processes (``accelerate launch``) share the batches if all get
+    the same documents, and all return the same result; FSDP2 may shard the model over them.
 
     Args:
-        model: A causal LM or a PEFT model around one, on its device; given back as it was.
+        model: Causal LM or a PEFT model around one, on its device; unchanged afterwards.
         documents: Token ids of each document: lists, integer arrays (memory-mapped ones are read
             window by window) or tensors. No BOS or other token is added.
-        max_length: Tokens a window.
-        stride: Tokens between the starts of two windows. None: half of ``max_length``; 256 with
-            ``"longlora"``, or ``max_length`` if that is less.
-        protocol: ``"sliding"`` or ``"longlora"``.
-        batch_size: Windows a pass on each process.
-        buckets: Ranges of context that ``by_position`` tells apart.
+        max_length: Number of tokens of a window.
+        stride: Number of tokens between the starts of two windows. None: half of ``max_length``;
+            with ``"longlora"`` 256, or ``max_length`` if that is less.
+        protocol: Protocol, ``"sliding"`` or ``"longlora"``.
+        batch_size: Number of windows in a pass on each process.
+        buckets: Number of ranges of context in ``by_position``.
         progress: Whether a progress bar is shown, on the main process.
 
     Returns:
-        The figures. Losses are fp32 or the model's own dtype if wider, their sums fp64.
+        The figures. Losses are fp32, or the model's own dtype if wider; their sums are fp64.
 
     Raises:
-        ValueError: A setting is out of range, no document is long enough, or a document is no
+        ValueError: A setting is out of range, no document is long enough, or a document is not a
             sequence of ids of the model's vocabulary.
     """
     if protocol not in PROTOCOLS:
@@ -121,7 +120,7 @@ def perplexity(
         stride = max_length // 2 if protocol == "sliding" else min(LONGLORA_STRIDE, max_length)
     if not 1 <= stride <= max_length:
         raise ValueError(
-            f"stride must be from 1 to max_length={max_length}, or tokens are left out: got "
+            f"stride must be from 1 to max_length={max_length}, so that every token is scored, got "
             f"{stride}."
         )
     for name, value in (("batch_size", batch_size), ("buckets", buckets)):
@@ -175,14 +174,14 @@ def perplexity(
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens that are run together; those from ``first`` on are scored."""
+    """Tokens that are run together, of which those from ``first`` on are scored."""
 
     ids: np.ndarray
     first: int
 
 
 class _Windows:
-    """The windows of all documents in order, and counts of what was met, once iterated."""
+    """The windows of all documents in order, with counts once they have been iterated."""
 
     def __init__(
         self,
@@ -214,14 +213,14 @@ class _Windows:
             self.longest = max(self.longest, len(document))
 
     def count(self) -> int | None:
-        """Windows there will be; None if documents cannot be looked at beforehand."""
+        """Number of windows; None if documents cannot be read in advance."""
         if not isinstance(self.source, Sequence):
             return None
         sized = (document for document in self.source if hasattr(document, "__len__"))
         return sum(1 for document in sized for _ in self._bounds(len(document)))
 
     def check(self) -> None:
-        """Raises ValueError if there was no window; says how many documents had none."""
+        """Raises ValueError if there was no window; logs how many documents had none."""
         if not self.windows:
             least = 2 if self.protocol == "sliding" else self.max_length
             raise ValueError(
@@ -230,13 +229,13 @@ class _Windows:
             )
         if self.skipped and PartialState().is_main_process:
             logger.warning(
-                "%d of %d documents are too short to have a window and were left out.",
+                "%d of %d documents are shorter than a window and were left out.",
                 self.skipped,
                 self.skipped + self.documents,
             )
 
     def _bounds(self, length: int) -> Iterator[tuple[int, int, int]]:
-        """Of each window of a document: where it starts and stops, and its first scored place."""
+        """The start, the end and the first scored place of each window of a document."""
         if self.protocol == "longlora":
             for start in range(0, length - self.max_length + 1, self.stride):
                 yield start, start + self.max_length, 1
@@ -269,7 +268,7 @@ class _Windows:
 
 
 def _batches(windows: Iterable[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    """Windows of one length together: no padding, which a rotary embedding may depend on."""
+    """Batches of windows of one length, without padding, on which a rotary embedding may depend."""
     waiting: dict[int, list[_Window]] = {}
     for window in windows:
         batch = waiting.setdefault(len(window.ids), [])
@@ -282,10 +281,10 @@ def _batches(windows: Iterable[_Window], batch_size: int) -> Iterator[list[_Wind
 def _shared(
     batches: Iterable[list[_Window]], state: PartialState
 ) -> Iterator[tuple[list[_Window], bool, int]]:
-    """This process's batch of each turn, whether it counts, and the windows of all processes.
+    """For each turn: this process's batch, whether it counts, and the windows of all processes.
 
-    If batches do not suffice for the last turn, processes without one run another's: where weights
-    are sharded, a pass needs all of them.
+    If there are too few batches for the last turn, processes without one run another's: with
+    sharded weights a pass needs all processes.
     """
     batches = iter(batches)
     while turn := list(islice(batches, state.num_processes)):
@@ -304,7 +303,7 @@ def _run(token_losses: TokenLosses, batch: list[_Window]) -> tuple[np.ndarray, n
 
 
 def _by_position(sums: np.ndarray, buckets: int) -> list[dict[str, float]]:
-    """Ranges of equal width; the first lacks context 0, which predicts nothing."""
+    """Losses by ranges of equal width; the first has no context 0, which predicts nothing."""
     length = sums.shape[1]
     edges = sorted({round(i * length / buckets) for i in range(buckets + 1)})
     rows = []
@@ -336,8 +335,8 @@ def _warn_of_positions(config: Any, max_length: int) -> None:
     longest = max(longest, int(original * (rope.get("factor") or 1)))
     if max_length > longest:
         logger.warning(
-            "max_length=%d is beyond the model's %d positions: figures show how it extrapolates. "
-            "Scale its RoPE, or use a smaller max_length.",
+            "max_length=%d is beyond the model's %d positions: the figures show how it "
+            "extrapolates. Scale its RoPE, or use a smaller max_length.",
             max_length,
             longest,
         )

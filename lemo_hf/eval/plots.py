@@ -1,4 +1,4 @@
-"""Pictures of evaluations, as PNG files; nothing else in the package needs matplotlib.
+"""Pictures of evaluations as PNG files, made with matplotlib.
 
 No display is needed, and no state of
 `matplotlib.pyplot` is touched.
@@ -18,11 +18,11 @@ GREY, WRONG, RIGHT = "#6b7278", "#f3efe9", "#1f6f8b"
 
 
 def retrieval_figure(result: Any) -> Any:
-    """Heat map of accuracy: a column for each length, a row for each depth, the start on top.
+    """Heat map of accuracy: a column for each length and a row for each depth, the start on top.
 
     Args:
-        result: A `lemo_hf.eval.retrieval.Retrieval`. Where it has no cell for a length and a
-            depth, the map stays empty.
+        result: Result of `lemo_hf.eval.retrieval.retrieval`. The map is empty where it has no cell
+            for a length and a depth.
 
     Returns:
         A matplotlib figure.
@@ -59,13 +59,13 @@ def retrieval_figure(result: Any) -> Any:
 
 
 def loss_by_position_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """A line for each result: loss of the tokens of a bucket, at the middle of their positions.
+    """A line for each result: the loss of each bucket, at the middle of its positions.
 
     The axis is logarithmic if the buckets grow with the position.
 
     Args:
-        results: Buckets of positions, by name: ``first`` and ``last`` (both included) and ``loss``
-            in nats a token; no more is read of them.
+        results: Buckets of positions, by name of the result: ``first`` and ``last`` (both included)
+            and ``loss`` in nats a token.
 
     Returns:
         A matplotlib figure.
@@ -139,5 +139,5 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
 
 
 def check_plots() -> None:
-    """Raises ImportError if no picture can be drawn: to be asked before hours of work."""
+    """Raises ImportError if no picture can be drawn; called before hours of work."""
     _figure((1, 1))

@@ -1,4 +1,4 @@
-"""Retrieval: does a model give back a line that it has read far above?"""
+"""Retrieval: can a model repeat a line that it read far above?"""
 
 import inspect
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Retrieval:
     """How well a model retrieves.
 
     Attributes:
-        cells: One for each length and depth, in this order: ``length`` in tokens, ``depth``,
+        cells: Measures for each length and depth, in this order: ``length`` in tokens, ``depth``,
             ``samples`` (rows), ``accuracy`` (share of answers that greedy generation gives in
             full), ``token_accuracy`` (share of answer tokens that are its choice, given the answer
             before them), ``log_probability`` (nats of a whole answer, mean over rows).
@@ -37,25 +37,26 @@ class Retrieval:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the rows, ascending."""
+        """Lengths of the rows, ascending."""
         return sorted({cell["length"] for cell in self.cells})
 
     @property
     def depths(self) -> list[float]:
-        """Of the needles, ascending."""
+        """Depths of the needles, ascending."""
         return sorted({cell["depth"] for cell in self.cells})
 
     def grid(self, measure: str = "accuracy") -> list[list[float | None]]:
-        """``[depths][lengths]``; None where nothing was asked.
+        """Values of a measure, ``[depths][lengths]``; None where nothing was asked.
 
         Args:
-            measure: Name, one of `MEASURES`.
+            measure: Name of the measure, one of `MEASURES`.
         """
         values = {(cell["length"], cell["depth"]): cell[measure] for cell in self.cells}
         return [[values.get((length, depth)) for length in self.lengths] for depth in self.depths]
 
     def mean(self, measure: str = "accuracy", **where: Any) -> float:
-        """Over the cells with these values (``length=4096``), or over all; each counts the same."""
+        """Mean over all cells, or over those with the given values (``length=4096``); each cell
+        counts the same."""
         values = [
             cell[measure]
             for cell in self.cells
@@ -64,19 +65,19 @@ class Retrieval:
         return sum(values) / len(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The means over all cells, and the cells; all of it JSON."""
+        """The means over all cells, and the cells, as a dictionary for JSON."""
         return {**{measure: self.mean(measure) for measure in MEASURES}, "cells": self.cells}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Retrieval":
-        """What `to_dict` was made from."""
+        """The result that `to_dict` wrote."""
         return cls(values["cells"])
 
     def format_table(self, measure: str = "accuracy") -> str:
-        """Plain text: a line for each depth, a column for each length, and the means.
+        """A table in plain text: a line for each depth, a column for each length, and the means.
 
         Args:
-            measure: Name, one of `MEASURES`.
+            measure: Name of the measure, one of `MEASURES`.
         """
         lines = [["depth", *(f"{length:,}" for length in self.lengths), "mean"]]
         for depth, values in zip(self.depths, self.grid(measure), strict=True):
@@ -100,24 +101,24 @@ def retrieval(
     """Ask the model all questions.
 
     The model reads prompt and answer in one dense pass. An answer is right if each of its tokens is
-    the most probable one after the prompt and the answer before it: exactly then greedy generation
-    from the prompt begins with the answer (up to the rounding in which both passes differ). Only
-    the answer's logits exist, ``[batch_size, answer, V]``.
+    the most probable one after the prompt and the answer before it. Exactly then greedy generation
+    from the prompt begins with the answer (up to rounding differences of the passes). Only the
+    answer's logits exist, ``[batch_size, answer, V]``.
 
     Processes (``accelerate launch``, ``torchrun``) share the rows, and each gets the whole result.
 
     Args:
-        model: A causal LM or a PEFT model around one, on its device, not wrapped for training. Run
-            in evaluation mode, and given back as it was.
+        model: Causal LM or a PEFT model around one, on its device, not wrapped for training. It
+            runs in evaluation mode and is unchanged afterwards.
         rows: Rows as `needle_rows` makes them, the same in every process.
-        batch_size: Rows of one length that are run together.
+        batch_size: Number of rows of one length that are run together.
         progress: Whether a progress bar is shown.
 
     Returns:
         Measures for each length and depth.
 
     Raises:
-        ValueError: There is no row, or the model cannot leave out logits (``logits_to_keep``).
+        ValueError: There is no row, or the model does not support ``logits_to_keep``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -151,7 +152,8 @@ def retrieval(
 
 
 def _answers(model: nn.Module, rows: list[NeedleRow], device: torch.device) -> Tensor:
-    """``[rows, 3]``: whether the answer is right, its tokens that are, its log-probability."""
+    """``[rows, 3]``: whether the answer is right, the number of its right tokens, and its
+    log-probability in nats."""
     ids = torch.tensor([row.input_ids for row in rows], device=device)
     counts = torch.tensor([row.answer_tokens for row in rows], device=device)
     longest = max(row.answer_tokens for row in rows)
@@ -165,7 +167,7 @@ def _answers(model: nn.Module, rows: list[NeedleRow], device: torch.device) -> T
 
 
 def _batches(rows: Sequence[NeedleRow], batch_size: int) -> list[list[int]]:
-    """Numbers of rows of one length; the longest first, so that too little memory shows early."""
+    """Indices of rows of one length, the longest first, so that too little memory shows early."""
     of_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         of_length.setdefault(len(row.input_ids), []).append(i)

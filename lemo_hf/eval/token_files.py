@@ -1,4 +1,4 @@
-"""Files of token ids: 16-bit numbers one after the other and nothing else, as LongLoRA's .bin."""
+"""Files of token ids: nothing but 16-bit numbers one after the other, as LongLoRA's .bin files."""
 
 import os
 from pathlib import Path
@@ -12,22 +12,22 @@ CHUNK = 2**24  # tokens looked at at a time
 
 
 def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
-    """The tokens of a file, in memory only where they are read.
+    """The tokens of a file, mapped, so that only what is read takes memory.
 
-    The format has no header. So nothing tells which tokenizer made a file; ``vocab_size`` finds
-    most files that are not the model's.
+    The format has no header, so nothing tells which tokenizer made a file. ``vocab_size`` finds
+    most files that were not made with the model's.
 
     Args:
-        path: The file.
-        vocab_size: Vocabulary of the model; None: ids are not looked at.
+        path: Path of the file.
+        vocab_size: Size of the model's vocabulary; None: ids are not checked.
 
     Returns:
         ``[N]`` uint16, read-only, mapped to the file: one document, or many in one stream.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be a file of 16-bit numbers, is empty, or has an id that the
-            vocabulary has not.
+        ValueError: The file cannot hold 16-bit numbers, is empty, or has an id outside the
+            vocabulary.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,7 +35,7 @@ def read_token_file(path: str | os.PathLike, vocab_size: int | None = None) -> n
     size = path.stat().st_size
     if size == 0 or size % DTYPE.itemsize:
         raise ValueError(
-            f"{path} has {size} bytes: a file of 16-bit token ids has an even number of them, and "
+            f"{path} has {size} bytes: a file of 16-bit token ids has an even number of bytes, and "
             "is not empty."
         )
     tokens = np.memmap(path, dtype=DTYPE, mode="r")

@@ -1,4 +1,4 @@
-"""The loss of each token under a causal LM, with the logits of one segment of tokens at a time."""
+"""The loss of each token under a causal LM, with logits of one segment of tokens at a time."""
 
 import inspect
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from lemo_hf.patch import input_device, transformers_model
 class TokenLosses:
     """Next-token losses of one model, of any architecture and dtype.
 
-    Most causal LMs make their logits token by token: a head, then a divisor or a soft cap. Whether
-    this one does is tried once on two tokens, with known numbers in the place of the head's output.
-    If so, the head gets only tokens whose loss is asked for, a segment at a time, and no
-    ``[B, T, V]`` exists. Every other model makes its own logits, from the first token asked for.
+    Most causal LMs make their logits token by token: a head, then a divisor or a soft cap. A trial
+    on two tokens, with known numbers in place of the head's output, shows whether this model does.
+    If so, the head gets only tokens whose loss is wanted, a segment at a time, and no ``[B, T, V]``
+    exists. Any other model makes its own logits, from the first wanted token on.
 
     Args:
-        model: A causal LM or a PEFT model around one, in evaluation mode.
+        model: Causal LM or a PEFT model around one, in evaluation mode.
 
     Attributes:
-        head: The output embeddings if they are run by segments, else None.
-        device: Device where token ids must be.
+        head: Output embeddings if they run by segments, else None.
+        device: Device on which token ids must be.
     """
 
     def __init__(self, model: nn.Module):
@@ -45,11 +45,13 @@ class TokenLosses:
         """Losses of the tokens that are ``wanted``, each predicted from all tokens before it.
 
         Args:
-            ids: ``[B, T]`` int64 without padding, on the model's device.
-            wanted: ``[B, T]`` bool, there too; nothing predicts a row's first token.
+            ids: Token ids, ``[B, T]`` int64 without padding, on the model's device.
+            wanted: Tokens whose loss is wanted, ``[B, T]`` bool on the same device; nothing
+                predicts a row's first token.
 
         Returns:
-            ``[N]`` nats in the order of ``ids[wanted]``, fp32 or the model's own dtype if wider.
+            ``[N]`` losses in nats in the order of ``ids[wanted]``, fp32 or the model's own dtype if
+            wider.
         """
         targets = ids[wanted]
         # The hidden state of a token predicts the next: everything else is one place to the left.
@@ -83,7 +85,7 @@ def _losses(
     head: Callable[[Tensor], Tensor],
     rule: dict[str, Any],
 ) -> Tensor:
-    """Losses of ``targets [N]``; ``head`` maps the rows of inputs that are ``asked`` to logits."""
+    """Losses of ``targets [N]``; ``head`` maps the ``asked`` rows of its input to logits."""
     rows = inputs.flatten(0, 1)
     places = asked.flatten().nonzero().squeeze(1).to(rows.device)
     size = choose_segment_size(rows, getattr(head, "out_features", None), trained=False)
@@ -101,7 +103,7 @@ def _losses(
 
 
 def _logits_rule(config: Any) -> dict[str, Any]:
-    """What a model is said to do with its head's output, as `segment_losses_` takes it."""
+    """The divisor and the soft cap that a model's config names, as `segment_losses_` takes them."""
     config = config.get_text_config()
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -113,7 +115,7 @@ def _logits_rule(config: Any) -> dict[str, Any]:
 def _rule_holds(
     model: nn.Module, head: nn.Module, rule: dict[str, Any], device: torch.device
 ) -> bool:
-    """Whether the logits are what ``rule`` makes of the head's output on the row's own tokens."""
+    """Whether ``rule``, applied to the head's output, gives the model's own logits."""
     calls = []
 
     def replace(_: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, cheap enough to ask before every run."""
+"""Checksums of a model's weights, cheap enough for the start of every run."""
 
 import hashlib
 import json
@@ -29,8 +29,8 @@ def weights_checksum(model: nn.Module) -> str:
 def model_checksum(model: Any) -> str:
     """16 hexadecimal digits of all that decides what a transformers model computes.
 
-    That is its weights, its config (but for where it came from and by what version), and the
-    scaling of adapters in it.
+    These are its weights, its config (without its origin and version), and the scaling of its
+    adapters.
     """
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures"):
@@ -41,9 +41,9 @@ def model_checksum(model: Any) -> str:
 
 
 def adapter_scaling(model: nn.Module) -> str | None:
-    """16 hexadecimal digits of what PEFT's layers multiply with, which is no parameter.
+    """16 hexadecimal digits of the factors in PEFT's layers, which are not parameters.
 
-    None where there is no such layer.
+    None if there is no such layer.
     """
     scaling = {
         name: module.scaling

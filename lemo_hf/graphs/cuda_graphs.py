@@ -1,9 +1,10 @@
 """Training passes as CUDA graphs: forward and backward of a batch, launched as one.
 
 The host takes as long for a step of 1,000 tokens as for one of 100,000, and below 8,000 (of an 8B
-model on an H200) the GPU waits for it. A graph takes it out: what a pass launches is recorded once
-and from then on replayed. Shapes in it are fixed: batches that keep as many rows share a graph, if
-their answers differ in length, too (`RowCounts.shapes`). Any other batch runs as ever.
+model on an H200) the GPU waits for it. With a graph it does not: the launches of a pass are
+recorded once and then replayed. Shapes in a graph are fixed. Batches that keep equally many rows
+share one, also if their answers differ in length (`RowCounts.shapes`). Any other batch runs without
+a graph.
 """
 
 import inspect
@@ -46,19 +47,19 @@ _PLAIN = ("use_cache", "return_dict")
 
 
 class CudaGraphs:
-    """What a model does in training mode, by CUDA graphs where it can.
+    """Runs a model in training mode, by CUDA graphs if it can.
 
     A batch can if it is on one GPU, has labels, no padding and no ``position_ids``, and the model
-    makes its own loss; a row's documents, padding and a loss from outside fix no shapes. The first
-    batch of a shape runs as ever (kernels compile), the second is recorded, and up to
-    `MOST_GRAPHS` shapes are. A graph's memory stays taken until LeMo is taken off.
+    makes its own loss; otherwise shapes are not fixed. The first batch of a shape runs without a
+    graph (kernels compile), and the second is recorded, for at most `MOST_GRAPHS` shapes. A graph
+    keeps its memory until `remove_lemo`.
 
     Hooks on modules run while a pass is recorded, not when it is replayed, and gradients arrive at
     all parameters at once.
 
     Args:
         model: The model.
-        passes: Of it.
+        passes: Passes of the model.
     """
 
     def __init__(self, model: PreTrainedModel, passes: Passes):
@@ -73,7 +74,7 @@ class CudaGraphs:
         self._said: set[str] = set()
 
     def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        """As `stock_call`."""
+        """Call the model, as `stock_call` does."""
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         if not torch.is_grad_enabled():
@@ -111,7 +112,7 @@ class CudaGraphs:
         return with_logits(output, loss, Logits(None, OF_GRAPHS))
 
     def _least(self, row: RowCounts) -> int:
-        """Blocks that any sublayer keeps of it, at least; 0 where scores decide how many."""
+        """Least number of blocks that a sublayer keeps of the row; 0 if scores decide."""
         config = self.passes.config
         given = (config.retention, config.mlp_retention, self.passes.retention)
         each = [x for value in given for x in (value if isinstance(value, tuple) else (value,))]
@@ -120,7 +121,7 @@ class CudaGraphs:
         return 0 if scored else num_kept_blocks(min(shares), row.blocks)
 
     def _why_not(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
-        """Why a batch cannot run by a graph; None if it may."""
+        """Why a batch cannot run by a graph, in words; None if it can."""
         if model is not self._model():
             return "this is a copy of the model that LeMo is on"
         ids = kwargs.get("input_ids")
@@ -148,10 +149,13 @@ class CudaGraphs:
     def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
-            logger.warning("cuda_graphs: a batch ran without one, since %s. Said once.", why)
+            logger.warning(
+                "cuda_graphs: a batch ran without one, since %s. This is said once.", why
+            )
 
     def _notice_changes(self, model: PreTrainedModel) -> None:
-        """Graphs read and write where weights and buffers were, and keep what they kept."""
+        """Drop all graphs if the model changed: they use its weights and buffers where they
+        were."""
         retention = self.passes.retention
         if self._watched is not None and [retention, *self._watched.state()] == self._state:
             return
@@ -191,7 +195,8 @@ class CudaGraphs:
 
     @contextmanager
     def _counting_apart(self, global_step: Tensor) -> Iterator[list[Seen]]:
-        """What a pass sees goes into the list, and its step is ``global_step``."""
+        """Within this context counts of a pass go into the list, and its step is
+        ``global_step``."""
         passes, seen = self.passes, list[Seen]()
         before, passes.global_step, passes.deliver = passes.global_step, global_step, seen.append
         try:
@@ -228,7 +233,7 @@ def _forward_and_backward(
         weights = [*(alias[p] for p in trained), *trained]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
     if any(x is not None for x in found[len(trained) :]):
-        raise RuntimeError("it uses weights past the modules that hold them")
+        raise RuntimeError("it uses weights without calling the modules that hold them")
     pairs = [(p, x) for p, x in zip(trained, found, strict=False) if x is not None]
     kept = {name: x for name, x in output.items() if name not in ("loss", "logits")}
     rest = stock_class(output)(**kept)
@@ -242,7 +247,7 @@ def _forward_and_backward(
 
 
 def _key(kwargs: dict[str, Any], rows: list[tuple]) -> tuple:
-    """What fixes the shapes and kinds of all that a pass computes."""
+    """Key of everything that decides the shapes and kinds of a pass's tensors."""
     ids = kwargs["input_ids"]
     given = tuple(kwargs.get(name) is not None for name in _INPUTS)
     plain = tuple(kwargs.get(name) for name in _PLAIN)
@@ -251,7 +256,8 @@ def _key(kwargs: dict[str, Any], rows: list[tuple]) -> tuple:
 
 
 class _Watched:
-    """What graphs take for granted of a model: asked at each batch, so that parts are found once.
+    """State of a model that graphs rely on. It is read at each batch, so its parts are looked up
+    once.
 
     Args:
         model: The model.
@@ -264,8 +270,8 @@ class _Watched:
         self._layers = [part for part in parts if hasattr(part, "gradient_checkpointing")]
 
     def state(self) -> list:
-        """Its modules; its weights and buffers, where they are, whether they are trained; and which
-        layers are checkpointed. Equal as long as graphs hold."""
+        """The model's modules; the places of its weights and buffers, and which are trained; and
+        which layers are checkpointed. Graphs are valid as long as it is equal."""
         state: list = [layer.gradient_checkpointing for layer in self._layers]
         state += [id(part) for children in self._children for part in children.values()]
         for held in self._tensors:
@@ -283,7 +289,7 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
     if any(p.device != weights[0].device for p in weights):
         return "the model is on several devices"
     if sharded(model):
-        return "its weights are in parts on several processes"
+        return "its weights are split over several processes"
     if not any(p.requires_grad for p in weights):
         return "no weight is trained"
     if getattr(model.config, "output_router_logits", False):
@@ -306,7 +312,7 @@ def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:
 
 
 def _rope_types(model: nn.Module) -> Iterator[str]:
-    """Kinds of rotary embeddings, of which a model may have one for each kind of layer."""
+    """Kinds of rotary embeddings; a model may have one for each kind of layer."""
     for part in model.modules():
         kind = getattr(part, "rope_type", None)
         yield from kind.values() if isinstance(kind, dict) else [kind or "default"]
@@ -323,16 +329,17 @@ def _draws(model: PreTrainedModel) -> bool:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What went wrong; that the graph is broken is noticed later, and raised instead."""
+    """The first error, since a later one, that the graph is broken, is raised instead."""
     while error.__context__ is not None:
         error = error.__context__
     return error
 
 
 def _no_documents() -> AbstractContextManager[None]:
-    """Tell transformers that a row is one document and no graph is made, so that it asks neither.
+    """Within this context transformers takes a row for one document and no graph for under way, so
+    that it does not ask.
 
-    While a CUDA stream is captured it would make masks that nobody needs, in place of asking the
+    While a CUDA stream is captured it would make masks that nobody needs, instead of asking the
     batch.
     """
     return altering(

@@ -15,15 +15,15 @@ from lemo_hf.batch.tally import Seen
 
 @dataclass(frozen=True)
 class Written:
-    """What a recorded pass writes, anew at every replay.
+    """Tensors that a recorded pass writes anew at every replay.
 
     Attributes:
-        loss: fp32 scalar.
-        parameters: That it depends on.
-        gradients: Of the loss by them, flat, one tensor a dtype.
-        layout: Of each parameter's gradient: which of these it lies in, and its shape.
-        output: Of the model, without the loss.
-        seen: What the pass kept.
+        loss: Loss, fp32 scalar.
+        parameters: Parameters that the loss depends on.
+        gradients: Gradients of the loss by these, flat, one tensor a dtype.
+        layout: Tensor that holds each parameter's gradient, and the gradient's shape.
+        output: Output of the model, without the loss.
+        seen: Counts of what the pass kept.
     """
 
     loss: Tensor
@@ -39,10 +39,10 @@ class RecordedPass:
     """A pass that can be replayed.
 
     Attributes:
-        graph: Its launches.
-        inputs: Tensors that it reads, by name.
-        global_step: Another, int64 scalar.
-        written: What it writes.
+        graph: CUDA graph with its launches.
+        inputs: Input tensors, by name.
+        global_step: Number of the step, which it also reads, int64 scalar tensor.
+        written: Tensors that it writes.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -51,7 +51,8 @@ class RecordedPass:
     written: Written
 
     def replay(self, given: dict[str, Any], global_step: Tensor | int) -> Tensor:
-        """The loss of inputs ``given``, and in its backward its gradients."""
+        """Replay the pass on the inputs ``given``. Returns the loss, whose backward gives the
+        gradients."""
         for name, place in self.inputs.items():
             value = given[name]
             place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
@@ -60,7 +61,7 @@ class RecordedPass:
 
 
 class _Replay(Function):
-    """The loss of a recorded pass, whose gradients are there as soon as it is."""
+    """The loss of a recorded pass, whose gradients exist as soon as the loss does."""
 
     @staticmethod
     def forward(
@@ -80,14 +81,14 @@ class _Replay(Function):
 
 
 def flatten(gradients: list[Tensor]) -> tuple[list[Tensor], list[tuple[int, torch.Size]]]:
-    """Tensors of any dtype as one a dtype, and where each lies."""
+    """Tensors joined into one for each dtype, and the place of each."""
     dtypes = list(dict.fromkeys(x.dtype for x in gradients))
     flats = [torch.cat([x.flatten() for x in gradients if x.dtype == dtype]) for dtype in dtypes]
     return flats, [(dtypes.index(x.dtype), x.shape) for x in gradients]
 
 
 def split(flats: list[Tensor], layout: list[tuple[int, torch.Size]]) -> list[Tensor]:
-    """What `flatten` was given."""
+    """The tensors that `flatten` joined."""
     parts = [
         iter(flat.split([shape.numel() for place, shape in layout if place == number]))
         for number, flat in enumerate(flats)
@@ -97,11 +98,11 @@ def split(flats: list[Tensor], layout: list[tuple[int, torch.Size]]) -> list[Ten
 
 @contextmanager
 def aliases(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Put parameters of the same memory in place of those that are trained.
+    """Within this context parameters in the same memory replace those that are trained.
 
-    Autograd ties a parameter to the CUDA stream of the first pass that used it, for as long as
-    anything of that pass lives (a loss from before, DDP). No other may wait for a captured one.
-    `torch.func.functional_call` would put them back before the backward runs layers again.
+    Autograd ties a parameter to the CUDA stream of the first pass that used it, as long as anything
+    of that pass lives (an earlier loss, DDP). No other CUDA stream may wait for a captured one.
+    `torch.func.functional_call` would restore the parameters before the backward runs layers again.
     """
     alias = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
     places = [

@@ -1,1 +1,1 @@
-"""A look at one text: what layers need of it, and what policies keep."""
+"""Inspection of one text: which blocks layers need, and which policies keep."""

@@ -1,4 +1,4 @@
-"""What each policy keeps of one text, or of one text and a question about it, side by side."""
+"""Comparison of policies: what each keeps of one text, with or without a question about it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,13 +30,14 @@ MIXED = ("auto", "overlap", "predictor")
 
 @dataclass(frozen=True)
 class KeptRow:
-    """What one policy keeps.
+    """The blocks that one policy keeps.
 
     Attributes:
-        name: Name of the policy, and of the step where steps differ.
+        name: Name of the policy, and of the step if steps differ.
         policy: Policy, one of `lemo_hf.config.POLICIES`.
-        kept: ``[N]`` bool, in attention of the first sparse layer; in all layers that agree.
-        passages: Share of the tokens that is kept, of each passage that was marked.
+        kept: Kept blocks, ``[N]`` bool, in attention of the first sparse layer, and in all layers
+            that agree.
+        passages: Share of the tokens that is kept of each marked passage.
     """
 
     name: str
@@ -47,18 +48,18 @@ class KeptRow:
 
 @dataclass(frozen=True)
 class KeptByPolicy:
-    """One row under one policy after the other.
+    """What several policies keep of one row.
 
     Attributes:
         tokens: Length of the row.
         block_size: Tokens a block.
         retention: Share of the blocks that each policy keeps.
-        question: Question at the end of the row, or None: the row is labelled throughout.
-        answer: The labelled tokens, or None.
-        passages: Passages that were marked.
-        label_blocks: ``[N]`` bool, blocks with labels, which all keep; none without a question.
-        rows: One a policy and step.
-        shared: Blocks of the text that share most words with the question, where there is one.
+        question: Question at the end of the row; None: the row is labelled throughout.
+        answer: Text of the labelled tokens, or None.
+        passages: Marked passages.
+        label_blocks: Label blocks, which all policies keep, ``[N]`` bool; none without a question.
+        rows: Results, one for each policy and step.
+        shared: Blocks of the text that share most words with the question, if there is one.
     """
 
     tokens: int
@@ -72,11 +73,11 @@ class KeptByPolicy:
     shared: list[SharedBlock]
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes, as JSON knows them."""
+        """The attributes, as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
     def to_text(self) -> str:
-        """The same in words, for people."""
+        """The comparison in words."""
         return "\n".join([*self._head(), "", *self._table(), *self._words()]) + "\n"
 
     def _head(self) -> list[str]:
@@ -145,17 +146,17 @@ def compare_policies(
     policies: Sequence[str] | None = None,
     progress: bool = True,
 ) -> KeptByPolicy:
-    """What training would keep of ``row``, by one policy after the other, at equal retention.
+    """Compare what training would keep of ``row`` by several policies, at equal retention.
 
     Args:
-        model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
-            Only `OF_MODEL` read more of it than its depth.
-        tokenizer: Puts what is found into words.
-        row: Row as of `text_row`.
-        config: Settings: the retention of its first sparse layer, and all else that bears on the
-            choice.
-        policies: Those to compare, in this order; None: all that fit the row. One that is named
-            again is shown at the next optimizer step, which changes what is drawn by chance.
+        model: Causal LM or a PEFT model around one, without LeMo on it; unchanged afterwards. Only
+            the policies `OF_MODEL` read more of it than its depth.
+        tokenizer: Tokenizer that turns tokens into words.
+        row: Row as `text_row` makes it.
+        config: Settings, of which the first sparse layer's retention counts, and all that
+            influences the choice.
+        policies: Policies to compare, in this order; None: all that fit the row. If one is named
+            again, it is shown at the next optimizer step, where chance draws anew.
         progress: Whether a progress bar is shown.
 
     Raises:
@@ -187,14 +188,14 @@ def compare_policies(
         )
 
     def scores_of(sparse_pass: SparsePass) -> Tensor:
-        """By policies that never look at the stream."""
+        """Scores of a policy that does not read the stream."""
         stream = ids[..., None].float()
         return rank(
             ScoreInputs(layers[index], family, index, "attention", stream, None, sparse_pass, None)
         )
 
     def chosen(settings: LeMoConfig, number: int = 0, finish: bool = False) -> list[bool]:
-        """The set of a pass, by such a policy."""
+        """The kept set of a pass, by such a policy."""
         sparse_pass = pass_of(settings, number, finish)
         rules = settings.layer_rules(len(layers))[index]
         assert rules is not None  # it is the first sparse layer
@@ -241,20 +242,22 @@ def compare_policies(
 
 
 def _fitting(row: TextRow, config: LeMoConfig) -> list[str]:
-    """Policies to compare: what trains such rows first, then what reads the model, then chance."""
+    """Policies to compare: first those that train such rows, then those that read the model, then
+    chance."""
     asked = ["overlap"] if row.question is not None else []
     learned = ["predictor"] if config.predictor is not None else []
     return [*asked, *learned, *["chunks"] * 3, "pooled", "oracle", "recent", "window", "random"]
 
 
 def _first_sparse(config: LeMoConfig, num_layers: int) -> tuple[int, float]:
-    """The layer whose set all others keep, where they agree; and the mean retention of all."""
+    """The first sparse layer, whose kept set the others share if they agree, and the mean retention
+    of all."""
     rules = {i: pair[0] for i, pair in enumerate(config.layer_rules(num_layers)) if pair}
     shares = [rule.retention for rule in rules.values() if rule.retention is not None]
     if not shares:
         raise ValueError(
-            f"threshold={config.threshold} says how much is kept, and policies are compared at one "
-            "retention: set retention, and threshold=None."
+            f"threshold={config.threshold} decides how much is kept, and policies are compared at "
+            "one retention: set a retention and threshold=None."
         )
     return min(rules), round(sum(shares) / len(shares), 6)
 

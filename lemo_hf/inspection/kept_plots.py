@@ -1,4 +1,4 @@
-"""Picture of a `KeptByPolicy`: a row of blocks for each policy, over the position in the text."""
+"""Picture of a `KeptByPolicy`: a line of blocks for each policy, over the position in the text."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def save_comparison(found: KeptByPolicy, directory: str | os.PathLike) -> list[P
 
 
 def policies_figure(*compared: KeptByPolicy) -> Any:
-    """One panel for each comparison, one above the other: what is kept is dark.
+    """One panel for each comparison, one above the other; kept blocks are dark.
 
     Returns:
         A matplotlib figure, 9 inches wide.
@@ -68,7 +68,8 @@ def policies_figure(*compared: KeptByPolicy) -> Any:
 
 
 def draw_policies(axis: Any, found: KeptByPolicy) -> None:
-    """The rows of one comparison, each with its name before and its passages' fate behind it."""
+    """Draw the lines of one comparison, each with its name at the left and the state of its
+    passages at the right."""
     from matplotlib.colors import ListedColormap
 
     colors = ListedColormap([LEFT_OUT, KEPT, COLORS[1]])
@@ -101,7 +102,7 @@ def draw_policies(axis: Any, found: KeptByPolicy) -> None:
 
 
 def _name_parts(axis: Any, found: KeptByPolicy, bottom: float) -> None:
-    """What was marked, and the labels, named above the rows."""
+    """Write the names of marked passages and of labels above the lines."""
     size = found.block_size
     for passage in found.passages:
         first = passage.first // size * size
@@ -118,7 +119,7 @@ def _name_parts(axis: Any, found: KeptByPolicy, bottom: float) -> None:
 
 
 def _places(found: KeptByPolicy) -> list[float]:
-    """Top of each row; the steps of one policy stand closer."""
+    """Top of each line; the steps of one policy stand closer."""
     places, top = [0.0], 0.0
     for row, before in zip(found.rows[1:], found.rows, strict=False):
         top += PITCH if row.policy == before.policy else PITCH + GROUP
@@ -127,7 +128,7 @@ def _places(found: KeptByPolicy) -> list[float]:
 
 
 def _head(found: KeptByPolicy) -> list[str]:
-    """Lines above the rows: what is labelled, and what is asked."""
+    """Text above the lines: what is labelled, and the question."""
     kept = f"{percent(found.retention)} of the blocks are kept"
     if found.question is None:
         return [f"All tokens labelled: {kept} (dark)"]

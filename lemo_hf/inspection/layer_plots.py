@@ -28,7 +28,7 @@ def save_figures(found: Inspection, directory: str | os.PathLike) -> list[Path]:
 
 
 def informativeness_figure(found: Inspection) -> Any:
-    """Heat map: how much each layer's later queries want each block, in shares of its best."""
+    """Heat map: the informativeness of each block in each layer, as a share of the layer's best."""
     rows = [[x / (max(row) or 1) for x in row] for row in found.informativeness]
     figure = _figure(_size(len(rows)))
     axis = figure.subplots()
@@ -64,7 +64,7 @@ def retention_figure(found: Inspection) -> Any:
 def kept_figure(found: Inspection) -> Any:
     """Which blocks the attention of each layer kept, over position and depth.
 
-    MLPs have a panel of their own where they kept other blocks.
+    MLPs have a panel of their own if they kept other blocks.
     """
     own = found.kept["mlp"] != found.kept["attention"]
     panels = ("attention", "mlp") if own else ("attention",)
@@ -89,7 +89,8 @@ def kept_figure(found: Inspection) -> Any:
 
 
 def sparsity_figure(found: Inspection) -> Any:
-    """Share of uninformative blocks against length: the mean, least and most of a layer."""
+    """Share of uninformative blocks against length: the mean, the least and the greatest of the
+    layers."""
     figure = _figure((6.5, 4.2))
     axis = figure.subplots()
     lengths = list(found.sparsity)
@@ -109,7 +110,7 @@ def sparsity_figure(found: Inspection) -> Any:
 
 
 def _over_position(axis: Any, found: Inspection, layers: int) -> None:
-    """Ticks in tokens below and in layers beside, layer 0 at the bottom."""
+    """Set ticks in tokens at the bottom and in layers at the side, layer 0 at the bottom."""
     blocks = len(found.informativeness[0])
     ends = range(0, blocks + 1, max(1, blocks // 8))
     axis.set_xticks(ends, [f"{end * found.block_size:,}" for end in ends])

@@ -1,7 +1,7 @@
-"""What the paper's figures show, measured on one's own model and text.
+"""The quantities of the paper's figures, measured on the user's own model and text.
 
-Informativeness is that of dense passes. What is kept is that of a sparse pass as training makes
-them, each layer reading the stream that the layers below left.
+Informativeness is measured in a dense pass. Kept blocks are those of a sparse pass as in training,
+in which each layer reads the stream that the layers below have written.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ SMALL = 0.3
 
 @dataclass(frozen=True)
 class Inspection:
-    """One text seen by one model.
+    """Measurements of one text in one model.
 
     Attributes:
         tokens: Length of the text.
         block_size: Tokens a block.
         config: LeMo's settings, as a dictionary.
-        informativeness: ``[L][N]``, a layer's oracle score of each block of the dense pass.
-        kept: ``"attention"`` and ``"mlp"``: ``[L][N]`` bool, what the sparse pass kept.
-        retention: Share of the blocks, likewise ``[L]``.
-        recall: ``[L]``: share of the blocks the oracle would keep that the config's policy ranks as
-            high, both looking at the dense pass; None for dense layers.
-        sparsity: Share of the blocks, ``[L]`` by length in tokens, whose score is below `SMALL`
-            times the layer's largest.
+        informativeness: Oracle score of each block in each layer of the dense pass, ``[L][N]``.
+        kept: Blocks that the sparse pass kept, ``[L][N]`` bool, by ``"attention"`` and ``"mlp"``.
+        retention: Share of the blocks that was kept, ``[L]``, likewise.
+        recall: Share of the blocks that the oracle would keep which the config's policy would keep
+            too, both in the dense pass, ``[L]``; None for dense layers.
+        sparsity: Share of the blocks whose score is below `SMALL` times the layer's largest,
+            ``[L]``, by length in tokens.
     """
 
     tokens: int
@@ -54,7 +54,7 @@ class Inspection:
     sparsity: dict[int, list[float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes, as JSON knows them."""
+        """The attributes, as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -66,17 +66,17 @@ def inspect_text(
     progress: bool = True,
     labels: Sequence[int] | None = None,
 ) -> Inspection:
-    """Look at what ``model`` needs of a text, and what ``config`` keeps of it.
+    """Measure which blocks of a text ``model`` needs, and which ``config`` keeps.
 
     Args:
-        model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
+        model: Causal LM or a PEFT model around one, without LeMo on it; unchanged afterwards.
         input_ids: Token ids of the text.
-        config: Settings: what LeMo leaves out.
-        lengths: Beginnings of the text, in tokens, for ``sparsity``; None halves the text down to
-            eight blocks. Of a text with ``labels`` they are its ends, where answers stand.
+        config: Settings of what LeMo leaves out.
+        lengths: Lengths in tokens, for ``sparsity``, of beginnings of the text; with ``labels``, of
+            its ends, where answers stand. None: the text is halved down to eight blocks.
         progress: Whether a progress bar is shown.
-        labels: Labels, as many as ids, -100 for none; blocks with labels are those that ask. None:
-            all ids are labels.
+        labels: Labels, one for each id, -100 for none; blocks with labels ask. None: all ids are
+            labels.
 
     Raises:
         ValueError: The text has fewer than two blocks, a length does not fit, or model and config
@@ -130,16 +130,17 @@ def inspect_text(
 def run_sparse_pass(
     model: nn.Module, ids: Tensor, config: LeMoConfig, labels: Tensor
 ) -> tuple[LeMo, dict[str, list[list[bool]]]]:
-    """What a training pass keeps; layers that are dense keep everything.
+    """Run a training pass and return what it keeps; dense layers keep everything.
 
     Args:
-        model: Without LeMo on it; given back as it was.
-        ids: ``[1, T]``.
-        config: Settings: what LeMo leaves out.
-        labels: ``[1, T]``, -100 for none.
+        model: Model without LeMo on it; unchanged afterwards.
+        ids: Token ids, ``[1, T]``.
+        config: Settings of what LeMo leaves out.
+        labels: Labels, ``[1, T]``, -100 for none.
 
     Returns:
-        What was on the model; and by ``"attention"`` and ``"mlp"``, ``[L][N]`` bool.
+        The `LeMo` that was on the model; and the kept blocks, ``[L][N]`` bool, by ``"attention"``
+        and ``"mlp"``.
     """
     # Nothing is stored for a backward here, so there is nothing to compute again or to offload.
     lemo = apply_lemo(model, dataclasses.replace(config, recompute="none", offload_gib=None))

@@ -1,4 +1,4 @@
-"""A text in tokens as a trainer would be given it, with a question at its end if there is one."""
+"""A text in tokens, as a trainer would get it, with or without a question at its end."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of the text that somebody marked.
+    """A part of the text that the user marked.
 
     Attributes:
-        text: Its words.
-        first: Its first token.
-        last: Its last token.
+        text: Text of the part.
+        first: Index of its first token.
+        last: Index of its last token.
     """
 
     text: str
@@ -25,14 +25,14 @@ class Passage:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text in tokens, as a trainer would be given it.
+    """A text in tokens, as a trainer would get it.
 
     Attributes:
-        input_ids: ``[T]``.
-        labels: ``[T]``: the ids; where there is a question, `IGNORE_INDEX` outside the answer.
-        question: Asked at the end of the text, or None.
-        answer: Answer to it, or None.
-        passages: Passages that were marked.
+        input_ids: Token ids, ``[T]``.
+        labels: Labels, ``[T]``: the ids; with a question, `IGNORE_INDEX` outside the answer.
+        question: Question at the end of the text, or None.
+        answer: Answer to the question, or None.
+        passages: Marked passages.
     """
 
     input_ids: list[int]
@@ -50,15 +50,15 @@ def text_row(
     answer: str | None = None,
     needles: Sequence[str] = (),
 ) -> TextRow:
-    """The beginning of a text, or that and a question at its end.
+    """The beginning of a text as a row, with or without a question at its end.
 
     Args:
         tokenizer: Tokenizer of the model.
-        text: The whole of it.
-        tokens: Most tokens of the row.
-        question: Follows the text as a paragraph of its own.
-        answer: Follows the question. Its tokens alone are labelled.
-        needles: Parts of the text to mark, as the text has them but for white space.
+        text: Whole text.
+        tokens: Greatest number of tokens of the row.
+        question: Question, which follows the text as a paragraph of its own.
+        answer: Answer, which follows the question. Only its tokens are labelled.
+        needles: Parts of the text to mark, copied from it; white space may differ.
 
     Raises:
         ValueError: A question comes without its answer or the other way round, or does not fit, or
@@ -66,7 +66,7 @@ def text_row(
     """
     if (question is None) != (answer is None):
         raise ValueError(
-            f"question {question!r} and answer {answer!r}: give both, or neither, which labels the "
+            f"question {question!r} and answer {answer!r}: give both, or neither to label the "
             "whole text."
         )
     ids = list(tokenizer(text, verbose=False)["input_ids"])
@@ -77,8 +77,8 @@ def text_row(
         wanted = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         if len(asked) + len(wanted) >= tokens:
             raise ValueError(
-                f"question and answer have {len(asked) + len(wanted)} tokens, of a row of {tokens}."
-                " Give a longer row."
+                f"question and answer have {len(asked) + len(wanted)} tokens, more than fit a row "
+                f"of {tokens}: give a longer row."
             )
     ids = ids[: tokens - len(asked) - len(wanted)]
     passages = tuple(_find(tokenizer, text, needle, len(ids)) for needle in needles)
@@ -101,7 +101,7 @@ def _find(tokenizer: Any, text: str, needle: str, tokens: int) -> Passage:
     )
     if end > tokens:
         raise ValueError(
-            f"{needle!r} ends at token {end:,} of the text, of which the row holds the first "
+            f"{needle!r} ends at token {end:,} of the text, and the row has only the first "
             f"{tokens:,}: give a longer row, or other words."
         )
     return Passage(" ".join(found.group().split()), first, max(first, end - 1))

@@ -16,11 +16,11 @@ MOST_WORDS = 5  # that are told of a block
 
 @dataclass(frozen=True)
 class SharedWords:
-    """A stretch of a block's tokens that the tokens which ask hold too, pair by pair.
+    """A stretch of a block's tokens whose pairs of neighbours the asking tokens have too.
 
     Attributes:
-        text: The tokens in words.
-        blocks: Blocks of the text, without those that ask, that hold all of it.
+        text: Text of the tokens.
+        blocks: Number of blocks of the text, without asking ones, that hold all of it.
         nats: log(blocks of the row / blocks that hold its rarest token or pair).
     """
 
@@ -31,15 +31,16 @@ class SharedWords:
 
 @dataclass(frozen=True)
 class SharedBlock:
-    """A block of the text that overlap ranks high.
+    """A block of the text that ``overlap`` ranks high.
 
     Attributes:
-        block: Its place, from 0.
-        first: Its first token.
-        last: Its last token.
-        score: Score by the policy.
-        words: Words that it shares with the tokens that ask, the rarest first; none in a block that
-            was found through others: beside one that asks, or by what one that was found says.
+        block: Index of the block, from 0.
+        first: Index of its first token.
+        last: Index of its last token.
+        score: Score that the policy gives it.
+        words: Words that it shares with the asking tokens, the rarest first; none if the block was
+            found otherwise: beside an asking block, or through the words of a block that was found
+            before.
         text: Text of the block.
     """
 
@@ -54,21 +55,22 @@ class SharedBlock:
 def shared_words(
     sparse_pass: SparsePass, scores: Tensor, decode: Callable[[Sequence[int]], str], most: int = 5
 ) -> list[SharedBlock]:
-    """The blocks of a row that overlap ranks highest, best first, and what they share.
+    """The blocks of a row that ``overlap`` ranks highest, best first, and the words that they
+    share.
 
-    Blocks that ask are left out, and those that score nothing.
+    Asking blocks and blocks with a score of 0 are left out.
 
     Args:
-        sparse_pass: A pass over one row that is one document, without padding.
-        scores: ``[1, N]``, of the policy.
-        decode: Token ids to words.
-        most: Blocks to return, at most.
+        sparse_pass: Sparse pass over one row that is one document, without padding.
+        scores: Scores of the policy, ``[1, N]``.
+        decode: Function from token ids to text.
+        most: Greatest number of blocks to return.
 
     Raises:
-        ValueError: There is another number of rows, or no ids are known.
+        ValueError: The pass has several rows, or no token ids.
     """
     if sparse_pass.input_ids is None or sparse_pass.batch != 1:
-        raise ValueError(f"give a pass over one row of token ids, got {sparse_pass.batch} rows.")
+        raise ValueError(f"the pass must have one row of token ids, got {sparse_pass.batch} rows.")
     ids: list[int] = sparse_pass.input_ids[0].tolist()
     size = sparse_pass.config.block_size
     words = _Words(ids, sparse_pass.asking_tokens[0].tolist(), size)
@@ -93,10 +95,10 @@ def shared_words(
 
 
 class _Words:
-    """Tokens and pairs of neighbours: the blocks that hold each, and which are asked for.
+    """Tokens and pairs of neighbours, with the blocks that hold each and whether it is asked for.
 
     Attributes:
-        asks: Blocks with tokens that ask.
+        asks: Blocks with asking tokens.
     """
 
     def __init__(self, ids: list[int], asking: list[bool], size: int):
@@ -113,7 +115,7 @@ class _Words:
         self.asks = {place // size for place, asked in enumerate(asking) if asked}
 
     def runs(self, first: int, end: int) -> list[tuple[int, int]]:
-        """Longest stretches within a block whose pairs are all asked for; at least a token."""
+        """Longest stretches within a block whose pairs are all asked for, of at least one token."""
         runs: list[tuple[int, int]] = []
         for place in range(first, end):
             if (self._ids[place],) not in self._wanted:
@@ -126,11 +128,11 @@ class _Words:
         return runs
 
     def holders(self, start: int, end: int) -> int:
-        """Blocks, without those that ask, that hold every token and pair of a stretch."""
+        """Blocks, without asking ones, that hold every token and pair of a stretch."""
         return len(set.intersection(*self._words(start, end)) - self.asks)
 
     def nats(self, start: int, end: int) -> float:
-        """How rare the rarest token or pair of a stretch is."""
+        """Rarity in nats of the rarest token or pair of a stretch."""
         return max(math.log(self._blocks / len(held)) for held in self._words(start, end))
 
     def _words(self, start: int, end: int) -> list[set[int]]:
@@ -143,10 +145,10 @@ class _Words:
 def _whole(
     ids: list[int], start: int, end: int, decode: Callable[[Sequence[int]], str]
 ) -> tuple[int, int]:
-    """A stretch without the parts of words at its ends: those say nothing to a reader."""
+    """A stretch without parts of words at its ends, which would mean nothing to a reader."""
 
     def parted(place: int) -> bool:
-        """Whether a word goes on from the token before ``place`` into the one there."""
+        """Whether a word continues from the token before ``place`` into the one there."""
         if not 0 < place < len(ids):
             return False
         after = decode([ids[place]]).strip()

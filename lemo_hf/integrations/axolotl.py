@@ -25,7 +25,7 @@ REFUSED = {
 
 
 class LeMoArgs(BaseModel):
-    """The part of an Axolotl config that is LeMo's.
+    """LeMo's part of an Axolotl config.
 
     Attributes:
         lemo: Fields of `LeMoConfig`.
@@ -44,27 +44,27 @@ class LeMoPlugin(BasePlugin):
     """Makes the training passes of Axolotl's supervised trainer sparse."""
 
     def get_input_args(self) -> str:
-        """Where Axolotl finds `LeMoArgs`."""
+        """Import path at which Axolotl finds `LeMoArgs`."""
         return f"{LeMoArgs.__module__}.{LeMoArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[LeMoCallback]:
-        """LeMo comes as a callback of the trainer that is about to be made.
+        """The callbacks of the trainer that is about to be made: a `LeMoCallback`.
 
         Raises:
-            ValueError: A key of the config goes against a sparse pass.
+            ValueError: A key of the config does not work with sparse passes.
         """
         check_axolotl(cfg)
         return [LeMoCallback(LeMoConfig.from_dict(dict(cfg.lemo or {})))]
 
 
 def check_axolotl(cfg: Any) -> None:
-    """Raises ValueError for keys of an Axolotl config that LeMo does not go with."""
+    """Raises ValueError for keys of an Axolotl config that do not work with LeMo."""
     for key, way_out in REFUSED.items():
         if cfg.get(key):
             raise ValueError(f"{key}: {cfg[key]} is not supported with LeMoPlugin: {way_out}.")
     if cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
         raise ValueError(
             f"sample_packing: true with attn_implementation: {cfg.get('attn_implementation')} "
-            "hands the model one attention mask for all documents of a row, in which LeMo cannot "
-            "tell them apart: use flash_attention_2, or sample_packing: false."
+            "gives the model one attention mask for all documents of a row, and LeMo cannot tell "
+            "the documents apart: use flash_attention_2, or sample_packing: false."
         )

@@ -1,9 +1,10 @@
-"""`LeMoCallback`: LeMo for launchers whose Trainer is theirs, and which take callbacks only.
+"""`LeMoCallback`: LeMo for launchers that make the Trainer themselves and take callbacks.
 
 A Trainer calls ``on_init_end`` before it prepares the model (gradient checkpointing, Liger,
-`torch.compile`, DDP, FSDP), and ``on_train_begin`` after that. LeMo is put on at the first of them
-that comes with a model. At the end of training it is taken off again, unless FSDP2 has made classes
-of its own from those of the layers; then it stays on, and evaluation is dense all the same.
+`torch.compile`, DDP, FSDP), and ``on_train_begin`` after that. LeMo is put on the model at the
+first of these calls that has a model. It is removed at the end of training, unless FSDP2 has
+derived classes from those of the layers; then it stays on the model, and evaluation is dense all
+the same.
 """
 
 import os
@@ -22,20 +23,21 @@ from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_mo
 
 
 class LeMoCallback(TrainerCallback):
-    """Makes the training passes of the Trainer it is given to sparse.
+    """Callback that makes the training passes of its Trainer sparse.
 
-    The ``lemo/`` figures are in the Trainer's log history and in what callbacks after this one
-    report. ``lemo_config.json`` and the predictor lie in every checkpoint and in ``output_dir``.
+    The ``lemo/`` figures are in the Trainer's log history, and callbacks after this one report
+    them. ``lemo_config.json`` and the predictor are saved in every checkpoint and in
+    ``output_dir``.
 
-    Where you make the Trainer yourself, `LeMoTrainer` does more: a loss outside the model
-    (``compute_loss_func``) is shown which tokens are kept, and a run resumes with its own
-    predictor. Here such a loss covers all tokens.
+    If you make the Trainer yourself, `LeMoTrainer` does more: a loss outside the model
+    (``compute_loss_func``) covers kept tokens alone, and a run resumes with its own predictor. With
+    the callback such a loss covers all tokens.
 
     Args:
-        lemo_config: Settings: what each layer leaves out in training.
+        lemo_config: Settings of what each layer leaves out in training.
 
     Raises:
-        ValueError: The model or the way it is run does not fit.
+        ValueError: LeMo does not support the model or the way it is run.
     """
 
     def __init__(self, lemo_config: LeMoConfig):
@@ -47,14 +49,14 @@ class LeMoCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
-        """The Trainer is made, its model not yet prepared."""
+        """Put LeMo on the model: the Trainer is made, and its model not yet prepared."""
         if model is not None:  # else it comes from ``model_init``
             self._apply(args, model)
 
     def on_train_begin(
         self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
-        """The model is prepared; it is a new one if it came from ``model_init``."""
+        """Put LeMo on a model that came late (from ``model_init``): it is prepared now."""
         assert model is not None  # Trainer has one by now
         lemo = self.lemo
         if lemo is None or lemo_of(model) is not lemo:
@@ -67,12 +69,12 @@ class LeMoCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
-        """Chance draws anew, and the finish may begin."""
+        """Tell LeMo which step begins: chance draws anew, and the finish may begin."""
         assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
         self.lemo.begin_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        """Says what the first batch kept."""
+        """Print what the first batch kept."""
         assert self.lemo is not None
         self.lemo.end_step()
         first = self.lemo.take_first_batch()
@@ -87,7 +89,7 @@ class LeMoCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **__: Any,
     ) -> None:
-        """Adds the figures to a training log."""
+        """Add LeMo's figures to a training log."""
         if logs is None or "loss" not in logs or self.lemo is None:
             return
         started, self._started = self._started, time.perf_counter()
@@ -96,7 +98,7 @@ class LeMoCallback(TrainerCallback):
         state.log_history[-1].update(figures)  # a copy of logs
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """LeMo's files go with the checkpoint."""
+        """Save LeMo's files in the checkpoint."""
         assert self.lemo is not None and args.output_dir is not None
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and os.path.isdir(checkpoint):
@@ -105,7 +107,7 @@ class LeMoCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
     ) -> None:
-        """The model is the stock one again."""
+        """Restore the stock model."""
         assert self.lemo is not None and model is not None and args.output_dir is not None
         if args.should_save:
             self.lemo.save_files(args.output_dir)
@@ -125,7 +127,7 @@ class LeMoCallback(TrainerCallback):
 
 
 def _check(args: TrainingArguments, config: LeMoConfig) -> None:
-    """Raises ValueError where a callback sees too little of the training loop."""
+    """Raises ValueError if a callback cannot do what the settings need."""
     state = AcceleratorState()
     parallelism = getattr(state, "parallelism_config", None)
     check_trainer(args, parallelism, getattr(state, "fsdp_plugin", None), config)
@@ -138,7 +140,7 @@ def _check(args: TrainingArguments, config: LeMoConfig) -> None:
     if config.sequence_parallel_size > 1:
         raise ValueError(
             f"sequence_parallel_size={config.sequence_parallel_size}: processes that share a "
-            "sequence must be given the same rows, which a callback cannot do. Use LeMoTrainer."
+            "sequence must get the same rows, which a callback cannot arrange. Use LeMoTrainer."
         )
     if args.label_smoothing_factor and config.supervise == "kept":
         raise ValueError(

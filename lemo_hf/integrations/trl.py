@@ -1,4 +1,4 @@
-"""`LeMoSFTTrainer`: TRL's SFTTrainer whose training passes are sparse."""
+"""`LeMoSFTTrainer`: TRL's SFTTrainer with sparse training passes."""
 
 from typing import Any
 
@@ -11,15 +11,16 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
     """`trl.SFTTrainer` with one more argument, ``lemo_config``.
 
     Args:
-        lemo_config: Settings: what each layer leaves out in training; None is `SFTTrainer`.
+        lemo_config: Settings of what each layer leaves out in training; None: plain `SFTTrainer`.
 
     All other arguments are SFTTrainer's: data formats and chat templates, packing, padding-free
-    batches, losses on completions or assistant turns, ``peft_config``. The loss stays SFTTrainer's
-    own, computed from its log-probabilities, and so do the entropy and token accuracy it logs: they
-    are those of the tokens that ``LeMoConfig(supervise=...)`` asks for.
+    batches, losses on completions or assistant turns, ``peft_config``. The loss is SFTTrainer's
+    own, computed from its log-probabilities, and so are the entropy and token accuracy that it
+    logs. They cover the tokens that ``LeMoConfig(supervise=...)`` names.
 
     Raises:
-        ValueError: The model or the way it is run does not fit; before training starts.
+        ValueError: LeMo does not support the model or the way it is run. Raised before training
+            starts.
     """
 
     def __init__(self, model: Any, args: Any = None, *more: Any, **kwargs: Any):
@@ -30,7 +31,7 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
             raise ValueError(
                 "the experts' auxiliary loss is not supported in TRL, which makes its loss outside "
                 "the model: set SFTConfig(router_aux_loss_coef=0.0), or use LeMoTrainer, which "
-                "takes it over kept tokens."
+                "computes it over kept tokens."
             )
 
     def _loss_is_outside(self) -> bool:
@@ -38,11 +39,12 @@ class LeMoSFTTrainer(LeMoMixin, SFTTrainer):
 
 
 def check_args(args: Any) -> None:
-    """Raises ValueError for TRL's ways to store less, which see whole layers of a dense pass."""
+    """Raises ValueError for TRL's own ways to store less, which work on whole layers of a dense
+    pass."""
     if getattr(args, "activation_offloading", False):
         raise ValueError(
-            "activation_offloading=True is not supported: sparse layers decide themselves what "
-            "they store. Set it to False and use LeMoConfig(offload_gib=...)."
+            "activation_offloading=True is not supported: sparse layers decide for themselves what "
+            "to store. Set it to False and use LeMoConfig(offload_gib=...)."
         )
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""`LeMoDPOTrainer`: TRL's DPOTrainer whose policy and reference read the same kept tokens."""
+"""`LeMoDPOTrainer`: TRL's DPOTrainer, whose trained model and reference read the same kept
+tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +25,17 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     """`trl.DPOTrainer` with one more argument, ``lemo_config``.
 
     Args:
-        lemo_config: Settings: what each layer leaves out in training; None is `DPOTrainer`.
+        lemo_config: Settings of what each layer leaves out in training; None: plain `DPOTrainer`.
 
-    All other arguments are DPOTrainer's, and so are all losses, rewards and figures that it logs:
-    they are made of log-probabilities of the completions, which no layer leaves out. The blocks
-    kept of a prompt are those that its two completions need, chosen once: chosen, rejected and
-    reference read the same, whether the reference is the model without its adapter, a model of its
-    own, or computed in advance.
+    All other arguments are DPOTrainer's, and so are all losses, rewards and logged figures: they
+    are made of log-probabilities of the completions, which no layer leaves out. Of a prompt, the
+    blocks that its two completions need are kept, chosen once. The chosen row, the rejected row and
+    the reference read the same blocks, whether the reference is the model without its adapter, a
+    separate model, or computed in advance.
 
     Raises:
-        ValueError: The model or the way it is run does not fit; before training starts.
+        ValueError: LeMo does not support the model or the way it is run. Raised before training
+            starts.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     ) -> LeMo:
         if self.aux_loss_enabled:
             raise ValueError(
-                "the auxiliary loss of experts is not supported: sparse layers route kept tokens "
-                "only, which it does not expect. Set DPOConfig(router_aux_loss_coef=0.0)."
+                "the auxiliary loss of experts is not supported: it covers all tokens, and sparse "
+                "layers route kept tokens only. Set DPOConfig(router_aux_loss_coef=0.0)."
             )
         _check_adapters(model)
         lemo = super()._apply_lemo(model, config, predictor)
@@ -64,23 +66,23 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
             if len(follower.rules) != len(lemo.rules):
                 raise ValueError(
                     f"ref_model has {len(follower.rules)} layers and the model {len(lemo.rules)}: "
-                    "a layer of the reference keeps what the same layer of the model keeps. Give "
-                    "a ref_model of as many layers, or none."
+                    "each layer of the reference keeps what the same layer of the model keeps. "
+                    "Give a ref_model with as many layers, or none."
                 )
             follower.passes.pairs = self._pairs
         return lemo
 
     def _reference(self) -> nn.Module | None:
-        """The reference's model, where it has one of its own."""
+        """The separate model of the reference, or None."""
         return None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
 
     def _follower(self, reference: nn.Module) -> LeMo | None:
-        """Our own LeMo on it."""
+        """The LeMo on the reference's separate model."""
         lemo = lemo_of(reference)
         return lemo if lemo is not None and lemo.passes.pairs is self._pairs else None
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As DPOTrainer's, the reference's pass sparse where the policy's is."""
+        """As DPOTrainer's; the reference's pass is sparse if the trained model's is."""
         try:
             return super().compute_loss(*args, **kwargs)
         finally:
@@ -91,7 +93,7 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
                 follower.passes.drop()
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """As DPOTrainer's; of the rows that train by sparse passes, in files of their own."""
+        """As DPOTrainer's; for rows that train by sparse passes, in files of their own."""
         if self.lemo_config is None or dataset is not self.train_dataset:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         known = self._precompute_model_hash
@@ -105,7 +107,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
 
 @contextmanager
 def _alone(model: nn.Module, config: LeMoConfig) -> Iterator[None]:
-    """Passes of ``model`` without gradient are the reference's, before there is a policy's."""
+    """Within this context passes of ``model`` without gradient are the reference's, without a pass
+    of the trained model before them."""
     _check_adapters(model)
     pairs = PairSets(fixed=True, alone=True)
     take_over(model, config).passes.pairs = pairs
@@ -118,7 +121,7 @@ def _alone(model: nn.Module, config: LeMoConfig) -> Iterator[None]:
 
 
 def _following(config: LeMoConfig) -> LeMoConfig:
-    """``config`` for a model that chooses nothing and trains nothing."""
+    """``config`` for a model that does not choose blocks and is not trained."""
     policy = "pooled" if config.policy == "predictor" else config.policy
     return replace(
         config,
@@ -133,25 +136,26 @@ def _following(config: LeMoConfig) -> LeMoConfig:
 
 
 def _check(args: Any, config: LeMoConfig) -> None:
-    """Raises ValueError where policy and reference could not read the same tokens."""
+    """Raises ValueError if trained model and reference could not read the same tokens."""
     if args.truncation_mode != "keep_start" and args.max_length is not None:
         raise ValueError(
-            f"truncation_mode={args.truncation_mode!r} cuts the prompt at another place for each "
-            "of its completions, which then cannot keep the same of it. Set it to 'keep_start', or "
-            "max_length=None."
+            f"truncation_mode={args.truncation_mode!r} cuts the prompt at a different place for "
+            "each completion, and the two cannot keep the same prompt tokens then. Set it to "
+            "'keep_start', or max_length=None."
         )
     if config.sequence_parallel_size > 1:
         raise ValueError(
-            f"sequence_parallel_size={config.sequence_parallel_size}: processes that share a "
-            "sequence make the loss of the model themselves, and here it is TRL's. Set it to 1."
+            f"sequence_parallel_size={config.sequence_parallel_size}: it needs the model's own "
+            "loss, and DPO uses TRL's. Set it to 1."
         )
     if not args.precompute_ref_log_probs:
         return
     if config.policy not in OF_TOKENS:
         raise ValueError(
             f"precompute_ref_log_probs=True and policy={config.policy!r}, which asks the model "
-            "that is trained: its choice would change after the reference has run. Set policy to "
-            f"one of {', '.join(map(repr, OF_TOKENS))}, or precompute_ref_log_probs=False."
+            "that is trained: its choice would differ from what the reference has read. Set "
+            f"policy to one of {', '.join(map(repr, OF_TOKENS))}, or "
+            "precompute_ref_log_probs=False."
         )
     if config.dense_finish:
         raise ValueError(
@@ -162,7 +166,7 @@ def _check(args: Any, config: LeMoConfig) -> None:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Raises ValueError for virtual tokens, which the model without its adapter has not."""
+    """Raises ValueError for virtual tokens, which the model without its adapter does not have."""
     for config in (getattr(model, "peft_config", None) or {}).values():
         if config.is_prompt_learning:
             name = getattr(config.peft_type, "value", config.peft_type)

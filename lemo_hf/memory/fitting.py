@@ -1,4 +1,4 @@
-"""How much layers may store: the level of recomputation that fits the device beside all else."""
+"""How much layers may store: the level of recomputation that fits the device."""
 
 from collections.abc import Sequence
 from math import prod
@@ -28,17 +28,17 @@ def fitting_level(
     slabs: int,
     room: int,
 ) -> str:
-    """The first of `UNITS` whose step fits, by a bound from above; the last one if none does.
+    """The first of `UNITS` whose step fits, by an upper bound; the last one if none fits.
 
     Args:
-        rows: Of each layer, in the whole batch.
-        stream: Its shape, ``(B, T, H)``.
-        width: Of all query heads together, elements.
-        size: Of an element, bytes.
-        trained: Bytes of the parameters that are trained. Their gradients and Adam's two states
-            may be still to come in a first step.
-        slabs: Of host memory that may be taken.
-        room: Bytes of the device that weights, the stream and what else is there have left.
+        rows: Number of rows that each layer keeps in the whole batch.
+        stream: Shape of the stream, ``(B, T, H)``.
+        width: Width of all query heads together, elements.
+        size: Size of an element, bytes.
+        trained: Bytes of the trained parameters. In a first step their gradients and Adam's two
+            states may still have to be made.
+        slabs: Number of slabs of host memory that may be taken.
+        room: Free bytes of the device, beside weights, the stream and all else.
     """
     working = WORKING_ROWS * prod(stream) * size + 2 * TILE_BYTES
     left = room - working - RESERVE - 3 * trained
@@ -68,12 +68,12 @@ def stored_bytes(rows: Sequence[LayerRows], level: str, row: int, output: int, s
 
 
 def local_bytes(parameter: Tensor) -> int:
-    """Of a parameter, or of this process's part of it."""
+    """Bytes of a parameter, or of this process's part of it."""
     return parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
 
 
 def free_bytes(device: torch.device) -> int:
-    """What PyTorch could still allocate, by the device and by the process's own limit."""
+    """Bytes that PyTorch could still allocate, within the device and the process's own limit."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device))

@@ -1,13 +1,13 @@
-"""Pinned host memory for what layers store, copied behind the computation.
+"""Pinned host memory for what layers store, with copies beside the computation.
 
-`HostMemory.put` stores on the way forward, `HostMemory.get` reads on the way back; copies run on
-two CUDA streams of their own. On the way back the unit before the one that is asked for is fetched
-at the same time, so that it is there when its turn comes. Layers that keep more rows send more, and
-have more computation to hide it behind. What does not fit `HostMemory` stays on the device, and so
-does the last layer's, which is the first to be needed.
+`HostMemory.put` stores in the forward and `HostMemory.get` reads in the backward; copies run on two
+CUDA streams of their own. In the backward, the unit before the one that is read is fetched at the
+same time, so that it is there when it is needed. Layers that keep more rows copy more, and have
+more computation to hide the copy. What does not fit `HostMemory` stays on the device, and so does
+what the last layer stores, which is needed first.
 
-Memory on the device in flight: two units on either way. Pinned memory is taken in slabs, which
-are used again in every step.
+At most two units are in flight in each direction. Pinned memory is taken in slabs, which are used
+again in every step.
 
 Source: LeMo, arXiv:2501.09767, "sparsity-sensitive offload".
 """
@@ -25,7 +25,7 @@ SMALL = 2**20  # bytes: less than this is not worth a copy
 
 
 def leaving(layers: Sequence[Sequence[tuple[str, int]]], slabs: int) -> list[list[tuple[str, int]]]:
-    """What `HostMemory` of so many slabs takes of what layers store: names and bytes, by layer."""
+    """Names and bytes, by layer, of what layers store in `HostMemory` of so many slabs."""
     taken: list[list[tuple[str, int]]] = []
     for parts in layers[:-1]:
         taken.append([])
@@ -38,7 +38,7 @@ def leaving(layers: Sequence[Sequence[tuple[str, int]]], slabs: int) -> list[lis
 
 
 class _Slab:
-    """A piece of pinned memory, and when it may be written to again."""
+    """A piece of pinned memory, and the event after which it may be written to again."""
 
     def __init__(self, pinned: bool):
         self.bytes = torch.empty(SLAB, dtype=torch.uint8, pin_memory=pinned)
@@ -46,7 +46,7 @@ class _Slab:
 
 
 class Stored:
-    """A tensor in host memory, and once it is fetched, on its device."""
+    """A tensor in host memory, and on its device once it is fetched."""
 
     def __init__(self, host: "HostMemory", tensor: Tensor, slabs: list[_Slab], unit: int):
         self.shape, self.stride = tensor.shape, tensor.stride()
@@ -64,14 +64,14 @@ class Stored:
 
 
 class HostMemory:
-    """See the module's docstring.
+    """Pinned host memory of one model's layers; see the module's docstring.
 
     Args:
-        gib: Pinned memory to take at most, GiB.
-        last: The unit that stays on the device.
+        gib: Greatest amount of pinned memory, GiB.
+        last: Number of the unit that stays on the device.
 
     Attributes:
-        most: Slabs that may be taken.
+        most: Greatest number of slabs.
     """
 
     def __init__(self, gib: float, last: int):
@@ -90,7 +90,7 @@ class HostMemory:
         return self._made * SLAB
 
     def put(self, tensor: Tensor, unit: int) -> Tensor | Stored:
-        """Store ``tensor`` of ``unit``; itself if it stays on the device."""
+        """Store ``tensor`` of ``unit``. Returns the tensor itself if it stays on the device."""
         size = tensor.numel() * tensor.element_size()
         if size < SMALL or unit == self.last or not _is_dense(tensor):
             return tensor
@@ -107,7 +107,7 @@ class HostMemory:
         return stored
 
     def get(self, stored: Tensor | Stored) -> Tensor:
-        """What was stored; the unit before it sets out for the device."""
+        """Read what was stored, and start fetching the unit before it."""
         if not isinstance(stored, Stored):
             return stored
         self._let_go(all_of_them=True)
@@ -126,7 +126,7 @@ class HostMemory:
         return tensor
 
     def release(self, slabs: list[_Slab]) -> None:
-        """Take slabs back."""
+        """Make slabs free again."""
         self._free.extend(slabs)
 
     def _take(self, count: int, pinned: bool) -> list[_Slab] | None:
@@ -150,10 +150,10 @@ class HostMemory:
         self._leaving.append((tensor, stored.copied))
 
     def _let_go(self, all_of_them: bool = False) -> None:
-        """Drop tensors that have left; two may be on their way.
+        """Drop tensors that have been copied; two may still be in flight.
 
-        The stream that will use their memory again waits for the copy. Marking them as used by the
-        other stream instead would leave it to the host when they are free, which runs ahead.
+        The CUDA stream that uses their memory next waits for the copy. Marking them as used by the
+        copying stream instead would let the host, which runs ahead, decide when they are free.
         """
         while len(self._leaving) > (0 if all_of_them else 1):
             tensor, copied = self._leaving.popleft()
@@ -178,14 +178,14 @@ class HostMemory:
         stored.fetched = tensor
 
     def _streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """Those of copies out and back, made when first asked for."""
+        """The CUDA streams of copies to the host and back, made at the first use."""
         if self._out is None or self._back is None:
             self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
         return self._out, self._back
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie side by side, in whatever order of dimensions."""
+    """Whether the elements are contiguous in memory, in any order of dimensions."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda i: (-strides[i], -tensor.shape[i]))
     return tensor.permute(order).is_contiguous()

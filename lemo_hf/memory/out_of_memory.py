@@ -1,4 +1,4 @@
-"""A training step that runs out of memory: its error says what takes less."""
+"""Out-of-memory errors of training steps, which say what takes less."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ CHECKPOINTING = next(
 def said_what_helps(
     config: LeMoConfig, layers: Iterable[nn.Module], finish: bool
 ) -> Iterator[None]:
-    """Add `what_helps` to an out-of-memory error; it stays what it is, and is caught as ever."""
+    """Within this context `what_helps` is added to an out-of-memory error, which keeps its type."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -34,12 +34,12 @@ def said_what_helps(
 
 
 def what_helps(config: LeMoConfig, checkpointed: bool, finish: bool) -> str:
-    """What is left to turn, what costs least first.
+    """Settings that take less memory, the cheapest first, in one line.
 
     Args:
-        config: The user's choice.
-        checkpointed: The model's gradient checkpointing is on.
-        finish: The steps at the end of a run have begun, in which rows keep more.
+        config: The user's settings.
+        checkpointed: Whether the model's gradient checkpointing is on.
+        finish: Whether the finish has begun, in which rows keep more.
     """
     ways = []
     if finish:

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward, and what it computes again.
+"""What a layer stores for its backward, and what it computes again.
 
 Levels, from most stored to least (bytes a kept row of Llama-3 8B in bf16, LoRA on q, k, v, o):
 
@@ -9,9 +9,9 @@ Levels, from most stored to least (bytes a kept row of Llama-3 8B in bf16, LoRA 
 - ``"lean"``: everything but attention is (16 KiB: without that sum).
 - ``"full"``: everything is (8 KiB: the rows).
 
-At the last three a layer is one `torch.utils.checkpoint` unit around its kept rows. The MLP inside
-is not run when the unit is run again: it needs nothing but its input there (`rerun_rows`), and
-takes its own backward a tile at a time, so that no more than a tile of its activations exists.
+At the last three levels a layer is one `torch.utils.checkpoint` unit around its kept rows. When the
+unit runs again, the MLP inside does not: it needs only its input there (`rerun_rows`), and runs its
+own backward a tile at a time, so that only one tile of its activations exists.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,16 +51,16 @@ def checkpointed(
     host: HostMemory | None,
     number: int,
 ) -> Any:
-    """``function(rows, unit=...)``, of which ``rows`` are stored, and what the `Unit` keeps.
+    """Call ``function(rows, unit=...)``, and store only ``rows`` and what the `Unit` keeps.
 
     Args:
-        function: Of the rows alone; it is told the unit that runs, or runs again.
+        function: Function of the rows, which also gets the unit that runs, or runs again.
         rows: ``[B, K, H]``.
-        level: One of `UNITS`.
-        model_checkpoint: The model's own checkpoint function, or None for PyTorch's.
-        host: Where to store, or None for the device. Replaces the model's own function, which may
-            offload as well.
-        number: Place in the order of units, for ``host``.
+        level: Level of recomputation, one of `UNITS`.
+        model_checkpoint: Checkpoint function of the model; None: PyTorch's.
+        host: Pinned host memory to store in; None: the device. It replaces the model's own
+            function, which may offload too.
+        number: Number of the unit, in their order, for ``host``.
     """
     unit = Unit(level, host, number)
     stored: AbstractContextManager[Any] = nullcontext()
@@ -84,10 +84,11 @@ def checkpointed(
 
 
 class Unit:
-    """What one unit keeps besides its rows: attention's output, and the sum of rows and update.
+    """One unit, and what it keeps besides its rows: attention's output, and the sum of rows and
+    update.
 
     Attributes:
-        again: It runs again, for its backward.
+        again: Whether it runs again, for its backward.
     """
 
     def __init__(self, level: str, host: HostMemory | None, number: int):
@@ -99,7 +100,7 @@ class Unit:
 
     @property
     def update_unread(self) -> bool:
-        """It runs again and has kept the sum, so that nobody reads attention's update."""
+        """Whether it runs again and has kept the sum, so that nobody reads attention's update."""
         return self.again and bool(self.sums)
 
     def put(self, tensor: Tensor) -> Tensor | Stored:
@@ -112,7 +113,7 @@ class Unit:
 
 
 class _Running:
-    """Tells a unit that it runs, or runs again; may be entered many times."""
+    """Context that tells a unit that it runs, or runs again; it may be entered many times."""
 
     def __init__(self, unit: Unit, again: bool):
         self.unit, self.again = unit, again
@@ -130,7 +131,7 @@ class _Running:
 
 
 class _KeepAttention(TorchDispatchMode):
-    """Keeps what attention operators return."""
+    """Keeps the results of attention operators."""
 
     def __init__(self, unit: Unit):
         super().__init__()
@@ -151,7 +152,7 @@ class _KeepAttention(TorchDispatchMode):
 
 
 class _ReuseAttention(TorchDispatchMode):
-    """Hands that out, in the same order, in place of running them again."""
+    """Returns the kept results, in the same order, instead of running the operators again."""
 
     def __init__(self, unit: Unit):
         super().__init__()
@@ -172,18 +173,18 @@ class _ReuseAttention(TorchDispatchMode):
 def by_tiles(
     run: Callable[[Tensor], tuple[Tensor, Tensor | None]], flat: Tensor, tile: int, which: int
 ) -> list[Tensor]:
-    """Result ``which`` of ``run`` on each tile of rows of ``flat [1, R, H]``."""
+    """Result number ``which`` of ``run`` on each tile of rows of ``flat [1, R, H]``."""
     made = (run(part)[which] for part in flat.split(tile, 1))
     return [x for x in made if x is not None]  # all of them
 
 
 def _starts(count: int, tile: int) -> Sequence[int]:
-    """Where tiles begin."""
+    """Indices at which tiles begin."""
     return range(0, count, tile)
 
 
 class _Rerun(Function):
-    """See `rerun_rows`."""
+    """Autograd function of `rerun_rows`."""
 
     @staticmethod
     def forward(
@@ -272,18 +273,19 @@ def rerun_rows(
     behind: bool,
     unit: Unit | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``run`` on ``total = rows + scale * update``, which is stored alone.
+    """Call ``run`` on ``total = rows + scale * update``, and store only ``total``.
 
     Args:
-        run: Maps rows ``[1, R, H]`` to these rows, handed on, and an update of each ``[1, R, H]``
-            that depends on no other row; or to new rows and None.
-        modules: Hold the parameters that ``run`` uses.
+        run: Function from rows ``[1, R, H]`` to the same rows and their update ``[1, R, H]``, which
+            depends for each row on no other; or to new rows and None.
+        modules: Modules that hold the parameters which ``run`` uses.
         rows: ``[B, K, H]``.
-        update: ``[B, K, H]``, or None for 0.
-        scale: Of the update.
-        width: Of the widest activation inside, in elements, for the size of a tile; None: one tile.
-        behind: ``run`` gives new rows and None (a norm stands behind the addition).
-        unit: Of which this is a part, or None.
+        update: Update of the rows, ``[B, K, H]``, or None for 0.
+        scale: Factor of the update.
+        width: Width of the widest activation inside, elements, which decides the size of a tile;
+            None: one tile.
+        behind: Whether ``run`` gives new rows and None (a norm stands after the addition).
+        unit: Unit that this is a part of, or None.
 
     Returns:
         ``total`` and the update of each of its rows, both ``[B, K, H]``; or new rows and None.
@@ -294,7 +296,8 @@ def rerun_rows(
 
 
 def tile_rows(rows: Tensor, width: int | None) -> int:
-    """Rows of a tile: gate, up, their product and two gradients take `TILE_BYTES`."""
+    """Number of rows of a tile, of which gate, up, their product and two gradients take
+    `TILE_BYTES`."""
     whole = rows.shape[0] * rows.shape[1]
     if width is None:
         return whole
@@ -303,7 +306,7 @@ def tile_rows(rows: Tensor, width: int | None) -> int:
 
 
 def _captured(device: torch.device) -> bool:
-    """Whether this becomes a CUDA graph, which has nothing computed again that is drawn."""
+    """Whether a CUDA graph is being recorded, in which nothing random is computed again."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -316,7 +319,8 @@ def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None] | None:
 
 @contextmanager
 def _restored(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """Random numbers as they were then, so that dropout drops the same."""
+    """Within this context random numbers are as they were in the first run, so that dropout drops
+    the same."""
     if state is None:
         yield
         return

@@ -1,9 +1,9 @@
-"""Attention of rows that several processes share: each takes some heads of all rows.
+"""Attention of rows that several processes share: each computes some heads of all rows.
 
-The model's attention module runs as ever: projections and rotary positions of this process's rows.
-Only the attention function it calls is another: queries, keys and values of all heads travel, in
-one all-to-all, to become some heads of all kept rows; the model's own implementation attends; its
-output travels back.
+The model's attention module runs unchanged: projections and rotary positions of this process's
+rows. Only the attention function that it calls is replaced: one all-to-all exchanges queries, keys
+and values of all heads of these rows for some heads of all kept rows; the model's own
+implementation attends; its output is exchanged back.
 """
 
 import math
@@ -33,7 +33,7 @@ def _attend(
     attention_mask: None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' attention functions: ``[1, heads, n, D]`` each to ``[1, n, heads, D]``."""
+    """Attention function like transformers': ``[1, heads, n, D]`` each to ``[1, n, heads, D]``."""
     share, config = module.config.lemo_share
     group, rows = share.group, query.shape[2]
     # Fewer key heads than processes, or not a multiple: each is sent as often as it takes.

@@ -1,13 +1,13 @@
-"""One sequence over several processes: whose rows are whose, and how they travel.
+"""One sequence over several processes: which process holds which rows, and how rows are exchanged.
 
 Each process of a group holds a shard of the stream: whole blocks, in order. Blocks are chosen over
-the whole sequence, so shards keep different numbers of rows. For a sublayer the kept rows travel to
-equal shares, in order (`Share.spread`), and what became of them travels back (`Share.collect`).
-Attention is shared out by heads (`lemo_hf.parallel.sequence_attention`). Everything travels by one
+the whole sequence, so shards keep different numbers of rows. For a sublayer the kept rows are sent
+to equal shares, in order (`Share.spread`), and the results are sent back (`Share.collect`).
+Attention is divided by heads (`lemo_hf.parallel.sequence_attention`). All of this uses one
 collective, all-to-all, whose backward is itself with senders and receivers exchanged.
 
-All processes of a group see the same batch, so they agree on every size without asking. Only where
-the kept rows lie is read from the device, once a kept set.
+All processes of a group get the same batch, so they agree on every size without communication. Only
+the places of the kept rows are read from the device, once for each kept set.
 
 Source: DeepSpeed Ulysses, arXiv:2309.14509. transformers' own way to it (``sp_size``) is an adapter
 around DeepSpeed that shards batches before the model is called and expects equal shards of whole
@@ -33,13 +33,13 @@ _OTHERS, _SAME = "dp_replicate", "tp"
 
 
 class SequenceGroup:
-    """The processes that share each sequence: ``size`` neighbours, by rank.
+    """A group of processes that share each sequence: ``size`` neighbours, by rank.
 
     Attributes:
-        size: How many.
-        rank: Place of this process among them.
-        mesh: All processes, ``(groups, size)``.
-        group: They, for collectives.
+        size: Number of processes.
+        rank: Rank of this process in the group.
+        mesh: Device mesh of all processes, ``(groups, size)``.
+        group: Process group for collectives.
     """
 
     def __init__(self, mesh: DeviceMesh):
@@ -48,12 +48,13 @@ class SequenceGroup:
 
 
 def sequence_group(size: int) -> SequenceGroup | None:
-    """The group of ``size`` that this process belongs to; None for 1.
+    """The group of ``size`` processes that this process belongs to; None for 1.
 
-    All processes must ask together; after the first time nothing is sent.
+    All processes must call this together; after the first call nothing is sent.
 
     Raises:
-        ValueError: Processes have not met, or cannot be divided into such groups.
+        ValueError: ``torch.distributed`` is not initialised, or the processes cannot be divided
+            into such groups.
     """
     if size == 1:
         return None
@@ -61,7 +62,7 @@ def sequence_group(size: int) -> SequenceGroup | None:
     if world % size:
         raise ValueError(
             f"sequence_parallel_size={size} needs a multiple of {size} processes, and there are "
-            f"{world}: start them by accelerate launch --num_processes {size} ..."
+            f"{world}: start them with accelerate launch --num_processes {size} ..."
         )
     return _group(dist.group.WORLD, size)
 
@@ -77,8 +78,8 @@ class Shards:
     """One sequence, as the processes of a group hold it.
 
     Args:
-        group: The processes.
-        tokens: T of the whole sequence.
+        group: Processes that share the sequence.
+        tokens: Number of tokens of the whole sequence.
         block_size: Tokens a block; shards begin at blocks.
     """
 
@@ -95,7 +96,7 @@ class Shards:
         return x[:, start:end]
 
     def take(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the model for this process's shard alone; positions stay the sequence's."""
+        """Arguments of the model for this process's shard; positions stay those of the sequence."""
         names = ("input_ids", "inputs_embeds")
         parts = {name: self.part(kwargs[name]) for name in names if kwargs.get(name) is not None}
         if kwargs.get("position_ids") is None:
@@ -104,19 +105,19 @@ class Shards:
         return {**kwargs, **parts}
 
     def gather_blocks(self, x: Tensor) -> Tensor:
-        """What each process has of its blocks, ``[1, N_r, ...]``, as ``[1, N, ...]``."""
+        """Values of each process's blocks, ``[1, N_r, ...]``, gathered to ``[1, N, ...]``."""
         counts = [end - start for start, end in pairwise(self._blocks)]
         copies = torch.cat([x[0]] * self.group.size)
         return exchange(copies, [x.shape[1]] * self.group.size, counts, self.group)[None]
 
     def agreed(self, scores: Tensor) -> Tensor:
-        """The first process's ``scores``, so that rounding can part no two of them."""
+        """The first process's ``scores`` for all, so that rounding cannot make processes differ."""
         scores = scores.contiguous()
         dist.broadcast(scores, group=self.group.group, group_src=0)
         return scores
 
     def share(self, kept: KeptSet) -> "Share":
-        """Who works on which rows of ``kept``; found once a set."""
+        """The division of the rows of ``kept`` among processes; found once for each set."""
         if id(kept) not in self._shares:
             self._shares[id(kept)] = kept, Share.of(kept, self)
         return self._shares[id(kept)][1]
@@ -127,13 +128,13 @@ class Share:
     """The kept rows that this process holds, and those that it works on.
 
     Attributes:
-        index: ``[1, held]`` int64 places within this process's shard.
-        work: The rows it works on; their ``index [1, n]`` counts from the sequence's beginning.
-        counts: How many rows each process of the group works on.
-        group: The processes.
-        send: How many of the held rows each process works on.
-        receive: How many of this process's work each one holds.
-        moves: Some process works on rows that it does not hold.
+        index: Places of the held rows within this process's shard, ``[1, held]`` int64.
+        work: Rows that it works on; their ``index [1, n]`` counts from the sequence's beginning.
+        counts: Number of rows that each process of the group works on.
+        group: Processes that share the sequence.
+        send: Number of this process's held rows that each process works on.
+        receive: Number of rows of this process's work that each process holds.
+        moves: Whether some process works on rows that it does not hold.
     """
 
     index: Tensor
@@ -146,7 +147,7 @@ class Share:
 
     @classmethod
     def of(cls, kept: KeptSet, shards: Shards) -> "Share":
-        """The share of ``kept``, all of whose slots are in use and in order."""
+        """The share of this process in ``kept``, whose slots must all be in use and in order."""
         index, group = kept.index[0], shards.group
         if kept.whole:
             held = working = shards.bounds
@@ -167,20 +168,21 @@ class Share:
         )
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Rows from who holds them to who works on them: ``[1, held, H]`` to ``[1, n, H]``."""
+        """Send rows from the processes that hold them to those that work on them: ``[1, held, H]``
+        to ``[1, n, H]``."""
         if not self.moves:
             return rows
         return exchange(rows[0], self.send, self.receive, self.group)[None]
 
     def collect(self, rows: Tensor) -> Tensor:
-        """The way back: ``[1, n, H]`` to ``[1, held, H]``."""
+        """Send rows back to the processes that hold them: ``[1, n, H]`` to ``[1, held, H]``."""
         if not self.moves:
             return rows
         return exchange(rows[0], self.receive, self.send, self.group)[None]
 
 
 def even_bounds(count: int, parts: int) -> list[int]:
-    """``parts + 1`` bounds of parts that differ by no more than one."""
+    """``parts + 1`` bounds of parts whose sizes differ by at most one."""
     return [count * part // parts for part in range(parts + 1)]
 
 
@@ -210,15 +212,15 @@ def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: SequenceG
 
 
 def exchange(x: Tensor, send: list[int], receive: list[int], group: SequenceGroup) -> Tensor:
-    """Rows to the processes of ``group``, in their order, and rows from them.
+    """Send rows to the processes of ``group``, in their order, and receive rows from them.
 
     Args:
-        x: ``[sum(send), ...]``.
-        send: Rows for each process.
-        receive: Rows from each.
-        group: The processes; all of them must call.
+        x: Rows to send, ``[sum(send), ...]``.
+        send: Number of rows for each process.
+        receive: Number of rows from each process.
+        group: Processes, all of which must call this.
 
     Returns:
-        ``[sum(receive), ...]``.
+        Received rows, ``[sum(receive), ...]``.
     """
     return _Exchange.apply(x, send, receive, group)

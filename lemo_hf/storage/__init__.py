@@ -1,1 +1,1 @@
-"""Files: LeMo's own, datasets, checkpoints, results that are to be written."""
+"""Files: LeMo's own, datasets, checkpoints, and results to be written."""

@@ -1,4 +1,4 @@
-"""Checkpoints of Trainer: which of them were written to their end."""
+"""Trainer's checkpoints, and which of them are complete."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ TORCH = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|.*model
 
 
 def checkpoints(directory: str | os.PathLike) -> list[Path]:
-    """Checkpoints in a Trainer's output directory, the newest first."""
+    """The checkpoints in a Trainer's output directory, the newest first."""
     folder = Path(directory)
     found = folder.glob("checkpoint-*") if folder.is_dir() else ()
     numbered = [path for path in found if path.name[11:].isdecimal() and path.is_dir()]
@@ -28,23 +28,24 @@ def checkpoints(directory: str | os.PathLike) -> list[Path]:
 
 
 def newest_whole_checkpoint(args: Any) -> str | None:
-    """The newest checkpoint that a Trainer with these arguments can go on from, or None.
+    """The newest checkpoint from which a Trainer with these arguments can continue, or None.
 
-    What is wrong with newer ones is logged as a warning.
+    The log warns of newer ones, and says what is wrong with them.
     """
     for checkpoint in checkpoints(args.output_dir):
         wrong = damage(checkpoint, args)
         if wrong is None:
             return str(checkpoint)
-        logger.warning("%s is not whole and left out: %s.", checkpoint, wrong)
+        logger.warning("%s is incomplete and was skipped: %s.", checkpoint, wrong)
     return None
 
 
 def damage(checkpoint: Path, args: Any) -> str | None:
-    """What a killed process or a full disk left undone in a checkpoint; None if nothing.
+    """What is missing from a checkpoint, after a killed process or a full disk, in words; None if
+    it is complete.
 
-    Headers and ends of files are read, not what lies between; folders, which FSDP and DeepSpeed
-    write, are not looked into.
+    Only headers and ends of files are read. Folders, which FSDP and DeepSpeed write, are not
+    checked.
     """
     names = sorted(path.name for path in checkpoint.iterdir())
     if STATE_NAME not in names:
@@ -60,7 +61,7 @@ def damage(checkpoint: Path, args: Any) -> str | None:
 
 
 def _check(path: Path) -> None:
-    """Raises if a file was not written to its end."""
+    """Raises an error if a file was not written to its end."""
     if path.suffix == ".json":
         with open(path, encoding="utf-8") as file:
             json.load(file)
@@ -73,7 +74,7 @@ def _check(path: Path) -> None:
 
 
 def _missing(checkpoint: Path, names: list[str], only_model: bool) -> str | None:
-    """A file without which Trainer would go on otherwise than it would have."""
+    """A missing file without which Trainer would continue differently."""
     if "latest" in names:  # DeepSpeed's, which names a folder that holds all
         return None
     for index in [name for name in names if name.endswith(".index.json")]:

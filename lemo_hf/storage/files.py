@@ -1,4 +1,4 @@
-"""LeMo's own files, in a directory or on the Hub: found, read and replaced as a whole."""
+"""LeMo's own files, in a directory or on the Hub: found, read, and replaced as a whole."""
 
 import json
 import os
@@ -24,8 +24,8 @@ _WRITTEN_BY = {
 
 
 def near_path(path: str | os.PathLike) -> str:
-    """The end of a sentence that says ``path`` is not there: what lies beside it with such a
-    name."""
+    """The end of a sentence that says ``path`` is not there: a question for a similar name beside
+    it, or a full stop."""
     folder, name = os.path.split(os.path.normpath(path))
     return nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
 
@@ -36,14 +36,14 @@ def find_files(
     """Paths of ``names`` in a directory, or in one commit of a Hub repository.
 
     Args:
-        path_or_repo: Directory, or repository id. Files of a repository are downloaded into the
-            Hub's cache, or found there; ``HF_HUB_OFFLINE=1`` uses the cache alone.
-        names: File names.
-        **hub_kwargs: ``revision``, ``token``, ``cache_dir``, ... for `hf_hub_download`.
+        path_or_repo: Directory, or Hub repository id. Files of a repository are downloaded into the
+            Hub's cache, or found there; with ``HF_HUB_OFFLINE=1`` only the cache is used.
+        names: Names of the files.
+        **hub_kwargs: Arguments of `hf_hub_download`: ``revision``, ``token``, ``cache_dir``, ...
 
     Raises:
         OSError: There is no such directory or repository, or it cannot be reached.
-        ValueError: It lacks one of the files.
+        ValueError: The directory or repository lacks one of the files.
     """
     source = os.fspath(path_or_repo)
     if os.path.isdir(source):
@@ -65,16 +65,16 @@ def find_files(
 
 
 class EntryNotFound(ValueError):
-    """A repository is there, a file of it is not."""
+    """Error: a repository exists and lacks a file."""
 
 
 def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
-    """Path of one file of a repository in the Hub's cache, downloaded if it is not there.
+    """Path of one file of a repository in the Hub's cache; downloads it if it is not there.
 
     Args:
-        repo: Repository id.
-        name: File name.
-        otherwise: Way out of users who cannot reach the Hub.
+        repo: Id of the repository.
+        name: Name of the file.
+        otherwise: Way out for users who cannot reach the Hub.
         **hub_kwargs: Arguments of `hf_hub_download`.
 
     Raises:
@@ -103,8 +103,8 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise OSError(
-                f"{repo!r} is no directory, and the Hub shows no repository of that name. If "
-                "it is private or gated, log in (`hf auth login`) or pass a token that may read it."
+                f"{repo!r} is not a directory, and the Hub shows no repository of that name. If it "
+                "is private or gated, log in (`hf auth login`) or pass a token that may read it."
             ) from error
         raise OSError(
             f"{name} of {repo!r}{at} could not be downloaded ({type(error).__name__}: {error}). "
@@ -113,11 +113,12 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
 
 
 def read_text(path: str | os.PathLike, most: int = MOST_BYTES) -> str:
-    """The text in a file, in which every line ends with a newline alone.
+    """The text of a file, with a plain newline at the end of every line.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It has more than ``most`` bytes, or is no UTF-8; the message names the file.
+        OSError: The file cannot be read.
+        ValueError: The file has more than ``most`` bytes, or is not UTF-8; the message names the
+            file.
     """
     with open(path, "rb") as file:
         content = file.read(most + 1)
@@ -126,7 +127,7 @@ def read_text(path: str | os.PathLike, most: int = MOST_BYTES) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8.") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8.") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -134,15 +135,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It holds something else; the message names the file.
+        OSError: The file cannot be read.
+        ValueError: The file holds something else; the message names it.
     """
     text = read_text(path)
     try:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(
-            f"{path} is no valid JSON ({error}): restore it, or download it again."
+            f"{path} is not valid JSON ({error}): restore it, or download it again."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}.")
@@ -150,10 +151,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """The content of a JSON text.
 
     Raises:
-        ValueError: It is none, is nested too deeply, or holds what UTF-8 cannot write.
+        ValueError: The text is not JSON, is nested too deeply, or holds characters that UTF-8
+            cannot write.
     """
     text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
@@ -174,10 +176,10 @@ def write_json(path: str | os.PathLike, values: dict[str, Any]) -> None:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
-    """A path to write to, which takes the place of ``path`` if all went well; else it is removed.
+    """A path to write to. Its file replaces ``path`` if all went well; else it is removed.
 
-    It is this writer's alone, and its name begins with ``_``, which Trainer's pushes leave out.
-    What a link points to is replaced, not the link; a device (``/dev/stdout``) is written to.
+    Only this writer uses it, and its name begins with ``_``, which Trainer's pushes leave out. If
+    ``path`` is a link, its target is replaced; a device (``/dev/stdout``) is written to directly.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         yield os.fspath(path)
@@ -197,7 +199,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
 
 
 def remove_abandoned(directory: str | os.PathLike[str], name: str) -> None:
-    """Remove what killed writers of this file left: nobody pauses for a day while writing."""
+    """Remove what killed writers of this file left: files that are a day old, since no writer
+    pauses so long."""
     with os.scandir(os.fspath(directory)) as entries:
         left = [e for e in entries if e.name.startswith(f"_{name}.") and e.name.endswith(".part")]
     for entry in left:

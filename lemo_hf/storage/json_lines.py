@@ -1,4 +1,4 @@
-"""Files of JSON lines, compressed or not: read row by row, none larger than memory can hold."""
+"""Files of JSON lines, compressed or not, read row by row, with limits that memory can hold."""
 
 import bz2
 import errno
@@ -25,25 +25,25 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".
 
 
 class Row(dict[str, Any]):
-    """A row that knows where it stands.
+    """A row that knows its place in a file.
 
     Attributes:
-        where: File and line, for messages.
+        where: Name of the file and number of the line, for messages.
     """
 
     where: str
 
 
 def read_file(path: str | os.PathLike, most: int | None = None) -> Iterator[Row]:
-    """Rows of a file; what its name ends with says how it is compressed.
+    """Rows of a file; the end of its name says how it is compressed.
 
     Args:
-        path: The file.
-        most: Most rows, as of `read_rows`, whose errors it has, too.
+        path: Path of the file.
+        most: Greatest number of bytes, as for `read_rows`, whose errors it raises too.
 
     Raises:
         OSError: There is no such file.
-        ValueError: It is damaged.
+        ValueError: The file is damaged.
     """
     with damage_told(path), OPENERS.get(Path(path).suffix, open)(path, "rb") as file:
         yield from read_rows(file, path, most)
@@ -53,30 +53,31 @@ def read_rows(file: IO[bytes], name: Any, most: int | None = None) -> Iterator[R
     """Objects of a file of JSON lines; empty lines are skipped.
 
     Args:
-        file: Open for reading bytes.
-        name: Name in messages.
-        most: Bytes that all lines may have together; None if they are not held together.
+        file: File that is open for reading bytes.
+        name: Name of the file in messages.
+        most: Greatest number of bytes of all lines together; None if the caller does not keep them
+            all.
 
     Raises:
-        ValueError: A line is no JSON object, or there is more than memory should hold.
+        ValueError: A line is not a JSON object, or there are too many bytes.
     """
     number = size = 0
     while line := file.readline(MOST_BYTES + 1):
         number += 1
         size += len(line)
         if most is not None and size > most:
-            raise ValueError(f"{name} has more than {most:,} bytes: split it into several.")
+            raise ValueError(f"{name} has more than {most:,} bytes: split it into several files.")
         if len(line) > MOST_BYTES:
             raise ValueError(
-                f"{name}, line {number} has more than {MOST_BYTES:,} bytes: write each row in a "
-                "line of its own, and longer ones as several."
+                f"{name}, line {number} has more than {MOST_BYTES:,} bytes: write each row in its "
+                "own line, and split rows that are longer."
             )
         if line.isspace():
             continue
         try:
             values = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{name}, line {number} is no valid JSON: {error}") from error
+            raise ValueError(f"{name}, line {number} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             found = type(values).__name__
             raise ValueError(f"{name}, line {number} must be an object, got {found}.")
@@ -87,7 +88,8 @@ def read_rows(file: IO[bytes], name: Any, most: int | None = None) -> Iterator[R
 
 @contextmanager
 def damage_told(name: Any) -> Iterator[None]:
-    """What reading a compressed file raises where it is damaged becomes a ValueError with its name.
+    """Within this context errors of reading a damaged compressed file become a ValueError with its
+    name.
 
     Decompressors share no base class, and their messages name no file.
     """

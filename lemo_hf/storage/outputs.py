@@ -1,4 +1,5 @@
-"""Where results go: can they be written, asked before the work, and who else writes there."""
+"""Places for results: whether they can be written, checked before the work, and whether another run
+writes there."""
 
 import logging
 import os
@@ -18,15 +19,15 @@ SAMPLE = b"\0" * 65536  # what a full disk has no room for
 
 
 def check_output(path: str | os.PathLike, name: str, *, directory: bool = False) -> None:
-    """Find out by trying whether ``path`` can be written later. Nothing is left of the trial.
+    """Check by a trial that ``path`` can be written later. Nothing is left of the trial.
 
     Args:
-        path: A file, or a directory; it and those above it may be missing.
-        name: Name that the user knows it by, such as ``"--output"``.
-        directory: Whether it is to be a directory.
+        path: File or directory; it and the directories above it may be missing.
+        name: Name of the path for the user, such as ``"--output"``.
+        directory: Whether it will be a directory.
 
     Raises:
-        OSError: It cannot; the message says why.
+        OSError: It cannot be written; the message says why.
     """
     target = os.path.realpath(path)
     try:
@@ -41,7 +42,7 @@ def check_output(path: str | os.PathLike, name: str, *, directory: bool = False)
         while not os.path.lexists(above):
             above = os.path.dirname(above)
         if not os.path.isdir(above):
-            raise OSError(f"{above} is no directory")
+            raise OSError(f"{above} is not a directory")
         with tempfile.TemporaryFile(dir=above) as file:
             file.write(SAMPLE)
             file.flush()
@@ -52,10 +53,10 @@ def check_output(path: str | os.PathLike, name: str, *, directory: bool = False)
 
 @contextmanager
 def only_run(directory: str | os.PathLike) -> Iterator[None]:
-    """Let no other run write to ``directory``, which is made if missing.
+    """Within this context no other run writes to ``directory``, which is made if missing.
 
     Raises:
-        ValueError: One does.
+        ValueError: Another run writes there.
     """
     os.makedirs(directory, exist_ok=True)
     with ExitStack() as held:
@@ -71,18 +72,19 @@ def only_run(directory: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a directory, or a file that is made for this, against other processes.
+    """Within this context a directory, or a file that is made for this, is locked against other
+    processes.
 
-    The system lets go of it when the process ends, however it ends. Where the file system or the
-    system knows no such locks, nothing is held.
+    The system releases the lock when the process ends, however it ends. If the file system or the
+    system has no such locks, nothing is locked.
 
     Args:
-        path: The directory or file.
-        shared: Others may hold it shared as well.
-        wait: Until others let go of it.
+        path: Directory or file to lock.
+        shared: Whether others may hold a shared lock too.
+        wait: Whether to wait until others release it.
 
     Raises:
-        BlockingIOError: Another process holds it, and ``wait`` is False.
+        BlockingIOError: Another process holds the lock, and ``wait`` is False.
     """
     if fcntl is None:
         yield

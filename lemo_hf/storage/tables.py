@@ -1,4 +1,4 @@
-"""Datasets of users, found by name and opened by `datasets`."""
+"""Datasets of users, found by name and opened with `datasets`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def paths_of(dataset: Names) -> list[str]:
 
     Raises:
         OSError: There is no such file.
-        ValueError: Files are of different formats, or several names are no files.
+        ValueError: Files have different formats, or several names are given that are not files.
     """
     given = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
     paths = [os.fspath(path) for path in given]
@@ -31,7 +31,8 @@ def paths_of(dataset: Names) -> list[str]:
         builders = {BUILDERS.get(suffix_of(path) or "") for path in paths}
         if len(builders) > 1 or None in builders:
             raise ValueError(
-                f"files must be of one format of {', '.join(BUILDERS)}, got {', '.join(paths)}."
+                f"all files must have the same format, one of {', '.join(BUILDERS)}, got "
+                f"{', '.join(paths)}."
             )
     elif len(paths) > 1:
         raise ValueError(f"several datasets must be files, got {', '.join(paths)}.")
@@ -39,39 +40,39 @@ def paths_of(dataset: Names) -> list[str]:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Raises FileNotFoundError, with the nearest name there is, unless ``path`` is a file."""
+    """Raises FileNotFoundError, with the nearest existing name, unless ``path`` is a file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}{near_path(path)}")
 
 
 def are_files(paths: Sequence[str]) -> bool:
-    """Whether all of them are."""
+    """Whether all paths are files."""
     return all(os.path.isfile(path) for path in paths)
 
 
 def suffix_of(path: str) -> str | None:
-    """What says the format of a file, if its name does."""
+    """The suffix that says the format of a file, if its name has one."""
     suffixes = [s for s in Path(path).suffixes if s not in COMPRESSED]
     suffix = suffixes[-1].lower() if suffixes else ""
     return suffix if suffix in BUILDERS else None
 
 
 def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) -> Any:
-    """A dataset as `datasets` opens it. It is asked at once: what is not there is told early.
+    """Open a dataset with `datasets`. A missing one is reported at once.
 
     Args:
         dataset: Hub id, directory, or one or several files of one format: .json, .jsonl, .txt (a
             file is a document) or .parquet, compressed or not.
         split: Split of a Hub dataset, or of a directory whose files have splits in their names.
             Files that are named one by one have none.
-        streaming: Whether rows are read when they are asked for; else they lie in a cache on disk.
+        streaming: Whether rows are read only when they are needed; else they are cached on disk.
 
     Returns:
         An `IterableDataset`, or a `Dataset`.
 
     Raises:
         OSError: There is no such dataset, or it cannot be reached.
-        ValueError: A format is not known, there is no such split, or a file is damaged.
+        ValueError: A format is unknown, there is no such split, or a file is damaged.
     """
     from datasets import load_dataset
 
@@ -90,10 +91,10 @@ def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) 
 
 
 def interleaved(tables: Sequence[Any], weights: Sequence[float], seed: int) -> Any:
-    """Rows drawn from tables in the shares of ``weights``, until one of them has no more.
+    """Rows drawn from tables in the shares of ``weights``, until one table has no more.
 
     Raises:
-        ValueError: Their columns are not the same.
+        ValueError: The tables have different columns.
     """
     from datasets import interleave_datasets
 
@@ -103,13 +104,14 @@ def interleaved(tables: Sequence[Any], weights: Sequence[float], seed: int) -> A
 
 
 def named(paths: Sequence[str], split: str) -> str:
-    """A dataset's name in messages."""
+    """The name of a dataset in messages."""
     return ", ".join(paths) if are_files(paths) else f"{paths[0]}, split {split!r}"
 
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """What datasets and pyarrow raise for a file that they cannot read names the file."""
+    """Within this context errors that datasets and pyarrow raise for an unreadable file name the
+    file."""
     with damage_told(name):
         try:
             yield

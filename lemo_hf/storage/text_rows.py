@@ -1,4 +1,4 @@
-"""From the text that a user has to rows of tokens, one document after the other."""
+"""Rows of tokens, made from a user's text, one document after the other."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -12,7 +12,7 @@ from lemo_hf.storage.tables import Names, are_files, load_table, named, paths_of
 
 
 def load_examples(dataset: Names, split: str = "train") -> Iterator[Row]:
-    """Examples of a dataset, streamed: what is not asked for is neither read nor downloaded.
+    """Load examples of a dataset, streamed: only what is needed is read or downloaded.
 
     Arguments and errors are those of `load_table`.
 
@@ -29,7 +29,7 @@ def load_examples(dataset: Names, split: str = "train") -> Iterator[Row]:
 def load_documents(
     dataset: Names, split: str = "train", text_column: str = "text"
 ) -> Iterator[str]:
-    """Texts of a dataset; arguments and errors as of `load_examples`.
+    """Load the texts of a dataset; arguments and errors as of `load_examples`.
 
     Args:
         dataset: Hub id, directory, or files.
@@ -37,7 +37,7 @@ def load_documents(
         text_column: Column of the text.
 
     Raises:
-        ValueError: There is no such column (those that there are are named), or a row of it is no
+        ValueError: There is no such column (the message lists the columns), or a row of it is not
             text.
     """
     return texts_of(load_examples(dataset, split), text_column)
@@ -56,21 +56,21 @@ def texts_of(rows: Iterable[Row], column: str) -> Iterator[str]:
 def labelled_rows(
     examples: Iterable[Mapping[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
 ) -> list[dict[str, list[int]]]:
-    """Rows of which a part is labelled, as they are; longer ones than ``tokens`` are left out.
+    """Rows of which a part is labelled, without those longer than ``tokens``.
 
     Args:
         examples: Mappings with ``input_ids`` and ``labels`` (-100: none), or with the texts
-            ``prompt`` and ``completion``, of which the second is labelled and ends with the EOS
-            token.
+            ``prompt`` and ``completion``; the completion is labelled and gets the EOS token at its
+            end.
         tokenizer: Tokenizer of the model.
-        tokens: Tokens of the longest row.
-        max_rows: Most rows that are made; None takes all.
+        tokens: Number of tokens of the longest row.
+        max_rows: Greatest number of rows; None: all.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row.
 
     Raises:
-        ValueError: No row is short enough, or one holds something else.
+        ValueError: No row is short enough, or one has other columns or values.
     """
     start = start_tokens(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -107,14 +107,15 @@ def token_rows(
     min_tokens: int | None = None,
     progress: bool = True,
 ) -> list[dict[str, list[int]]]:
-    """Rows of `cut_rows`, in a list; arguments and errors are those of `cut_rows`, and
+    """The rows of `cut_rows` in a list. Errors are those of `cut_rows` and `collected`.
 
     Args:
-        documents: Texts. No more of them are tokenised than ``max_rows`` need.
-        tokenizer: As for `cut_rows`.
-        tokens: As for `cut_rows`.
-        max_rows: Most rows that are made; None takes all.
-        min_tokens: As for `cut_rows`.
+        documents: Texts. No more are tokenised than ``max_rows`` need.
+        tokenizer: Tokenizer of the model.
+        tokens: Length of a row.
+        max_rows: Greatest number of rows; None: all.
+        min_tokens: Least number of tokens for which the rest of a document is a shorter row; None:
+            the rest is dropped.
         progress: Whether a progress bar is shown.
     """
     return collected(cut_rows(documents, tokenizer, tokens, min_tokens), max_rows, progress)
@@ -125,17 +126,18 @@ def cut_rows(
 ) -> Iterator[dict[str, list[int]]]:
     """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
 
-    Every row begins as the tokenizer begins a text: with its BOS token if it adds one, which counts
-    among the ``tokens``. No other special token is added.
+    Every row begins with the tokenizer's BOS token, if it adds one, which counts among the
+    ``tokens``. No other special token is added.
 
     Args:
         documents: Texts.
         tokenizer: Tokenizer of the model.
         tokens: Length of a row.
-        min_tokens: Tokens from which the rest of a document is a shorter row; None drops it.
+        min_tokens: Least number of tokens for which the rest of a document is a shorter row; None:
+            the rest is dropped.
 
     Returns:
-        ``{"input_ids": [...], "labels": [...]}`` a row, the labels being the input ids.
+        ``{"input_ids": [...], "labels": [...]}`` for each row, with the ids as labels.
 
     Raises:
         ValueError: A number is too small, or no document is long enough.
@@ -163,7 +165,7 @@ def cut_rows(
 def collected(
     rows: Iterable[dict[str, list[int]]], max_rows: int | None, progress: bool
 ) -> list[dict[str, list[int]]]:
-    """The first ``max_rows`` of ``rows``, or all of them, behind a progress bar.
+    """The first ``max_rows`` of ``rows``, or all of them, with a progress bar.
 
     Raises:
         ValueError: ``max_rows`` is too small.
@@ -175,7 +177,7 @@ def collected(
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer begins a text with: its BOS token, if it adds one."""
+    """Tokens with which the tokenizer begins a text: its BOS token, if it adds one."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
@@ -187,7 +189,7 @@ def _file_examples(path: str) -> Iterator[Row]:
 
 
 def named_rows(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    """Rows of a table, each of which says where it stands."""
+    """Rows of a table, each of which knows its place."""
     with told(name):
         for number, example in enumerate(stream, 1):
             row = Row(example)

@@ -1,1 +1,2 @@
-"""What is made for a model before training: predictors and thresholds, and how good they are."""
+"""Predictors and thresholds, which are made for a model before training, and measurements of
+them."""

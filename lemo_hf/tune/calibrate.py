@@ -1,4 +1,5 @@
-"""Thresholds for each layer, calibrated: the paper's Algorithm 1 with a retention to hold."""
+"""Calibration of a threshold for each layer: the paper's Algorithm 1 with a fixed mean
+retention."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ LARGEST = 1e6
 
 @dataclass(frozen=True)
 class ThresholdCalibration:
-    """Calibrated thresholds, and how they came about.
+    """Calibrated thresholds, and the history of the calibration.
 
     Attributes:
-        config: The config with the thresholds, to train with.
-        dense_loss: Nats per label of the dense model on the calibration rows.
-        history: The start and every step that was kept: ``"loss_rise"`` (nats above dense, see
-            `LossRise`), ``"retention"`` (mean of the sparse layers) and ``"thresholds"``.
+        config: Config with the thresholds, to train with.
+        dense_loss: Loss of the dense model on the calibration rows, nats per label.
+        history: Entries for the start and every step that was kept: ``"loss_rise"`` (nats above
+            dense, see `LossRise`), ``"retention"`` (mean of the sparse layers) and
+            ``"thresholds"``.
     """
 
     config: LeMoConfig
@@ -48,30 +50,32 @@ def calibrate_thresholds(
     """Find a threshold for each sparse layer, so that together they keep ``retention``.
 
     Algorithm 1 of the paper starts at each layer's mean block score, which is 1 here, and moves
-    each threshold by a finite-difference gradient of validation accuracy. We take the loss instead,
-    which has more to say than accuracy. Either is best where nothing is left out: the paper stops
-    early, we hold the mean retention of the sparse layers. Steps go along the gradient's part that
-    leaves it as it is (``g - c (g·c) / (c·c)``, with ``c`` the gradient of retention, known from
-    the same passes), so at the end a kept block is worth the same in every layer; and after each
-    step all thresholds are scaled by one factor that brings retention back. A step that does
-    not lower the loss is taken back and halved.
+    each threshold by a finite-difference gradient of validation accuracy. This function takes the
+    loss instead, which is finer than accuracy. Both are best if nothing is left out: the paper
+    therefore stops early, and this function holds the mean retention of the sparse layers. Steps
+    follow the part of the gradient that does not change the retention (``g - c (g·c) / (c·c)``,
+    with ``c`` the gradient of retention, known from the same passes), so at the end a kept block is
+    worth the same in every layer. After each step all thresholds are scaled by one factor that
+    restores the retention. A step that does not lower the loss is undone and halved.
 
-    A step takes two passes over ``rows`` a layer, and about ten more for the factor.
+    A step takes two passes over ``rows`` for each layer, and about ten more for the factor.
 
     Args:
-        model: A causal LM or a PEFT model around one, without LeMo on it; given back as it was.
-        rows: ``{"input_ids": [T], "labels": [T]}`` without padding.
-        config: All but retention, threshold and ``cuda_graphs``, which thresholds rule out.
+        model: Causal LM or a PEFT model around one, without LeMo on it; unchanged afterwards.
+        rows: Calibration rows, ``{"input_ids": [T], "labels": [T]}`` without padding.
+        config: Settings, of which all count but retention, threshold and ``cuda_graphs``
+            (thresholds allow no graphs).
         retention: Mean share of blocks that the sparse layers' attention keeps, in (0, 1].
-        steps: Gradient steps; 0 gives all layers one threshold.
+        steps: Number of gradient steps; 0 gives all layers one threshold.
         step_size: Change of the threshold that moves most, in the first step.
-        epsilon: Step of the finite difference; blocks must cross the threshold within it.
+        epsilon: Step of the finite difference, large enough that blocks cross the threshold within
+            it.
         predictors: Predictors as for `apply_lemo`.
         progress: Whether a progress bar is shown.
 
     Raises:
-        ValueError: Retention is no share, or below what must be kept of the rows; or the model,
-            rows or config do not fit.
+        ValueError: The retention is not in (0, 1], or below what must be kept of the rows; or the
+            model, the rows or the config do not fit.
 
     Source: LeMo, arXiv:2501.09767, Algorithm 1.
     """
@@ -79,8 +83,8 @@ def calibrate_thresholds(
         raise ValueError(f"retention must lie in (0, 1], got {retention!r}")
     if config.policy in ("recent", "window"):
         raise ValueError(
-            f"policy={config.policy!r} scores a block by its place, which no threshold can learn "
-            "from: set policy='pooled' or 'oracle', or a predictor."
+            f"policy={config.policy!r} scores blocks by their place, for which no threshold can be "
+            "learned: set policy='pooled' or 'oracle', or a predictor."
         )
     base = dataclasses.replace(
         config, retention=None, threshold=0.0, agree_across_layers=False, cuda_graphs=False
@@ -109,7 +113,7 @@ def calibrate_thresholds(
 
 
 class _Calibration:
-    """Thresholds of the sparse layers, ``[S]`` fp32, and what they give."""
+    """Thresholds of the sparse layers, ``[S]`` fp32, and measurements with them."""
 
     def __init__(self, measure: LossRise, base: LeMoConfig, retention: float):
         self.measure = measure
@@ -138,7 +142,7 @@ class _Calibration:
         }
 
     def rescaled(self, thresholds: Tensor) -> tuple[Tensor, Measurement]:
-        """``thresholds`` times the factor at which the mean retention is the one to hold."""
+        """``thresholds`` times the factor that restores the mean retention."""
         tried = {}
 
         def excess(factor: float) -> float:
@@ -157,8 +161,8 @@ class _Calibration:
                     least = self.mean_retention(tried[high][2])
                     raise ValueError(
                         f"retention={self.retention:g} cannot be reached: the first and last block "
-                        f"and those with answers are always kept, {least:.3g} of the rows. Ask "
-                        "for more, or use a smaller block_size."
+                        f"and label blocks are always kept, {least:.3g} of the rows. Ask for a "
+                        "higher retention, or use a smaller block_size."
                     )
         else:
             while excess(low := low / growth) < 0 and low > 1 / LARGEST:
@@ -170,7 +174,8 @@ class _Calibration:
         return scaled, measured
 
     def descent(self, thresholds: Tensor, epsilon: float, bar: tqdm) -> Tensor:
-        """Where to: down the loss with retention held, the largest entry 1 (or all 0)."""
+        """Direction of a step: down the loss with retention held, with a largest entry of 1 (or all
+        0)."""
         slopes = []
         for place in range(len(self.sparse)):
             bar.set_postfix(layer=self.sparse[place])

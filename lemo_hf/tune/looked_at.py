@@ -1,7 +1,8 @@
-"""What the blocks that ask look at, over the upper layers of one dense pass: what predictors learn.
+"""What asking blocks attend to in the upper layers of one dense pass, which predictors learn.
 
-That is the mean of the upper half's shares (`oracle_shares`), each asking block of each layer
-having one unit: it finds more of the blocks that answers need than one layer, or all (docs/LOG.md).
+It is the mean of the shares (`oracle_shares`) of the upper half of the layers, in which each asking
+block of each layer has one unit. It finds more of the blocks that answers need than one layer, or
+all layers (docs/LOG.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,21 +24,22 @@ Row = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 class LookedAt:
-    """One dense pass: what blocks ask, what they look at from some layers on, and the streams.
+    """One dense pass: the asking blocks, what they attend to from some layer on, and the streams.
 
     Args:
-        model: As of `observe`.
-        config: Its block size counts.
-        batch: ``input_ids``, ``targets`` and ``attention_mask`` or None, as `collate` makes them.
-        layers: Whose ``streams`` are kept.
-        asking: Blocks a row that ask, at most; None: all that may.
-        seeds: One a row, of the draw.
+        model: Model as for `observe`.
+        config: Settings, of which the block size counts.
+        batch: Mapping with ``input_ids``, ``targets`` and ``attention_mask`` or None, as `collate`
+            makes it.
+        layers: Layers whose ``streams`` are kept.
+        asking: Greatest number of asking blocks of a row; None: all.
+        seeds: Seed of the draw, one for each row.
 
     Attributes:
-        index, asks: Of the blocks that ask, as of `asking_index`.
-        rare: ``[B, T]``, `rarity` of the tokens.
-        streams: By layer.
-        target: ``[B, M, N]`` fp32: mean shares of the upper half of the layers.
+        index, asks: Asking blocks, as `asking_index` gives them.
+        rare: `rarity` of the tokens, ``[B, T]``.
+        streams: Stream before each of ``layers``, by layer.
+        target: Mean shares of the upper half of the layers, ``[B, M, N]`` fp32.
     """
 
     def __init__(
@@ -81,12 +83,13 @@ class LookedAt:
         )
 
     def rows(self, layer: int) -> Tensor:
-        """What the attention of ``layer`` reads, ``[B, T, H]``."""
+        """Input of the attention of ``layer``, ``[B, T, H]``."""
         return sublayer_input(self.streams[layer], self.streams[layer].x)
 
 
 def _draw(asking: Tensor, most: int | None, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """At most so many of the blocks that ask, as of `asking_index`; a row's draw is its own."""
+    """Draw at most ``asking`` of the asking blocks, as of `asking_index`; each row has its own
+    draw."""
     device, asking = asking.device, asking.cpu()
     most = min(int(asking.sum(1).max()), most or asking.shape[1])
     chance = torch.stack(
@@ -100,7 +103,7 @@ def _draw(asking: Tensor, most: int | None, seeds: Sequence[int] | None) -> tupl
 
 
 def length(row: Row) -> int:
-    """Tokens of a row."""
+    """Number of tokens of a row."""
     return len(row["input_ids"] if isinstance(row, Mapping) else row)
 
 

@@ -1,4 +1,5 @@
-"""What calibration measures of a live model: the loss that sparse passes cost, and saved bytes."""
+"""Measurements of a live model for calibration: the loss that sparse passes cost, and saved
+bytes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,10 @@ SEGMENT = 1024  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sparse passes over the calibration rows.
+    """Results of sparse passes over the calibration rows.
 
     Attributes:
-        loss_rise: Nats per label above the dense model's loss on the same labels.
+        loss_rise: Loss above the dense model's on the same labels, nats per label.
         retentions: Share of the blocks that each layer's attention kept; 1 for dense layers.
     """
 
@@ -35,25 +36,27 @@ class Measurement:
 
 
 class LossRise:
-    """Measures what one model loses on the same rows under one `LeMoConfig` after the other.
+    """Measures how much the loss of one model rises on the same rows, for one `LeMoConfig` after
+    the other.
 
-    Only labels that a config asks for count (see ``supervise``), and each against the dense model's
-    loss on that very token: configs that keep other tokens are asked other questions, some easier
-    than others, so that their losses themselves do not compare. Dropout is off, no gradient is
-    kept, and the model is given back as it was.
+    Only labels that count under a config are measured (see ``supervise``), each against the dense
+    model's loss on the same token: configs that keep different tokens have different labels, some
+    easier than others, so their losses do not compare. Dropout is off, no gradient is stored, and
+    the model is unchanged afterwards.
 
     Args:
-        model: A causal LM or a PEFT model around one, without LeMo on it.
-        rows: ``{"input_ids": [T], "labels": [T]}`` without padding, run one at a time; labels are
-            the input ids if missing.
+        model: Causal LM or a PEFT model around one, without LeMo on it.
+        rows: Rows, ``{"input_ids": [T], "labels": [T]}`` without padding, run one at a time;
+            missing labels are the ids.
         predictors: Predictors as for `apply_lemo`.
 
     Attributes:
-        dense_loss: Nats per label of the dense model.
-        predictors: Those in use; of ``config.predictor`` after the first measurement.
+        dense_loss: Loss of the dense model, nats per label.
+        predictors: Predictors in use; those of ``config.predictor`` after the first measurement.
 
     Raises:
-        ValueError: The model does not fit, there is no row, or a row has padding or no label.
+        ValueError: LeMo does not support the model, there is no row, or a row has padding or no
+            label.
     """
 
     def __init__(self, model: nn.Module, rows: Sequence[Row], predictors: Any = None):
@@ -73,7 +76,7 @@ class LossRise:
         self.dense_loss = sum(sums) / sum(self._labels)
 
     def __call__(self, config: LeMoConfig) -> Measurement:
-        """Run all rows under ``config``.
+        """Measure all rows under ``config``.
 
         Raises:
             OSError, ValueError: Model, config and predictors do not fit, see `apply_lemo`.
@@ -100,7 +103,7 @@ class LossRise:
         return Measurement(float(rise), tuple(retentions))
 
     def _sparse_losses(self, lemo: LeMo, row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Each token's loss ``[1, T]``, and which tokens the config asks for."""
+        """Each token's loss in nats, ``[1, T]``, and which tokens count under the config."""
         asked = _targets(row) != IGNORE_INDEX
         kept: list[Tensor] = []
 
@@ -118,7 +121,8 @@ class LossRise:
         return loss, asked & kept[0] if lemo.config.supervise == "kept" else asked
 
     def _token_losses(self, row: dict[str, Tensor]) -> Tensor:
-        """Nats of each token's target, ``[1, T]`` fp32; the head runs on a segment at a time."""
+        """Loss of each token's target in nats, ``[1, T]`` fp32; the head runs on one segment at a
+        time."""
         inner = transformers_model(self.model)
         head, family = inner.get_output_embeddings(), family_of(inner.config)
         losses: list[Tensor] = []
@@ -143,16 +147,17 @@ class LossRise:
         return torch.cat(losses, 1)
 
     def num_blocks(self, config: LeMoConfig) -> int:
-        """Blocks of the longest row."""
+        """Number of blocks of the longest row."""
         return max(_num_blocks(row, config) for row in self.rows)
 
 
 @contextmanager
 def sparse_evaluation(model: nn.Module) -> Iterator[None]:
-    """Passes are sparse, without gradients, and every module but the causal LM is in eval mode.
+    """Within this context passes are sparse, without gradients, and every module but the causal LM
+    is in eval mode.
 
-    LeMo looks at the training flag of the causal LM alone; dropout, router noise and gradient
-    checkpointing look at those of their own modules.
+    LeMo reads the training flag of the causal LM alone; dropout, router noise and gradient
+    checkpointing read those of their own modules.
     """
     with evaluating(model), torch.no_grad():
         transformers_model(model).training = True
@@ -169,7 +174,7 @@ def _lemo_on(model: nn.Module, config: LeMoConfig, predictors: Any) -> Iterator[
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that ``forward`` keeps for its backward: each storage once, no parameters."""
+    """Bytes that ``forward`` stores for its backward: each storage once, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -197,7 +202,7 @@ def _as_batch(row: Row, device: torch.device) -> dict[str, Tensor]:
     mask = row.get("attention_mask")
     if mask is not None and not torch.as_tensor(mask).all():
         raise ValueError(
-            "a calibration row has padding (zeros in its attention_mask): cut it to its tokens."
+            "a calibration row has padding (zeros in its attention_mask): remove the padding."
         )
     ids = torch.as_tensor(row["input_ids"], device=device).view(1, -1)
     labels = torch.as_tensor(row.get("labels", row["input_ids"]), device=device).view(1, -1)

@@ -1,4 +1,4 @@
-"""Recall: which share of the blocks that are looked at most a ranking keeps."""
+"""Recall: the share of the most attended blocks that a ranking keeps."""
 
 from collections.abc import Sequence
 
@@ -25,10 +25,10 @@ def recall(
     """Share of the blocks kept by ``target`` that ``scores`` keep too.
 
     Args:
-        scores: ``[B, N]``.
+        scores: Scores of the ranking, ``[B, N]``.
         target: ``[B, N]``.
-        retention: Share of the N blocks.
-        required: ``[B, N]`` bool, always kept; None: the first and the last block.
+        retention: Share of the N blocks that is kept.
+        required: Blocks that are always kept, ``[B, N]`` bool; None: the first and the last block.
 
     Returns:
         ``[B]`` fp32.
@@ -53,16 +53,16 @@ def recall_table(
 ) -> list[dict]:
     """Recall of the predictor and of baselines, for each layer that has a predictor.
 
-    What is to be found is what the blocks that ask look at most (`LookedAt`). At most `ASKING`
-    blocks of a row ask, the same for all rankings. ``"untrained"`` is a predictor that learned
-    nothing, by which tokens look for their like.
+    The target is what asking blocks attend to most (`LookedAt`). At most `ASKING` blocks of a row
+    ask, the same for all rankings. ``"untrained"`` is a predictor that learned nothing, so that
+    tokens look for similar tokens.
 
     Args:
-        model: The base model; run dense, in evaluation mode.
-        predictor: Fitted to it.
-        documents: Rows as of `train_predictor`, by the name of what they are.
-        retentions: Shares of the blocks.
-        baselines: Names of policies.
+        model: Base model; it runs dense, in evaluation mode.
+        predictor: Predictor made for this model.
+        documents: Rows as for `train_predictor`, by the name of their kind.
+        retentions: Shares of the blocks that are kept.
+        baselines: Names of policies to compare with.
 
     Returns:
         One row for each ``documents``, ``retention``, ``layer`` and ``policy`` with the mean

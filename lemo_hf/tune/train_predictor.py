@@ -1,7 +1,8 @@
-"""Make predictors for a model, and train them: a dense pass a batch, then a step of each of them.
+"""Predictors for a model, made and trained: one dense pass for each batch, then a step of each
+predictor.
 
-A predictor learns what the blocks that ask look at in the upper half of the model (`LookedAt`),
-from the stream its layer is about to read. Nothing is kept of a batch.
+A predictor learns, from the stream that its layer is about to read, what asking blocks attend to in
+the upper half of the model (`LookedAt`). Nothing of a batch is stored.
 
 Source: LeMo, arXiv:2501.09767, "Context-aware Pattern Prediction".
 """
@@ -49,21 +50,21 @@ STATE = "training_state"
 
 @dataclass(frozen=True)
 class PredictorTraining:
-    """How predictors are trained.
+    """Settings of the training of predictors.
 
     Args:
         layers: Layers that get a predictor; None: the one at `MIDDLE` of the depth, where states
-            tell meanings. The first sparse layer chooses for all, if layers agree; those below it
+            tell meanings. If layers agree, the first sparse one chooses for all, and those below
             are dense.
         block_size: Tokens a block.
-        rank: Size of a token's query and key, at most the model's hidden size.
-        asking: Blocks of a row that ask, at most; drawn anew at each step.
-        epochs: Passes over the rows. 0 leaves the networks as they begin: tokens look for their
-            like, which finds more of what answers need than any training did
+        rank: Size of a token's query and key; at most the model's hidden size.
+        asking: Greatest number of asking blocks of a row, drawn anew at each step.
+        epochs: Passes over the rows. 0 leaves the networks as they begin: tokens look for similar
+            tokens, which finds more of what answers need than any training did
             (docs/predictors.md).
-        batch_size: Rows a step on each device.
+        batch_size: Number of rows in a step on each device.
         learning_rate: Learning rate at its peak; a cosine leads down to 0.
-        seed: Seed of the initial weights, the order of the rows, and the blocks that ask.
+        seed: Seed of the initial weights, the order of the rows, and the asking blocks.
     """
 
     layers: tuple[int, ...] | None = None
@@ -97,20 +98,19 @@ def train_predictor(
     save_steps: int = 500,
     provenance: dict[str, Any] | None = None,
 ) -> LeMoPredictor:
-    """Predictors of some layers of ``model``, fitted to what its attention looks at on ``rows``.
+    """Make predictors of some layers of ``model``, and train them on its attention over ``rows``.
 
     Several processes (``accelerate launch``) share the rows and average gradients.
 
     Args:
-        model: A causal LM of a supported family on its device. Frozen, left as it was.
+        model: Causal LM of a supported family, on its device; frozen, and unchanged afterwards.
         rows: Token ids, or mappings with ``input_ids`` and ``labels`` (-100: none). Rows of a batch
             may differ in length.
-        training: Settings of the training; None takes the defaults.
-        output_dir: Directory where the state is written every ``save_steps`` steps and at the end,
-            and read if it is there: an interrupted training goes on to the very result it would
-            have had. `remove_state` removes it, once the result is saved.
-        save_steps: Steps between two states.
-        provenance: More facts for the model card: ``datasets``, ``command``.
+        training: Settings of the training; None: the defaults.
+        output_dir: Directory for the state, written every ``save_steps`` steps and at the end. An
+            interrupted training continues from it, with the same result. `remove_state` removes it.
+        save_steps: Number of steps between two states.
+        provenance: Further facts for the model card: ``datasets``, ``command``.
 
     Returns:
         The predictors, on the model's device, in fp32.
@@ -151,19 +151,20 @@ def train_predictor(
 
 
 def remove_state(output_dir: str | os.PathLike) -> None:
-    """Remove what `train_predictor` would go on from: its result is saved."""
+    """Remove the state of `train_predictor`, whose result is saved."""
     shutil.rmtree(Path(output_dir) / STATE, ignore_errors=True)
 
 
 def share_loss(log_shares: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of predicted shares, over the blocks that the predictor may look at.
 
-    What the target gives to others (its own block, the first) is left out: an asking block of a row
-    counts by how much it looks elsewhere. Rows count the same.
+    Shares that the target gives to other blocks (the asking block itself, the first) are left out:
+    an asking block counts by what it gives elsewhere. All rows count the same.
 
     Args:
-        log_shares: ``[B, M, N]``, about `HIDDEN` where a block is not seen.
-        target: ``[B, M, N]`` shares.
+        log_shares: Logarithms of predicted shares, ``[B, M, N]``, about `HIDDEN` where a block is
+            not seen.
+        target: Shares to learn, ``[B, M, N]``.
     """
     target = target.masked_fill(log_shares <= HIDDEN / 2, 0)
     return -((target * log_shares).sum((1, 2)) / target.sum((1, 2)).clamp_min(1e-6)).mean()
@@ -207,7 +208,7 @@ class _Run:
         )
 
     def center(self) -> None:
-        """Take what the tokens of one row have in common out of queries and keys."""
+        """Remove what the tokens of one row have in common from queries and keys."""
         batch = collate(self.rows[:1], self.device)
         layers = [int(name) for name in self.networks]
         seen = LookedAt(self.model, self.config, batch, layers, 1)
@@ -215,7 +216,7 @@ class _Run:
             cast(BlockPredictor, module).center(seen.rows(layer))
 
     def step(self, step: int) -> Tensor:
-        """Step number ``step`` of all; the losses."""
+        """Take step number ``step`` with all networks. Returns the losses."""
         size, process = self.how.batch_size, self.state.process_index
         first = (self.how.seed << 32) + step * self.per_step + process * size
         batch = collate([self.rows[i] for i in self._batch(step)], self.device)
@@ -265,7 +266,7 @@ class _Run:
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
-        """What decides the result: a state goes on only where all of it is the same."""
+        """Facts that decide the result; a state is used only if all of them are the same."""
         how = json.loads(json.dumps(dataclasses.asdict(self.how)))
         return {
             "rows": len(self.rows),
@@ -290,7 +291,7 @@ class _Run:
             save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
 
     def load(self, folder: Path) -> int:
-        """Take up a state that `save` wrote; steps done, 0 if there is none."""
+        """Load a state that `save` wrote. Returns the steps done, 0 without a state."""
         path = folder / "state.safetensors"
         if not path.is_file():
             return 0
@@ -303,21 +304,21 @@ class _Run:
                     self._take(file)
                     return facts["done"]
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}). {again}") from error
+            raise ValueError(f"{path} is damaged ({error}). {again}") from error
         told = ", ".join(
             f"{key} was {facts.get(key)!r} and is {self._facts[key]!r}" for key in changed
         )
         if facts["done"] == facts.get("steps"):
             logger.warning(
-                "%s is of another training, which has ended (%s): starting anew.", path, told
+                "%s belongs to another training, which has ended (%s): starting anew.", path, told
             )
             return 0
         raise ValueError(
-            f"{path} is of a training with other {', '.join(changed)}: {told}. {again}"
+            f"{path} belongs to a training with other {', '.join(changed)}: {told}. {again}"
         )
 
     def _take(self, file: Any) -> None:
-        """Weights and moments of a state."""
+        """Take the weights and moments of a state."""
         for name, parameter in self.networks.named_parameters():
             parameter.data.copy_(file.get_tensor(name))
             self.optimizer.state[parameter] = {

@@ -157,7 +157,10 @@ def test_train_predictor_on_answers(lemo, tmp_path, columns):
         (("--retention", 0.5, "--text-column", "body"), "no column 'body', its columns are: text"),
         ((), "Missing option '--retention'"),
         (("--retention", 7), r"retention must lie in (0, 1], got 7.0"),
-        (("--retention", 0.5, "--rope-parameters", "{linear}"), "--rope-parameters is no JSON"),
+        (
+            ("--retention", 0.5, "--rope-parameters", "{linear}"),
+            "--rope-parameters is not valid JSON",
+        ),
         (("--retention", 0.5, "--rope-parameters", "[2]"), "must be a JSON object, got [2]"),
         (("--retention", 0.5, "--device", "abacus"), "--device 'abacus'"),
         (("--retention", 0.5, "--tokens", 10**7), "no document has 10000000 tokens"),

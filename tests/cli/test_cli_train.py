@@ -168,7 +168,7 @@ def test_flags_alone(lemo, config, tmp_path):
     book = tmp_path / "book.txt"
     flags = ("train", "--model", MODEL, "--dataset", book, "--tokens", 64, "--dry-run")
     code, _, err = lemo(*flags, "--output", "out")
-    assert code == 2 and "say what is trained" in err
+    assert code == 2 and "must say what it trains" in err
     code, _, err = lemo(*flags, "--full")
     assert code == 2 and "--output DIR" in err
     code, out, err = lemo(*flags, "--output", "out", "--lora.r", 2)
@@ -276,7 +276,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(lemo, tmp_path, config, capl
     (out / "all_results.json").write_text('{"tr')
     code, printed, err = lemo(*small(config, "--resume"))
     assert code == 0, err
-    assert "checkpoint-4 is not whole and left out: it has no trainer_state.json" in caplog.text
+    assert "checkpoint-4 is incomplete and was skipped: it has no trainer_state.json" in caplog.text
     assert (adapter_of(out), json.loads(printed)["losses"]) == whole
     assert "train_loss" in json.loads((out / "all_results.json").read_text())
     for number in (2, 4):
@@ -455,7 +455,7 @@ def test_a_local_file_comes_before_a_preset(tmp_path, monkeypatch):
         (("--training.optim", "sgdd"), "--training.optim: training: sgdd is not a valid"),
         (("--lora.r", "0.5"), "lora.r must be int, got 0.5"),
         (("--model.dtype", "int4"), "model.dtype must be Literal"),
-        (("--lora.target_modules", "[q"), "--lora.target_modules is no valid YAML"),
+        (("--lora.target_modules", "[q"), "--lora.target_modules is not valid YAML"),
         (("--lemo.threshold", "0.5", "--retention", "0.4"), "both say how much is kept"),
         (("--data.packing", "--data.min_tokens", "9"), "min_tokens=9 has no meaning with packing"),
         (("--model", "nowhere/at-all"), "model 'nowhere/at-all': "),
@@ -479,7 +479,7 @@ def test_mistakes(flags, message, lemo, config, tmp_path):
         ((", tokens: 256", ""), "run.yaml: data.tokens is missing"),
         (("seed: 3", "seed: 3\n  seed: 4"), "'seed' is given twice, again in line 14"),
         (("training:", "training: 5\nx:"), "training must be a mapping of keys, got 5"),
-        (("{retention", "[retention"), "run.yaml is no valid YAML"),
+        (("{retention", "[retention"), "run.yaml is not valid YAML"),
     ],
 )
 def test_mistakes_in_the_file(change, message, lemo, config):

@@ -58,5 +58,5 @@ def test_commands_refuse_a_language_model_under_other_names(command, tmp_path, l
         more = ["--full", "--tokens", 64, "--output", tmp_path / "out", "--training.use_cpu"]
         code, _, err = lemo("train", *arguments, *more)
     assert code == 2 and "has no values for" in err
-    assert "model.embed_tokens.weight" in err and "name one of the text model alone" in err
+    assert "model.embed_tokens.weight" in err and "name a checkpoint of the text model alone" in err
     assert not (tmp_path / "out").exists()

@@ -168,7 +168,7 @@ def test_a_wrong_merge_is_refused(dtype, lemo, tmp_path, monkeypatch):
     adapted(tmp_path / "adapter", lora("lm_head"))
     monkeypatch.setattr("lemo_hf.cli.merging._unshare", lambda lm: None)
     said = refused(lemo, tmp_path, "--dtype", dtype)
-    assert "merges to another model: its logits differ" in said
+    assert "does not merge exactly: the merged model's logits differ" in said
 
 
 def test_what_cannot_be_merged(lemo, tmp_path):
@@ -181,7 +181,7 @@ def test_what_cannot_be_merged(lemo, tmp_path):
 
 def test_rows_that_were_not_saved(lemo, tmp_path):
     adapted(tmp_path / "adapter", lora(), rows=2051, save_embedding_layers=False)
-    assert "does not hold the rows of 3 of them (the first is 2048)" in refused(lemo, tmp_path)
+    assert "lacks the rows of 3 of them (the first is 2048)" in refused(lemo, tmp_path)
     adapted(tmp_path / "adapter", lora(trainable_token_indices=[2049]), rows=2051)
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -238,7 +238,7 @@ def test_quantised_weights(lemo, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     said = refused(lemo, tmp_path, "--model", tmp_path / "base")
-    assert "has quantised weights" in said and "the unquantised one" in said
+    assert "has quantised weights" in said and "the unquantised model" in said
 
 
 def test_a_whole_folder_or_nothing(tmp_path):

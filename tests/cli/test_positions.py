@@ -152,7 +152,9 @@ def test_layers_with_positions_of_their_own(tmp_path):
     assert found["sliding_attention"] == own["sliding_attention"]
     assert found["full_attention"] == {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}
     for wrong in ({"rope_type": "linear", "factor": 8.0}, {"full": {"factor": 8.0}}):
-        with pytest.raises(ValueError, match="has a set for each of full_attention, sliding_att"):
+        with pytest.raises(
+            ValueError, match="has one set of parameters for each of full_attention, sliding_att"
+        ):
             asked(name, rope_parameters=wrong)
     with pytest.raises(ValueError, match="no single set of rotary parameters"):
         asked(name, rope_type="linear", length=4096)
@@ -182,7 +184,7 @@ def test_phi(tmp_path):
         ({"rope_type": "llama3", "factor": 4.0}, "needs low_freq_factor, high_freq_factor too"),
         ({"rope_type": "yarn", "type": "linear"}, "contradict each other"),
         ({"rope_type": "linear", **YARN}, "original_max_position_embeddings means nothing to"),
-        ({"rope_type": "dynamic", **YARN}, "begins behind max_position_embeddings: give that"),
+        ({"rope_type": "dynamic", **YARN}, "begins after max_position_embeddings: give that"),
         ({"rope_type": "yarn", "factor": "4"}, "factor must be a number of at least 1, got '4'"),
         ({"rope_type": "linear", "factor": 0.5}, "factor must be a number of at least 1, got 0.5"),
         ({"rope_type": "linear", "factor": True}, "factor must be a number of at least 1"),

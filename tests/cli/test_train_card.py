@@ -115,9 +115,9 @@ def test_answers_have_no_finish_and_so_longer_rows(lemo, folder):
     [
         (
             ("--tokens", 2**22, *ONE_WAY),
-            "rows of 4,194,304 tokens do not fit, the longest that do have",
+            "rows of 4,194,304 tokens do not fit; the longest that fit have",
         ),
-        (("--model.rope_type", "yarn"), "positions to which length? Say --tokens"),
+        (("--model.rope_type", "yarn"), "which is not known: give --tokens"),
         (("--model", "9b"), "model '9b'"),
     ],
 )

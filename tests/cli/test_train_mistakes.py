@@ -38,7 +38,8 @@ def test_all_that_is_missing_is_told_at_once(lemo, asked):
         "- flags: model.name is missing: --model NAME.",
         "- flags: data.dataset is missing: --dataset NAME.",
         "- flags: data.tokens is missing: --tokens NUMBER, or --memory-gib",
-        "- say what is trained: --lora.r 8 and other fields of LoraConfig, or --full.",
+        "- the run must say what it trains: give --lora.r 8 and other fields of LoraConfig, or "
+        "--full.",
         "- training.output_dir is missing: --output DIR.",
     ):
         assert line in err
@@ -79,7 +80,8 @@ def test_what_is_not_there_is_told_at_once(lemo, asked, tmp_path):
     for said in (
         "model 'model'; did you mean 'modell'?",
         "there is no file 'boks.jsonl'; did you mean 'books.jsonl'?",
-        "its columns are: text, body; did you mean 'body'? data.text_column names the text's.",
+        "its columns are: text, body; did you mean 'body'? Name the column with the text in "
+        "data.text_column.",
         "give a directory; did you mean 'predictor'?",
     ):
         assert said in err

@@ -71,7 +71,7 @@ def test_a_share_is_the_end(files):
     assert train + heldout == whole and len(heldout) == round(len(whole) / 10)
     _, few = rows(dataset="a.jsonl", eval_share=0.1, max_eval_rows=2)
     assert few == heldout[:2]
-    with pytest.raises(ValueError, match="eval_share=0.5 of 1 rows leaves none to train on"):
+    with pytest.raises(ValueError, match="eval_share=0.5 of 1 rows leaves no row to train on"):
         rows(dataset="a.jsonl", eval_share=0.5, max_rows=1)
 
 

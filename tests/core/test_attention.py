@@ -173,7 +173,7 @@ def test_layers_follow_what_fits(level, monkeypatch, caplog):
         for _ in range(2):
             model(**inputs).loss.backward()
     assert levels == [level] * 8
-    assert caplog.messages == [f"recompute={level!r} is what fits beside batches of 1 x 64 tokens"]
+    assert caplog.messages == [f"recompute={level!r} fits the memory for batches of 1 x 64 tokens"]
     assert asked == [((32, None),) * 4]  # once for a shape and its rows
     inputs["labels"][:, :8] = inputs["labels"][:, 16:32] = -100  # the others are kept
     model(**inputs).loss.backward()

@@ -141,11 +141,13 @@ def test_what_a_family_does_not_let_lemo_do():
     model = make_model("phi")
     with pytest.raises(ValueError, match="mlp_retention=0.5: .*'phi' read the same rows"):
         apply_lemo(model, LeMoConfig(block_size=8, mlp_retention=0.5))
-    with pytest.raises(ValueError, match="policy='pooled': .*'gptj' keeps its queries"):
+    with pytest.raises(ValueError, match="policy='pooled': .*'gptj' does not give out its queries"):
         apply_lemo(make_model("gptj"), LeMoConfig(block_size=8, policy="pooled"))
     falcon = make_model("falcon").eval()
     looked = {"input_ids": batch()["input_ids"], "attention_mask": None, "targets": None}
-    with pytest.raises(ValueError, match="FalconAttention of transformers keeps its queries"):
+    with pytest.raises(
+        ValueError, match="FalconAttention of transformers does not give out its queries"
+    ):
         LookedAt(falcon, LeMoConfig(policy="oracle", block_size=8), looked, [3])
     with pytest.raises(ValueError, match="add_cross_attention=True"):
         apply_lemo(make_model("gpt2", add_cross_attention=True), LeMoConfig(block_size=8))

@@ -77,5 +77,5 @@ def test_adapters_take_part():
 
 
 def test_an_empty_prompt():
-    with pytest.raises(ValueError, match="without a token"):
+    with pytest.raises(ValueError, match="has no token"):
         continue_greedily(make_model("llama"), Numbers(), [[3], []], 8)

@@ -96,7 +96,9 @@ def test_bounds_of_documents_are_refused():
 @pytest.mark.parametrize("family", ["qwen3_5_text", "gemma4_text"])
 def test_no_sequence_parallelism(family):
     config = LeMoConfig(block_size=8, sequence_parallel_size=2)
-    with pytest.raises(ValueError, match="layers of .* read more than their rows, cos and sin"):
+    with pytest.raises(
+        ValueError, match="layers of .* read more inputs than their rows and rotary tables"
+    ):
         apply_lemo(make_model(family, "sdpa"), config)
 
 

@@ -414,7 +414,7 @@ def test_a_step_asks_for_a_sparse_pass_without_labels(caplog):
     lemo.begin_step(0)
     assert not torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-2)
     assert lemo.report()["attention_retention"] < 0.6
-    assert "no labels, so that nothing says which blocks hold answers" in caplog.text
+    assert "no labels, so LeMo does not know which blocks hold answers" in caplog.text
     lemo.end_step()
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 

@@ -238,7 +238,9 @@ def test_the_default_length_is_what_the_context_has_room_for(model, tokenizer, t
         run(model, tokenizer, tmp_path / "2", data, max_length=490)
     handle.remove()
     assert seen[0] >= 489
-    assert "prompts of 490 tokens and 32 new ones may exceed the model's context" in caplog.text
+    assert (
+        "prompts of 490 tokens and 32 generated ones may exceed the model's context" in caplog.text
+    )
     with pytest.raises(ValueError, match="512 tokens has no room.*512 that gov_report generates"):
         run(model, tokenizer, tmp_path / "3", data, ["gov_report"], max_length=None)
 

@@ -82,7 +82,7 @@ def test_folders_and_archives(tmp_path):
         load_task("qasper", tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"lcc.jsonl is neither a folder nor a zip archive"):
         load_task("lcc", tmp_path / "lcc.jsonl")
-    with pytest.raises(ValueError, match="revision 'main' is one of the Hub's data"):
+    with pytest.raises(ValueError, match="revision 'main' names a version of the Hub's data"):
         load_task("lcc", tmp_path, revision="main")
 
 
@@ -105,7 +105,7 @@ def test_rows_that_lack_something(change, message, tmp_path):
 
 def test_files_that_are_broken(tmp_path):
     path = tmp_path / "lcc.jsonl"
-    for content, message in ((b"", "has no row"), (b'{"a": 1}\n{"a', "line 2 is no valid JSON")):
+    for content, message in ((b"", "has no row"), (b'{"a": 1}\n{"a', "line 2 is not valid JSON")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_task("lcc", tmp_path)

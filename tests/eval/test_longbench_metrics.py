@@ -223,7 +223,7 @@ def test_what_cannot_be_scored_is_named(tmp_path, caplog):
     with pytest.raises(ValueError, match="'answers' must be list, got str"):
         score_folder(tmp_path)
     path.write_text('{"pred": "a", "ans')
-    with pytest.raises(ValueError, match=r"trec.jsonl, line 1 is no valid JSON"):
+    with pytest.raises(ValueError, match=r"trec.jsonl, line 1 is not valid JSON"):
         score_folder(tmp_path)
     path.write_text("")
     with pytest.raises(ValueError, match="no prediction of trec"):

@@ -268,7 +268,7 @@ def test_what_is_only_warned_of(caplog):
     run(make_model("llama", max_position_embeddings=8), documents(20, 1))
     beyond, short = caplog.messages
     assert beyond.startswith("max_length=12 is beyond the model's 8 positions")
-    assert short.startswith("1 of 2 documents are too short")
+    assert short.startswith("1 of 2 documents are shorter than a window")
 
 
 def test_token_files(tmp_path):

@@ -71,9 +71,9 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*missing.jsonl"):
         load_documents(tmp_path / "missing.jsonl")
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(ValueError, match=r"one format of .json, .jsonl, .txt, .parquet, got .*csv"):
+    with pytest.raises(ValueError, match=r"one of .json, .jsonl, .txt, .parquet, got .*csv"):
         load_documents(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="of one format"):
+    with pytest.raises(ValueError, match="the same format"):
         load_documents([tmp_path / "a.jsonl", write(tmp_path / "b.parquet")])
     with pytest.raises(ValueError, match="several datasets must be files"):
         load_documents([tmp_path / "a.jsonl", tmp_path])

@@ -62,7 +62,7 @@ def test_what_the_host_must_act_for_is_refused(field, value):
         LeMoConfig(cuda_graphs=True, **{field: value})
     with pytest.raises(ValueError, match="need one kept set: with agree_across_layers=False"):
         LeMoConfig(cuda_graphs=True, agree_across_layers=False)
-    with pytest.raises(ValueError, match="mlp_retention=0.5 it is known only at the end"):
+    with pytest.raises(ValueError, match="mlp_retention=0.5 only the end of a pass"):
         LeMoConfig(cuda_graphs=True, mlp_retention=0.5)
     with pytest.raises(ValueError, match="cuda_graphs must be one of .* got 1"):
         LeMoConfig(cuda_graphs=1)
@@ -72,7 +72,8 @@ def test_without_a_gpu_passes_run_as_ever(tmp_path, warned):
     expected = losses(make_trainer(tmp_path, SPARSE))
     assert losses(make_trainer(tmp_path, GRAPHS)) == expected
     assert warned() == [
-        "cuda_graphs: a batch ran without one, since it needs input_ids on a GPU. Said once."
+        "cuda_graphs: a batch ran without one, since it needs input_ids on a GPU. "
+        "This is said once."
     ]
 
 
@@ -243,7 +244,8 @@ def test_lengths_and_label_counts_have_graphs_of_their_own(device, warned):
     many = [x for tokens in range(40, 50) for x in batches(device, tokens=tokens, steps=3)]
     assert_as_without(lambda: tiny(device), SPARSE, many, graphs=MOST_GRAPHS)
     assert warned() == [
-        f"cuda_graphs: a batch ran without one, since {MOST_GRAPHS} shapes have one. Said once."
+        f"cuda_graphs: a batch ran without one, since {MOST_GRAPHS} shapes have one. "
+        "This is said once."
     ]
 
 
@@ -566,8 +568,8 @@ def holds_weights(model):
 @pytest.mark.parametrize(
     ("device", "hook", "why"),
     [
-        ("cpu", holds_weights, "past the modules"),
-        pytest.param("cuda", holds_weights, "past the modules", marks=gpu),
+        ("cpu", holds_weights, "without calling the modules"),
+        pytest.param("cuda", holds_weights, "without calling the modules", marks=gpu),
         pytest.param("cuda", reads_the_device, "captur", marks=gpu),
     ],
     indirect=["device"],

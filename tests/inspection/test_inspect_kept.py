@@ -189,9 +189,9 @@ def test_rows_that_cannot_be_made():
     for arguments, message in (
         ((400, "Who?"), "question 'Who\\?' and answer None: give both"),
         ((400, None, "He."), "question None and answer 'He.': give both"),
-        ((12, QUESTION, ANSWER), "of a row of 12. Give a longer row"),
+        ((12, QUESTION, ANSWER), "more than fit a row of 12: give a longer row"),
         ((400, None, None, ["no such words"]), "'no such words' is not in the text"),
-        ((400, None, None, [text[-60:]]), "of which the row holds the first 400"),
+        ((400, None, None, [text[-60:]]), "the row has only the first 400"),
         ((400, None, None, [" "]), "is not in the text"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -199,7 +199,7 @@ def test_rows_that_cannot_be_made():
     model = make_model("llama")
     with pytest.raises(ValueError, match="has 150 tokens, fewer than 8 blocks of 64"):
         compare_policies(model, Numbers, TextRow(IDS, IDS), LeMoConfig())
-    with pytest.raises(ValueError, match="threshold=0.9 .* set retention"):
+    with pytest.raises(ValueError, match="threshold=0.9 .* set a retention"):
         config = LeMoConfig(block_size=8, threshold=0.9)
         compare_policies(model, Numbers, TextRow(IDS, IDS), config)
 

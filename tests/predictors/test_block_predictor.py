@@ -242,23 +242,23 @@ def test_an_interrupted_training_ends_where_it_would_have(tmp_path, monkeypatch)
     path = tmp_path / "training_state" / "state.safetensors"
     begun = path.read_bytes()
     other = PredictorTraining(**{**vars(HOW), "asking": 5})
-    with pytest.raises(ValueError, match="of a training with other training"):
+    with pytest.raises(ValueError, match="belongs to a training with other training"):
         train_predictor(model, ROWS, other, output_dir=tmp_path)
-    with pytest.raises(ValueError, match="of a training with other dataset: dataset was"):
+    with pytest.raises(ValueError, match="belongs to a training with other dataset: dataset was"):
         train_predictor(model, [*ROWS[1:], ROWS[0]], HOW, output_dir=tmp_path)
     asked = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ROWS]
-    with pytest.raises(ValueError, match="of a training with other dataset"):
+    with pytest.raises(ValueError, match="belongs to a training with other dataset"):
         train_predictor(model, asked, HOW, output_dir=tmp_path)
     stretched = make_model("llama", rope_parameters=STRETCHED)
     stretched.load_state_dict(model.state_dict())
     changed = make_model("llama")
     changed.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1  # which no fingerprint samples
     for another in (stretched, changed):
-        with pytest.raises(ValueError, match="of a training with other model: model was"):
+        with pytest.raises(ValueError, match="belongs to a training with other model: model was"):
             train_predictor(another, ROWS, HOW, output_dir=tmp_path)
     assert path.read_bytes() == begun
     path.write_bytes(begun[:-1])
-    with pytest.raises(ValueError, match="is no whole safetensors file .* delete it to start anew"):
+    with pytest.raises(ValueError, match="is damaged .* delete it to start anew"):
         train_predictor(model, ROWS, HOW, output_dir=tmp_path)
     path.write_bytes(begun)
     resumed = train_predictor(model, ROWS, HOW, output_dir=tmp_path, save_steps=3)
@@ -274,7 +274,7 @@ def test_a_training_that_has_ended_stands_in_no_other_ones_way(tmp_path, caplog)
         handle.remove()
     assert not caplog.records
     found = train_predictor(model, rows, HOW, output_dir=tmp_path)
-    assert "is of another training, which has ended (dataset was" in caplog.text
+    assert "belongs to another training, which has ended (dataset was" in caplog.text
     assert found.same_as(train_predictor(model, rows, HOW)) and not found.same_as(first)
     remove_state(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -116,7 +116,7 @@ def test_the_config_field():
     assert LeMoConfig(predictor=Path("a") / "b").predictor == "a/b"
     with pytest.raises(ValueError, match="predictor='a/b' and policy='oracle' cannot both"):
         LeMoConfig(predictor="a/b", policy="oracle")
-    with pytest.raises(ValueError, match="predictor_revision='v1' without a predictor"):
+    with pytest.raises(ValueError, match="predictor_revision='v1' needs a predictor"):
         LeMoConfig(predictor_revision="v1")
     with pytest.raises(ValueError, match="predictor must be a string or None, got 3"):
         LeMoConfig(predictor=3)
@@ -187,11 +187,14 @@ def test_files_of_two_saves_are_not_mixed(saved, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "texts"),
     [
-        (lambda data: data[: len(data) // 2], ["no whole safetensors file", "Download it again"]),
-        (lambda data: data[:40], ["no whole safetensors file"]),
-        (lambda data: b"", ["no whole safetensors file"]),
-        (lambda data: data + b"\0", ["no whole safetensors file"]),
-        (lambda data: b"\xff" * 8 + data, ["no whole safetensors file"]),
+        (
+            lambda data: data[: len(data) // 2],
+            ["not a complete safetensors file", "Download it again"],
+        ),
+        (lambda data: data[:40], ["not a complete safetensors file"]),
+        (lambda data: b"", ["not a complete safetensors file"]),
+        (lambda data: data + b"\0", ["not a complete safetensors file"]),
+        (lambda data: b"\xff" * 8 + data, ["not a complete safetensors file"]),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), ["sha256 .* it is damaged"]),
         (
             lambda data: pickle.dumps({"a": 1}),
@@ -257,7 +260,7 @@ def _section(**values):
     ("change", "texts"),
     [
         (lambda c: c.pop("predictor"), ["no object under the key 'predictor'", "LeMoConfig alone"]),
-        (lambda c: c.update(predictor="org/name"), ["it refers to 'org/name': load"]),
+        (lambda c: c.update(predictor="org/name"), ["but refers to 'org/name': load"]),
         (_section(format=3), ["format 3, written by .*; this version reads 2: pip install -U"]),
         (_section(format=1), ["format 1, .*: train it again"]),
         (_section(format=None), ["format None"]),
@@ -265,8 +268,11 @@ def _section(**values):
         (lambda c: c["predictor"].pop("sha256"), ["no 'sha256'"]),
         (_section(colour="red"), ["'colour'"]),
         (_section(block_size=0), ["block_size must be an integer of at least 1, got 0"]),
-        (lambda c: c["predictor"]["layers"].pop(), ["an entry a layer .*has 4.* got 3"]),
-        (_section(layers=[None] * 4), ["None for layers without one but not for all"]),
+        (
+            lambda c: c["predictor"]["layers"].pop(),
+            ["one entry for each of the base model's 4 layers.* got 3"],
+        ),
+        (_section(layers=[None] * 4), ["not only None"]),
         (
             lambda c: c["predictor"]["layers"][2].update(wings=2),
             ["layer 2 has sizes", "'wings'"],
@@ -294,7 +300,7 @@ def test_configs_that_do_not_fit(saved, change, texts):
 @pytest.mark.parametrize("text", ["{", "", "[1]", "\x00"])
 def test_broken_json(saved, text):
     (saved / CONFIG).write_text(text)
-    refused(saved, re.escape(str(saved / CONFIG)), "no valid JSON|must hold a JSON object")
+    refused(saved, re.escape(str(saved / CONFIG)), "not valid JSON|must hold a JSON object")
     with pytest.raises(ValueError, match=CONFIG):
         LeMoConfig.from_pretrained(saved)
 
@@ -414,7 +420,9 @@ def test_auto_is_looked_up_for_the_model(saved, monkeypatch):
     assert lemo.predictor.same_as(LeMoPredictor.from_pretrained(saved))
     assert "predictors of layers 1, 2, 3 of 4" in lemo.describe()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="loaded from a directory or made from.*train-predictor"):
+    with pytest.raises(
+        ValueError, match="a model from a directory or from scratch.*train-predictor"
+    ):
         apply_lemo(make_model("llama"), LeMoConfig(predictor="auto", block_size=8))
 
 
@@ -454,7 +462,7 @@ def test_a_resumed_run_chooses_as_before(saved, tmp_path, caplog):
     caplog.clear()
 
     gone = make_trainer(tmp_path / "g", predicting("nobody/nowhere"), **arguments)
-    assert "needed by train() unless it resumes" in caplog.text and gone.lemo is None
+    assert "train() needs the predictor, unless it resumes" in caplog.text and gone.lemo is None
     assert losses(gone, resume_from_checkpoint=checkpoint) == expected
     for name, value in adapter(gone).items():
         assert torch.equal(value, adapter(whole)[name])

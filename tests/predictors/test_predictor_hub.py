@@ -136,7 +136,7 @@ def test_the_config_of_a_repository(online, hub):
 
 def test_what_is_missing(online, hub):
     kind, text = online(failing, load, "me/missing")
-    assert kind is OSError and "'me/missing' is no directory, and the Hub shows no" in text
+    assert kind is OSError and "'me/missing' is not a directory, and the Hub shows no" in text
     hub.repositories["me/empty"].commit("main", {"lemo_predictors.bin": b"pickle"})
     kind, text = online(failing, load, "me/empty")
     assert kind is ValueError and f"'me/empty' has no {CONFIG_NAME}" in text

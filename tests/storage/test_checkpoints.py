@@ -67,8 +67,8 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_says_so(run, tmp_path, c
     trainer = make_trainer(tmp_path / "out", LEMO, max_steps=4, save_strategy="no")
     with caplog.at_level(logging.WARNING):
         assert newest_whole_checkpoint(trainer.args) == str(tmp_path / "out" / "checkpoint-2")
-    assert "checkpoint-9 is not whole and left out: it has no trainer_state.json" in caplog.text
-    assert "checkpoint-4 is not whole and left out" in caplog.text
+    assert "checkpoint-9 is incomplete and was skipped: it has no trainer_state.json" in caplog.text
+    assert "checkpoint-4 is incomplete and was skipped" in caplog.text
     assert losses(trainer, resume_from_checkpoint=True) == expected
 
 

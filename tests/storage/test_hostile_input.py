@@ -43,9 +43,9 @@ def test_yaml_bombs_end_at_once(text, tmp_path, lemo):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"run.yaml is no valid YAML: (it|the) .*"):
+    with pytest.raises(ValueError, match=r"run.yaml is not valid YAML: (it|the) .*"):
         read_settings(str(path))
-    with pytest.raises(ValueError, match="--lemo.retention is no valid YAML"):
+    with pytest.raises(ValueError, match="--lemo.retention is not valid YAML"):
         read_settings(None, ["--lemo.retention", text])
     code, _, err = lemo("train", "--config", path)
     assert code == 2 and err.startswith("lemo: ") and err.count("\n") == 1 and len(err) < 400
@@ -69,7 +69,7 @@ def test_yaml_that_is_none(text, message, tmp_path):
     with pytest.raises(ValueError, match=message or "run.yaml has more than 131,072 bytes"):
         read_settings(str(path))
     if message:
-        with pytest.raises(ValueError, match=f"source is no valid YAML: .*{message}"):
+        with pytest.raises(ValueError, match=f"source is not valid YAML: .*{message}"):
             parse_yaml(text, "source")
 
 
@@ -109,10 +109,10 @@ def test_a_config_of_an_older_version(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "is no valid JSON (it is nested too deeply"),
-        (b'{"a": "\\ud800"}', "is no valid JSON ('utf-8' codec can't encode"),
-        (b'{"a": 1' + b"0" * 5000 + b"}", "is no valid JSON (Exceeds the limit"),
-        (b"\xff", "is no text in UTF-8"),
+        (b"[" * 100_000, "is not valid JSON (it is nested too deeply"),
+        (b'{"a": "\\ud800"}', "is not valid JSON ('utf-8' codec can't encode"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "is not valid JSON (Exceeds the limit"),
+        (b"\xff", "is not UTF-8 text"),
         (b"[1]", "must hold a JSON object, got list"),
         (b" " * (2**26 + 1), "has more than 67,108,864 bytes"),
     ],
@@ -230,7 +230,9 @@ def test_null_of_other_formats(tmp_path):
     with pytest.raises(ValueError, match=r"a.json, row 2: column 'text' must hold text, got None"):
         list(load_documents(tmp_path / "a.json"))
     (tmp_path / "b.jsonl").write_text('{"text": ' + "[" * 100_000)  # which stops pyarrow itself
-    with pytest.raises(ValueError, match=r"b.jsonl, line 1 is no valid JSON: it is nested too dee"):
+    with pytest.raises(
+        ValueError, match=r"b.jsonl, line 1 is not valid JSON: it is nested too dee"
+    ):
         list(load_documents(tmp_path / "b.jsonl"))
 
 
@@ -311,4 +313,4 @@ def test_a_damaged_model_is_named(command, file, content, tmp_path, lemo):
     else:
         more = ["--full", "--tokens", 64, "--output", tmp_path / "out", "--training.use_cpu"]
         code, _, err = lemo("train", *arguments, *more)
-    assert code == 2 and f"lemo: model '{model}' cannot be loaded, a file of it may be" in err
+    assert code == 2 and f"lemo: model '{model}' cannot be loaded; one of its files may be" in err

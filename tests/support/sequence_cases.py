@@ -128,11 +128,11 @@ REFUSED = {
     "opt": ({"model_type": "opt"}, {}, {}, "learned positions"),
     "batch": ({}, {}, {"rows": 2}, "the batch has 2: set per_device_train_batch_size=1"),
     "short": ({}, {}, {"tokens": 8}, "8 tokens has fewer blocks"),
-    "padding": ({}, {}, {"padding": 5}, "padding and masks"),
+    "padding": ({}, {}, {"padding": 5}, "padding and attention masks"),
     "packed": ({}, {}, {"document": 30}, "packed documents"),
-    "positions": ({"model_type": "ministral3"}, {}, {}, "read more than their rows"),
+    "positions": ({"model_type": "ministral3"}, {}, {}, "read more inputs than their rows"),
     "window": ({"model_type": "mistral"}, {}, {}, "a sliding window of 24"),
-    "no_labels": ({}, {}, {"labels": False}, "labels that it is given"),
+    "no_labels": ({}, {}, {"labels": False}, "own loss, made from labels"),
 }
 
 

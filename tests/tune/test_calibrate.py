@@ -137,7 +137,7 @@ def test_a_retention_below_what_must_be_kept(unchanged):
     with pytest.raises(ValueError, match=r"retention must lie in \(0, 1\], got 1.5"):
         calibrate_thresholds(model, rows(), CONFIG, 1.5)
     for policy in ("recent", "window"):
-        with pytest.raises(ValueError, match=f"policy='{policy}' scores a block by its place"):
+        with pytest.raises(ValueError, match=f"policy='{policy}' scores blocks by their place"):
             calibrate_thresholds(model, rows(), LeMoConfig(policy=policy), 0.5, progress=False)
 
 
