@@ -1,4 +1,4 @@
-"""Images among the tokens of a row: the blocks of one are kept together, or left out together."""
+"""Images among the tokens of a row: the blocks of an image are kept or left out together."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from lemo_hf.predictors.training_free import ranks
 
-# Names in a multimodal model's config of the tokens whose embeddings an encoder makes.
+# Fields of a multimodal model's config that name the tokens whose embeddings an encoder makes.
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 
 
@@ -16,8 +16,8 @@ def image_tokens(input_ids: Tensor, config: Any) -> Tensor:
     """Where the tokens of images, videos and sound are.
 
     Args:
-        input_ids: ``[B, T]``.
-        config: Of the multimodal model.
+        input_ids: Token ids, ``[B, T]``.
+        config: The multimodal model's config.
 
     Returns:
         ``[B, T]`` bool.
@@ -30,13 +30,13 @@ def image_tokens(input_ids: Tensor, config: Any) -> Tensor:
 
 
 def block_groups(images: Tensor, block_size: int) -> Tensor:
-    """The blocks that belong together, since an image reaches from one into the next.
+    """Numbers of the groups that blocks form where an image reaches from one into the next.
 
-    Images are runs of image tokens. A single other token within them, such as Pixtral's break
-    between lines of an image, does not end a run.
+    An image is a run of image tokens. One other token within a run, such as Pixtral's break between
+    the lines of an image, does not end it.
 
     Args:
-        images: ``[B, T]`` bool.
+        images: Where image tokens are, ``[B, T]`` bool.
         block_size: Tokens a block.
 
     Returns:
@@ -49,7 +49,7 @@ def block_groups(images: Tensor, block_size: int) -> Tensor:
 
 
 def together(blocks: Tensor, groups: Tensor) -> Tensor:
-    """``blocks [B, N]`` bool, and all blocks of the groups of which one is among them."""
+    """``blocks [B, N]`` bool, and with each of them its whole group."""
     any_of = torch.zeros_like(groups).scatter_reduce(1, groups, blocks.long(), "amax")
     return any_of.gather(1, groups).bool()
 
@@ -64,13 +64,13 @@ def mean_scores(scores: Tensor, groups: Tensor) -> Tensor:
 def keep_groups(scores: Tensor, groups: Tensor, budget: Tensor | int) -> Tensor:
     """The best groups of each row that ``budget`` blocks hold whole.
 
-    A group counts as its blocks do on average. Where the next best does not fit any more, the best
-    blocks that stand alone fill what is left.
+    A group's score is the mean of its blocks' scores. If the next best group does not fit, the best
+    blocks that stand alone fill the rest of the budget.
 
     Args:
-        scores: ``[B, N]``, see `lemo_hf.batch.selection.keep_blocks`.
-        groups: Of the blocks, see `block_groups`.
-        budget: ``[B, 1]``, or the number of blocks of each row.
+        scores: Block scores, ``[B, N]``, see `lemo_hf.batch.selection.keep_blocks`.
+        groups: Group numbers, ``[B, N]`` int64, see `block_groups`.
+        budget: Number of blocks that each row keeps, ``[B, 1]`` or one for all rows.
 
     Returns:
         ``[B, N]`` bool, at most ``budget`` blocks a row.

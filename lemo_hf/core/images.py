@@ -16,9 +16,9 @@ def images_of(model: nn.Module, kwargs: dict[str, Any], pairs: bool = False) -> 
     """Where the tokens of images, videos and sound are, ``[B, T]`` bool; None for text alone.
 
     Args:
-        model: The causal LM.
-        kwargs: Of the call.
-        pairs: Rows are two answers to one prompt.
+        model: The model.
+        kwargs: Arguments of the call.
+        pairs: Whether rows are two answers to one prompt.
 
     Raises:
         ValueError: It cannot be known which tokens belong to one image.

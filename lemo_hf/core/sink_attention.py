@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lemo_sinks"
-WIDER = 8  # dimensions that a head gets, of which one is used: kernels take multiples of 8
+WIDER = 8  # dimensions that are added to a head; one is used, but kernels take multiples of 8
 
 
 def attend_with_sinks(
@@ -33,13 +33,14 @@ def attend_with_sinks(
 
     Args:
         module: The attention module.
-        query: ``[B, heads, Q, D]``.
-        key: ``[B, key heads, K, D]``.
-        value: ``[B, key heads, K, D]``.
-        attention_mask: ``[B or 1, 1, Q, K]``, bool or additive; None: causal, or one query of all.
-        scaling: Of the products of queries and keys.
-        s_aux: The sink of each head, ``[heads]``.
-        **kwargs: Of `sdpa_attention_forward`.
+        query: Queries, ``[B, heads, Q, D]``.
+        key: Keys, ``[B, key heads, K, D]``.
+        value: Values, ``[B, key heads, K, D]``.
+        attention_mask: Bool or additive mask, ``[B or 1, 1, Q, K]``; None: causal attention, or one
+            query that sees all keys.
+        scaling: Factor of the products of queries and keys.
+        s_aux: Sinks, ``[heads]``, as scores.
+        **kwargs: Other arguments of `sdpa_attention_forward`.
 
     Returns:
         ``[B, Q, heads, D]``, and None in the place of weights.
