@@ -68,7 +68,7 @@ def test_outputs_are_checked_before_the_work(lemo, tmp_path, book, command, monk
     (tmp_path / "file").write_text("")
     shared = ("eval", command, "--model", "nowhere/at-all", "--dataset", book)
     for option in ("--output", "--plot"):
-        for path, why in ((tmp_path / "file" / "x", "no directory"), (tmp_path, "a directory")):
+        for path, why in ((tmp_path / "file" / "x", "not a directory"), (tmp_path, "a directory")):
             code, _, err = lemo(*shared, option, path)
             assert code == 2 and f"{option} {path} cannot be written: " in err and why in err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -66,8 +66,8 @@ def test_outputs_that_cannot_be_written_are_said(tmp_path):
     for path, directory, why in (
         ("folder", False, "it is a directory"),
         ("file", True, "it is a file"),
-        ("file/x.json", False, "file is no directory"),
-        ("file/x/y", True, "file is no directory"),
+        ("file/x.json", False, "file is not a directory"),
+        ("file/x/y", True, "file is not a directory"),
     ):
         with pytest.raises(OSError, match=f"^--output .*{path} cannot be written: .*{why}"):
             check_output(tmp_path / path, "--output", directory=directory)
