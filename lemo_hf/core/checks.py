@@ -1,4 +1,4 @@
-"""What LeMo refuses, said before training starts: the value, and the way out."""
+"""Refusals before training starts: each names the value and the way out."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -82,9 +82,9 @@ def check_predictors(
     """Raises ValueError unless predictors, policy and sparse layers go together.
 
     Args:
-        config: The user's choice.
-        predictors: One a layer or None; or None.
-        rules: `LeMoConfig.layer_rules`.
+        config: The user's settings.
+        predictors: A predictor or None for each layer; None: there are no predictors.
+        rules: What each layer keeps, from `LeMoConfig.layer_rules`.
     """
     if config.policy != "predictor":
         if predictors is not None:
@@ -147,7 +147,7 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
 
     Args:
         model: The causal LM.
-        kwargs: Of the call.
+        kwargs: Arguments of the call.
         promised: The Trainer has shown LeMo the labels of its loss.
     """
     model_config: Any = model.config
@@ -192,7 +192,7 @@ def check_router_loss(model: nn.Module, own: bool, config: LeMoConfig) -> None:
     Args:
         model: The causal LM.
         own: The loss of the pass is the model class's, which LeMo stands in for.
-        config: The user's choice.
+        config: The user's settings.
     """
     way_out = "Set model.config.output_router_logits=False."
     if not hasattr(model, "router_aux_loss_coef"):

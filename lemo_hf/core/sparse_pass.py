@@ -28,17 +28,18 @@ class SparsePass(BatchFacts):
     """One forward pass: the facts of its batch, and the kept sets chosen so far.
 
     Args:
-        config: The user's choice.
-        shape: ``(B, T)``.
-        device: Of the batch.
-        global_step: Optimizer steps done, int64 scalar tensor or int; varies the random policy.
-        score_always: Score blocks even where there is nothing to choose, as other processes may
-            have to, and scoring gathers parameters that all of them hold parts of.
-        shards: How processes share the sequence, if they do; all else here is of the whole of it.
-        retention: Of the `Budget`.
-        load: Of the routers, where the loss asks for its balance.
-        leader: The pass over the same batch whose sets this one keeps; None: it chooses.
-        **facts: Of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
+        config: The user's settings.
+        shape: Rows and tokens of the batch, ``(B, T)``.
+        device: Device of the batch.
+        global_step: Number of optimizer steps done, int64 scalar tensor or int; draws by chance
+            differ from step to step.
+        score_always: Whether blocks are scored even if there is nothing to choose: other processes
+            may have to score theirs, and scoring gathers parameters of which each holds a part.
+        shards: How processes share the sequence, or None. All else here is about whole sequences.
+        retention: Share that rows keep instead of the config's, see `Budget`; or None.
+        load: Counts of the routers' choices, if the loss has a term for them; or None.
+        leader: Pass over the same batch whose kept sets this one takes; None: it chooses its own.
+        **facts: What is known of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
             ``vocabulary``, ``rows``, ``pairs`` and ``images``, see `BatchFacts`.
     """
 
@@ -73,7 +74,7 @@ class SparsePass(BatchFacts):
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
         self.row_slots: list[int] = []  # tokens that the latest choice keeps of each row
-        self.level: str | None = None  # of recomputation, once a layer asks
+        self.level: str | None = None  # of recomputation, set when the first layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
     @cached_property
