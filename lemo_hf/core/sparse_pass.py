@@ -39,8 +39,8 @@ class SparsePass(BatchFacts):
         retention: Share that rows keep instead of the config's, see `Budget`; or None.
         load: Counts of the routers' choices, if the loss has a term for them; or None.
         leader: Pass over the same batch whose kept sets this one takes; None: it chooses its own.
-        **facts: What is known of the batch: ``input_ids``, ``attention_mask``, ``position_ids``, ``targets``,
-            ``vocabulary``, ``rows``, ``pairs`` and ``images``, see `BatchFacts`.
+        **facts: What is known of the batch, see `BatchFacts`: ``input_ids``, ``attention_mask``,
+            ``position_ids``, ``targets``, ``vocabulary``, ``rows``, ``pairs`` and ``images``.
     """
 
     # The loss reads the stream itself, so that its gradient may be updated in place as it comes.
