@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from support.grids import covering
 from support.models import batch, loss_and_gradients, make_model, relative_error
 from support.trainers import assert_same_weights, dataset, losses, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
@@ -300,9 +301,10 @@ class OwnLoss:
         return own_loss(model(**inputs), labels, num_items_in_batch)
 
 
-@pytest.mark.parametrize("overridden", [False, True])
-@pytest.mark.parametrize("method", ["prompt-tuning", "lora"])
-@pytest.mark.parametrize("answers", [None, 20])
+@pytest.mark.parametrize(
+    ("overridden", "method", "answers"),
+    covering((False, True), ("prompt-tuning", "lora"), (None, 20)),
+)
 def test_a_loss_outside_of_a_model_with_a_prompt(tmp_path, method, answers, overridden):
     """Virtual tokens stand before those that the labels are of."""
 

@@ -127,9 +127,9 @@ def compile_and_apply(model, order):
 @pytest.mark.parametrize(
     ("order", "lora"),
     [
-        ("after", False),
+        pytest.param("after", False, marks=pytest.mark.soak),
         ("after", True),
-        ("before", False),
+        pytest.param("before", False, marks=pytest.mark.soak),
         ("in place, after", False),
         ("in place, before", False),
         ("layer by layer", True),

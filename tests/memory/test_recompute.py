@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.grids import covering
 from support.models import batch, make_model, with_lora
 from support.passes import assert_same, run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,9 +162,9 @@ def test_gradient_checkpointing_picks_a_level(model, monkeypatch):
     assert picked[4:] == ["full"] * 4
 
 
-@pytest.mark.parametrize("offload_gib", [None, 1e-3])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("fails", "level", "offload_gib"), covering((False, True), LEVELS, (None, 1e-3))
+)
 def test_a_pass_without_backward_leaves_nothing(model, level, offload_gib, fails, monkeypatch):
     """Nor does one whose backward breaks off (out of memory, say)."""
     monkeypatch.setattr(offload, "SLAB", 1024)

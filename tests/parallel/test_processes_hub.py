@@ -82,6 +82,7 @@ def run(script, folder):
     assert ended.returncode == 0, ended.stderr[-6000:]
 
 
+@pytest.mark.soak
 def test_the_whole_adapter_is_pushed_once(hub, tmp_path):
     run(PUSH, tmp_path)
     for name in ("ddp", "fsdp"):

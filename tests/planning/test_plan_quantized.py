@@ -152,7 +152,7 @@ def test_fewer_bits_leave_room_for_longer_rows():
 
 def test_the_command_line(lemo, tmp_path):
     LLAMA.save_pretrained(tmp_path)
-    options = ("plan", "--model", tmp_path, "--tokens", 8192, "--memory-gib", 24, "--json")
+    options = ("plan", "--model", tmp_path, "--tokens", 8192, "--json")
     for flag, kind in (("--load-in-4bit", NF4), ("--load-in-8bit", INT8)):
         for more in ((), ("--no-kbit-training",)):
             code, out, err = lemo(*options, flag, *more)
