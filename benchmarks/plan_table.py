@@ -1,23 +1,27 @@
-"""The table of the memory plan: peaks that `bench_step.py` measured, and predictions.
+"""The table of the plan: peaks and times that `bench_step.py` measured, and predictions.
 
 Predicting them all takes minutes: as a script this writes results/plan.json, and the table is made
 of that. `make soak` predicts them again.
 """
 
 import json
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from model_shapes import SHAPES, model_config
+from plan_speed import Step, fitted, held_out
 
 from lemo_hf import LeMoConfig
-from lemo_hf.planning.plan import GIB, Planner
+from lemo_hf.planning.plan import GIB, Plan, Planner
+from lemo_hf.planning.speed import CARDS, FITTED_ON, step_seconds
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "plan.json"
 MEMORY_GIB = {"NVIDIA H200": 139.7, "NVIDIA H100 80GB HBM3": 79.1}  # of the device
 CONTEXT_GIB = 0.5
+KINDS = {"hf": "HF", "liger": "Liger", "lemo": "LeMo"}
 
 
 def measured() -> Iterator[tuple[dict, list[dict]]]:
@@ -28,14 +32,14 @@ def measured() -> Iterator[tuple[dict, list[dict]]]:
 
 
 def plannable(row: dict) -> bool:
-    """Whether a row was measured, and is Hugging Face's or LeMo's as the package itself is."""
-    known = row["provider"].startswith(("hf", "lemo")) and not row["provider"].endswith("uniform")
+    """Whether a row was measured, and is a rival's that is planned or LeMo's as the package is."""
+    known = row["provider"].startswith(tuple(KINDS)) and not row["provider"].endswith("uniform")
     known &= row["config"] is None or "checkpointing" in row  # not before recompute had levels
     return row["status"] == "ok" and known
 
 
-def predicted(header: dict, row: dict) -> float:
-    """GiB that the plan expects where ``row`` was measured."""
+def planned(header: dict, row: dict) -> Plan:
+    """The plan of what was measured as ``row``."""
     config = row["config"]
     checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
@@ -48,7 +52,7 @@ def predicted(header: dict, row: dict) -> float:
     )
     room = (MEMORY_GIB[header["gpu"]] - CONTEXT_GIB) * GIB
     lemo = None if config is None else _as_it_is_now(config)
-    return planner.plan(lemo, row["tokens"], room).peak / GIB
+    return planner.plan(lemo, row["tokens"], room, fused=row["provider"].startswith("liger"))
 
 
 @cache
@@ -78,8 +82,8 @@ def key_of(header: dict, row: dict) -> str:
     )
 
 
-def recorded() -> dict[str, float]:
-    """GiB that the plan expected, by `key_of`."""
+def recorded() -> dict[str, dict[str, float]]:
+    """What the plan expected, by `key_of`: GiB, ms, and ms by constants fitted without the step."""
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
@@ -88,34 +92,72 @@ def plan_table() -> str:
     parts, record = [], recorded()
     for header, rows in measured():
         titles = ["model", "tokens", "step", "measured GiB", "predicted GiB", "difference"]
+        titles += ["measured ms", "predicted ms", "difference"]
         lines = [titles, ["---"] * len(titles)]
-        worst = {"LeMo": 0.0, "HF": 0.0}
+        memory, time = Counted(), Counted()
         for row in rows:
             expected = record[key_of(header, row)]
-            off = expected / row["peak_gib"] - 1
-            kind = "HF" if row["config"] is None else "LeMo"
-            worst[kind] = max(worst[kind], abs(off))
+            kind = next(KINDS[x] for x in KINDS if row["provider"].startswith(x))
+            gib, ms = expected["gib"], expected["ms_held_out"]
             lines.append(
                 [
                     row["model"],
                     f"{row['tokens'] // 1024}K",
                     row["provider"].replace("+", " + "),
                     f"{row['peak_gib']:.2f}",
-                    f"{expected:.2f}",
-                    f"{off:+.1%}".replace("-0.0%", "+0.0%"),
+                    f"{gib:.2f}",
+                    memory.off(kind, gib / row["peak_gib"] - 1),
+                    f"{row['ms_median']:,.0f}",
+                    f"{ms:,.0f}",
+                    time.off(kind, ms / row["ms_median"] - 1),
                 ]
             )
-        count = sum(row["config"] is not None for row in rows)
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         parts.append(
-            f"Off by at most {worst['LeMo']:.1%} in {count} LeMo configurations and "
-            f"{worst['HF']:.1%} in the other {len(rows) - count}. Peaks of {header['gpu']}, torch "
-            f"{header['torch']}, from `bench_step.json`; `benchmarks/plan_table.py`."
+            f"Memory is off by at most {memory.worst()}. Time, each by constants that were fitted "
+            f"without the steps of that model and length, is off by {time.median()} in the median "
+            f"and by at most {time.worst()}. {header['gpu']}, torch {header['torch']}, from "
+            "`bench_step.json`; `benchmarks/plan_table.py`."
         )
     return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    found = {key_of(h, row): round(predicted(h, row), 4) for h, rows in measured() for row in rows}
-    RECORD.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+class Counted:
+    """Relative errors, by who takes the steps."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
+
+    def off(self, kind: str, error: float) -> str:
+        """Count an error; how it is written."""
+        self._found.setdefault(kind, []).append(abs(error))
+        return f"{error:+.1%}".replace("-0.0%", "+0.0%")
+
+    def median(self) -> str:
+        return f"{statistics.median(x for errors in self._found.values() for x in errors):.1%}"
+
+    def worst(self) -> str:
+        """In words, by kind."""
+        said = [
+            f"{max(errors):.1%} in {len(errors)} configurations of {kind}"
+            for kind, errors in self._found.items()
+        ]
+        return f"{', '.join(said[:-1])} and {said[-1]}"
+
+
+def main() -> None:
+    """Predict all again, and fit the constants anew."""
+    found = [(header, row, planned(header, row)) for header, rows in measured() for row in rows]
+    steps = [Step(row["model"], row["tokens"], row["ms_median"], plan) for _, row, plan in found]
+    record = {}
+    for (header, row, plan), ms in zip(found, held_out(steps), strict=True):
+        own = 1e3 * step_seconds(plan, CARDS[FITTED_ON])
+        expected = {"gib": plan.peak / GIB, "ms": own, "ms_held_out": ms}
+        record[key_of(header, row)] = {name: round(x, 4) for name, x in expected.items()}
+    RECORD.write_text(json.dumps(record, indent=0) + "\n", encoding="utf-8")
     print(plan_table())
+    print("For lemo_hf/planning/speed.py:", *fitted(steps))
+
+
+if __name__ == "__main__":
+    main()

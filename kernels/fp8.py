@@ -92,7 +92,7 @@ def scaled_product(
         ``[N, M]``.
     """
     values, scales = y
-    if values.device.type != "cuda":
+    if not use_triton(values):
         return ((x[0].float() @ values.float().mT) * x[1] * scales.mT).to(dtype)
     return torch._scaled_mm(
         x[0], values.mT, scale_a=x[1], scale_b=scales.mT, out_dtype=dtype, use_fast_accum=True

@@ -19,9 +19,10 @@ from lemo_hf.config import LeMoConfig
 
 if TYPE_CHECKING:
     from lemo_hf.planning.plan import Plan
+    from lemo_hf.planning.speed import Card
 
 GIB = 2**30
-COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without"}
+COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without", "fused": "fused"}
 
 
 def plan(
@@ -29,6 +30,10 @@ def plan(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 32768,
     memory_gib: Annotated[
         float | None, typer.Option(help="Of the GPU: says whether it fits, and what would.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Predict times on it: h200, h100, a100 or l40s. Default: the one here."),
     ] = None,
     reserve_gib: Annotated[
         float, typer.Option(help="Of that, for the CUDA context and fragmentation.")
@@ -84,7 +89,7 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the peak memory of training, part by part, from the model's config alone."""
+    """Predict a step's peak memory, part by part, and its time, from the model's config alone."""
     if config is not None and retention is not None:
         raise ValueError("--config brings its own retention: leave out --retention.")
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
@@ -98,7 +103,10 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
+    card = _card(gpu, load_in_4bit or load_in_8bit)
+
     from lemo_hf.planning.plan import Planner
+    from lemo_hf.planning.speed import step_seconds
 
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -117,15 +125,22 @@ def plan(
     room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
     found = planner.plans(lemo, tokens, room)
     found["stock"] = planner.plan(None, tokens, room)
+    found["fused"] = planner.plan(None, tokens, room, fused=True)
     result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
+    if card is not None:
+        result["gpu"] = card.title
     for name, phase in found.items():
         entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
         entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
         if memory_gib is not None and room is not None:
-            alone = {"sparse": dataclasses.replace(lemo, dense_finish=0), "stock": None}
+            alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
             alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
             entry["fits"] = phase.fits(memory_gib - reserve_gib)
-            entry["longest"] = planner.longest(alone[name], room)
+            entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
+        if card is not None:
+            seconds = step_seconds(phase, card)
+            entry["step_ms"] = round(1e3 * seconds, 1)
+            entry["tokens_per_s"] = round(batch_size * tokens / seconds)
         result[COLUMNS[name]] = entry
     fits = {name: result[COLUMNS[name]].get("fits") for name in found}
     if room is not None and fits.get("sparse") and fits.get("finish") is False:
@@ -134,14 +149,31 @@ def plan(
         print(json.dumps(result))
         return
     _print_table(found, result, memory_gib)
+    if card is not None:
+        print(card.said)
     if "finish" in found:
         print(_on_phases(lemo, result))
+
+
+def _card(name: str | None, quantised: bool) -> "Card | None":
+    """Whose times are to be predicted: the one that was asked for, or the one here."""
+    import torch
+
+    from lemo_hf.planning.speed import CARDS, card_of
+
+    if name is not None and name not in CARDS:
+        raise ValueError(f"--gpu {name}: times are predicted of {', '.join(CARDS)}.")
+    if name is not None and quantised:
+        raise ValueError("--gpu: times of quantised weights are not predicted, none was measured.")
+    if name is None and torch.cuda.is_available() and not quantised:
+        name = card_of(torch.cuda.get_device_name())
+    return None if name is None else CARDS[name]
 
 
 def _print_table(
     found: dict[str, "Plan"], result: dict[str, Any], memory_gib: float | None
 ) -> None:
-    """A column for each phase, and one for the stock model."""
+    """A column for each phase, and two for the stock model."""
     names = [COLUMNS[name] for name in found]
     phases = found.values()
     lines = [["GiB", *names]]
@@ -152,6 +184,9 @@ def _print_table(
     lines.append(["recomputed", *("/".join(dict.fromkeys(x.levels)) or "-" for x in phases)])
     if any(phase.pinned for phase in phases):
         lines.append(["pinned host memory", *(f"{phase.pinned / GIB:.2f}" for phase in phases)])
+    if "gpu" in result:
+        for title, key in (("step, ms", "step_ms"), ("tokens a second", "tokens_per_s")):
+            lines.append([title, *(f"{result[name][key]:,.0f}" for name in names)])
     if memory_gib is not None:
         from lemo_hf.planning.plan import FARTHEST
 

@@ -1,1 +1,1 @@
-"""The memory of a training step, before anything is bought or loaded."""
+"""The memory and the time of a training step, before anything is bought or loaded."""

@@ -26,10 +26,9 @@ from lemo_hf.kernels import launch, segment_cross_entropy
 from lemo_hf.memory import offload, recompute
 from lemo_hf.memory.recompute import by_tiles
 from lemo_hf.planning import quantized
+from lemo_hf.planning.work import ATTENTION, ATTENTION_BACKWARD, Ledger, Work, launching
 
 ROUNDED = 512  # bytes: PyTorch's allocator hands out no less
-ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"  # that of fake tensors
-ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
 INTEGERS = ("aten::arange", "aten::full", "aten::randint")  # are made if no dtype is given
 LOSS, STREAM, GRADIENTS, IN_FLIGHT = "loss", "stream", "gradients", "offload in flight"
 
@@ -60,6 +59,7 @@ class DryRun(FakeTensorMode):
             stores: Parts that each layer stores: by its attention, of attention's output, behind.
         """
         self._gaps, self._stores, self.layer = gaps, stores, -1
+        self._ledger = Ledger()
         tensors = (*model.parameters(), *model.buffers())
         self._blocks = {x.untyped_storage()._cdata: [0, ""] for x in tensors}  # bytes and part
         self._now = self._out = self._back = 0
@@ -78,7 +78,7 @@ class DryRun(FakeTensorMode):
                 stack.callback(gc.enable)
                 gc.disable()  # what only it would free is freed at no fixed time
             stack.callback(setattr, self, "_counts", False)
-            stack.enter_context(_as_on_a_gpu())
+            stack.enter_context(self._as_on_a_gpu())
             stack.enter_context(self)
             self._counts = True
             yield
@@ -113,6 +113,10 @@ class DryRun(FakeTensorMode):
                 highest[phase] = parts
         return highest
 
+    def work(self, **more: float) -> Work:
+        """What was done within, by the missing layers as well, and ``more``."""
+        return self._ledger.total(self._gaps, **more)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -130,6 +134,7 @@ class DryRun(FakeTensorMode):
                 self._deep = False
         if self._counts:
             self._see(name, args, out)
+            self._ledger.see(self._place, func, args, kwargs, out)
         return out
 
     def _see(self, name: str, args: tuple, out: Any) -> None:
@@ -182,6 +187,12 @@ class DryRun(FakeTensorMode):
         return self._stores[self.layer][1 if name == ATTENTION else 2 * self._behind]
 
     @property
+    def _place(self) -> tuple[int, bool]:
+        """The layer that is at work, and whether it is its backward."""
+        back = _in_backward()
+        return (self._lowest if back else self.layer), back
+
+    @property
     def _phase(self) -> str:
         if not _in_backward():
             return "forward" if self.layer < len(self._stores) else LOSS
@@ -224,43 +235,39 @@ class DryRun(FakeTensorMode):
         self._back += layer + 1 in self._gaps
         self._note()
 
+    @contextmanager
+    def _as_on_a_gpu(self) -> Iterator[None]:
+        """Within it fake tensors go the ways of a GPU's; launches and copies do nothing."""
 
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Within it fake tensors go the ways of a GPU's; launches and copies to the host do nothing."""
+        def nothing(*_: Any, **__: Any) -> None:
+            return None
 
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
+        launched, ledger = KernelInterface.__getitem__, self._ledger
+        cpu, plain = {"cpu"}, launch.PLAIN | {FakeTensor}
+        try:
+            KernelInterface.__getitem__ = launching(lambda args: ledger.launch(self._place, args))
+            with (
+                altering(launch, DEVICES=cpu, WIDENING=cpu, PLAIN=plain),
+                altering(offload, _copy=nothing),
+                # From the second on they take as much memory.
+                altering(segment_cross_entropy, _starts=ledger.starts),
+                altering(recompute, _starts=ledger.starts, by_tiles=self._some_tiles),
+            ):
+                yield
+        finally:
+            KernelInterface.__getitem__ = launched
 
-    launched = KernelInterface.__getitem__
-    cpu, plain = {"cpu"}, launch.PLAIN | {FakeTensor}
-    try:
-        KernelInterface.__getitem__ = lambda *_: nothing
-        with (
-            altering(launch, DEVICES=cpu, WIDENING=cpu, PLAIN=plain),
-            altering(offload, _copy=nothing),
-            altering(segment_cross_entropy, _starts=_first_starts),
-            altering(recompute, _starts=_first_starts, by_tiles=_some_tiles),
-        ):
-            yield
-    finally:
-        KernelInterface.__getitem__ = launched
-
-
-def _first_starts(count: int, size: int) -> Sequence[int]:
-    """Segments of the loss, and tiles of rows, take as much memory from the second on."""
-    return range(0, count, size)[:3]
-
-
-def _some_tiles(run: Callable, flat: Tensor, tile: int, which: int) -> list[Tensor]:
-    """`by_tiles`, of which those between the first and the last take what their results do."""
-    count = flat.shape[1]
-    last = (count - tile) // tile * tile
-    if last <= 2 * tile:
-        return by_tiles(run, flat, tile, which)
-    first = by_tiles(run, flat[:, : 2 * tile], tile, which)
-    between = first[0].new_empty(1, last - 2 * tile, first[0].shape[2])
-    return [*first, between, *by_tiles(run, flat[:, last:], tile, which)]
+    def _some_tiles(self, run: Callable, flat: Tensor, tile: int, which: int) -> list[Tensor]:
+        """`by_tiles`, of which those between the first and the last take what their results do."""
+        count = flat.shape[1]
+        last = (count - tile) // tile * tile
+        if last <= 2 * tile:
+            return by_tiles(run, flat, tile, which)
+        first = by_tiles(run, flat[:, :tile], tile, which)
+        with self._ledger.repeated(last / tile - 1):
+            first += by_tiles(run, flat[:, tile : 2 * tile], tile, which)
+        between = first[0].new_empty(1, last - 2 * tile, first[0].shape[2])
+        return [*first, between, *by_tiles(run, flat[:, last:], tile, which)]
 
 
 def _by_part(blocks: Iterable[list]) -> Counter[str]:

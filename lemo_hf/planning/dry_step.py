@@ -22,8 +22,10 @@ from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.memory.offload import SLAB, HostMemory, Stored, leaving
 from lemo_hf.patch import apply_lemo, remove_lemo, transformers_model
 from lemo_hf.planning.dry_run import GRADIENTS, IN_FLIGHT, DryRun
+from lemo_hf.planning.fused_rival import fused
 from lemo_hf.planning.quantized import gpu_autocast, quantize, quantized_bytes
 from lemo_hf.planning.trained import Trained
+from lemo_hf.planning.work import Work
 
 # cuBLAS takes 32 MiB on Hopper (8 on other GPUs) for each thread that calls it: the forward's and
 # the backward's. Source: PyTorch's notes, "CUDA semantics", cuBLAS workspaces.
@@ -147,14 +149,14 @@ class DryModel:
         return torch.randint(self.config.vocab_size, (self.batch, tokens))
 
     def _phases(
-        self, lemo: LeMoConfig | None, tokens: int, levels: tuple[str, ...]
-    ) -> tuple[dict[str, Counter[str]], int]:
-        """Bytes by part at the highest moment of each phase, and bytes of pinned host memory."""
+        self, lemo: LeMoConfig | None, tokens: int, levels: tuple[str, ...], fused_rival: bool
+    ) -> tuple[dict[str, Counter[str]], int, Work]:
+        """Bytes by part at the highest moment of each phase, pinned host memory, and the work."""
         kinds: list[tuple] = self.looks
         if lemo is not None:
             kinds = list(zip(kinds, lemo.layer_rules(len(kinds)), levels, strict=True))
         slabs = 0 if lemo is None else HostMemory(lemo.offload_gib or 0, last=-1).most
-        first, host, step = 3 if slabs else 2, None, (lemo, tokens, levels)
+        first, host, step = 3 if slabs else 2, None, (lemo, tokens, levels, fused_rival)
         if slabs:  # what layers would store says what leaves
             chosen, _ = _few(kinds, first)
             host = _Host(self.run, [None] * len(chosen), SLAB)
@@ -171,18 +173,20 @@ class DryModel:
         found["optimizer"] = self.static + Counter({GRADIENTS: self.gradients})
         times = {before - 1: 1 + count for before, count in _few(kinds, first)[1].items()}
         taken = [] if host is None else host.taken
-        return found, sum(times.get(i, 1) * size for i, size in enumerate(taken))
+        pinned = sum(times.get(i, 1) * size for i, size in enumerate(taken))
+        adam = 7 * self.gradients  # reads weights, gradients and states, writes all but gradients
+        return found, pinned, self.run.work(moved=adam, launches=1, offloaded=pinned)
 
     def _run(
         self,
-        step: tuple[LeMoConfig | None, int, tuple[str, ...]],
+        step: tuple[LeMoConfig | None, int, tuple[str, ...], bool],
         kinds: Sequence[tuple],
         first: int,
         host: "_Host | None",
         forth_alone: bool = False,
     ) -> None:
         """Run a step with some layers of each of ``kinds``, which the dry run counts."""
-        (lemo, tokens, levels), trained = step, self.trained
+        (lemo, tokens, levels, of_rival), trained = step, self.trained
         chosen, gaps = _few(kinds, first)
         kind = torch.bfloat16 if trained.dtype == "float32" else getattr(torch, trained.dtype)
         stores = [STORED if trained.gradient_checkpointing else ROWS] * len(chosen)
@@ -205,6 +209,8 @@ class DryModel:
             stack.callback(self.model.zero_grad)
             stack.enter_context(self.run.counted(self.model, layers, gaps, stores))
             ids = self._ids(tokens)
+            if of_rival:
+                stack.enter_context(fused(self.base, self.family, layers, ids))
             stack.enter_context(gpu_autocast(trained.autocast))
             with torch.autocast("cpu", kind, enabled=trained.autocast):
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss

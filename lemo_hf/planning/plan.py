@@ -1,4 +1,4 @@
-"""The memory plan of a training step: its peak, part by part, from a model's config alone.
+"""The plan of a training step: its peak of memory, part by part, from a model's config alone.
 
 Nothing is loaded: the step itself runs without its arithmetic (`lemo_hf.planning.dry_run`), and
 what it allocates is counted.
@@ -14,6 +14,7 @@ from lemo_hf.core.families import MULTIMODAL, family_of
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import DryModel
 from lemo_hf.planning.trained import Trained, check_count
+from lemo_hf.planning.work import Work
 
 # What to do about a model whose memory is not predicted.
 FARTHEST = 2**22  # tokens: where looking for the longest row ends, since each look takes seconds
@@ -34,6 +35,8 @@ class Plan:
         phases: Bytes at the highest moment of each phase.
         levels: What each layer computes again, `LEVELS`; empty for the stock model.
         pinned: Bytes of pinned host memory.
+        work: What the step does, by which `lemo_hf.planning.speed` tells its time.
+        fused: It is the stock model's with fused kernels (`lemo_hf.planning.fused_rival`).
     """
 
     parts: dict[str, int]
@@ -41,6 +44,8 @@ class Plan:
     phases: dict[str, int]
     levels: tuple[str, ...]
     pinned: int
+    work: Work
+    fused: bool = False
 
     @property
     def peak(self) -> int:
@@ -80,7 +85,12 @@ class Planner:
         self.targets = self._model.targets
 
     def plan(
-        self, lemo: LeMoConfig | None, tokens: int, room: float | None = None, finish: bool = False
+        self,
+        lemo: LeMoConfig | None,
+        tokens: int,
+        room: float | None = None,
+        finish: bool = False,
+        fused: bool = False,
     ) -> Plan:
         """See `plan`; ``room`` in bytes."""
         check_count("tokens", tokens)
@@ -93,11 +103,13 @@ class Planner:
         later = finish and lemo is not None and lemo.finish < 1
         lemo = _of_step(lemo, finish)
         levels = self._model.levels(lemo, tokens, room, later)
-        found, pinned = self._model.phases(lemo, tokens, levels)
+        found, pinned, work = self._model.phases(lemo, tokens, levels, fused)
+        if lemo is not None and lemo.cuda_graphs:
+            work = replace(work, launches=1)
         phases = {phase: parts.total() for phase, parts in found.items()}
         peak = max(phases, key=lambda phase: phases[phase])
         parts = {part: size for part, size in found[peak].items() if size}
-        return Plan(parts, peak, phases, levels, pinned)
+        return Plan(parts, peak, phases, levels, pinned, work, fused)
 
     def plans(self, lemo: LeMoConfig, tokens: int, room: float | None) -> dict[str, Plan]:
         """See `plans`."""
@@ -108,13 +120,13 @@ class Planner:
             if there
         }
 
-    def longest(self, lemo: LeMoConfig | None, room: float) -> int:
+    def longest(self, lemo: LeMoConfig | None, room: float, fused: bool = False) -> int:
         """See `longest`."""
         size = 64 if lemo is None else lemo.block_size
 
         def beyond(blocks: int) -> float:
             if lemo is None:
-                return self.plan(None, blocks * size, room).peak - room
+                return self.plan(None, blocks * size, room, fused=fused).peak - room
             found = self.plans(lemo, blocks * size, room)
             return max(phase.peak for phase in found.values()) - room
 
@@ -139,6 +151,7 @@ def plan(
     memory_gib: float | None = None,
     reserve_gib: float = 0.0,
     finish: bool = False,
+    fused: bool = False,
     **settings: Any,
 ) -> Plan:
     """Predict the peak memory of a training step on one GPU: a sparse one, or one of the finish.
@@ -151,13 +164,15 @@ def plan(
             free memory decides between ``"selective"`` and ``"full"``. None: there is enough.
         reserve_gib: What of it is not free to PyTorch.
         finish: It is a step of the finish, where rows keep ``finish_retention``.
+        fused: Of the stock model, its loss, norms and MLPs are fused (see
+            `lemo_hf.planning.fused_rival`).
         **settings: ``batch_size`` (rows, 1), and fields of `Trained`.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
     """
     room = _room(memory_gib, reserve_gib)
-    return Planner(model_config, **settings).plan(lemo_config, tokens, room, finish)
+    return Planner(model_config, **settings).plan(lemo_config, tokens, room, finish, fused)
 
 
 def plans(
