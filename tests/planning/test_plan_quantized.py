@@ -153,12 +153,12 @@ def test_fewer_bits_leave_room_for_longer_rows():
 def test_the_command_line(lemo, tmp_path):
     LLAMA.save_pretrained(tmp_path)
     options = ("plan", "--model", tmp_path, "--tokens", 8192, "--json")
-    for flag, kind in (("--load-in-4bit", NF4), ("--load-in-8bit", INT8)):
-        for more in ((), ("--no-kbit-training",)):
-            code, out, err = lemo(*options, flag, *more)
-            assert code == 0, err
-            expected = plan(LLAMA, LeMoConfig(), 8192, kbit_training=not more, **kind)
-            assert json.loads(out)["LeMo"]["parts"] == expected.parts
+    ways = (("--load-in-4bit", NF4, ()), ("--load-in-8bit", INT8, ("--no-kbit-training",)))
+    for flag, kind, more in ways:
+        code, out, err = lemo(*options, flag, *more)
+        assert code == 0, err
+        expected = plan(LLAMA, LeMoConfig(), 8192, kbit_training=not more, **kind)
+        assert json.loads(out)["LeMo"]["parts"] == expected.parts
     code, _, err = lemo(*options, "--load-in-4bit", "--load-in-8bit")
     assert code == 2 and "exclude each other" in err and "Traceback" not in err
 
