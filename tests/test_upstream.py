@@ -15,7 +15,7 @@ SUITE = """
 import tempfile
 import unittest
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import NameOfAnotherVersion, Trainer, TrainingArguments
 
 ROW = {"input_ids": list(range(32)), "labels": list(range(32))}
@@ -38,8 +38,9 @@ class Small(unittest.TestCase):
         make_trainer(llama()).train()
 
     def test_other_family(self):
-        config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-        make_trainer(GPT2LMHeadModel(config)).train()
+        config = GPTNeoConfig(vocab_size=50, max_position_embeddings=32, hidden_size=16,
+                              num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
+        make_trainer(GPTNeoForCausalLM(config)).train()
 
     def test_tags(self):
         self.assertIsNone(make_trainer(llama()).model.model_tags)
@@ -70,10 +71,10 @@ def test_what_differs_is_told(tmp_path):
     assert (tags["stock"], tags["ours"]) == ("passed", "failed") and "lemo-hf" in tags["message"]
     assert sparse["lemo"] == 1 and sparse["trainings"]["compared"] == 1
     (reason,) = sparse["refused"]
-    assert "'gpt2' is not supported" in reason
+    assert "'gpt_neo' is not supported" in reason
     table = (tmp_path / "out" / "tally.md").read_text()
-    assert "| transformers | retention 0.5 | 3 | 2 of 3 | 1 | 0 of 1 | " in table
-    assert "| model_type 'gpt2' is not supported | 0.5 | 1 |" in table
+    assert "| transformers | retention 0.5 | 3 | 2 of 3 | 1 | 1 | 0 of 1 | " in table
+    assert "| model_type 'gpt_neo' is not supported | 0.5 | 1 |" in table
 
 
 def test_a_training_less_is_no_equal_one():
@@ -82,17 +83,28 @@ def test_a_training_less_is_no_equal_one():
         return {"a": {"outcome": "passed", "message": "", "trainings": found, "refused": []}}
 
     stock = record([2.0, 1.0], [3.0, None])
-    for ours, equal, largest in (
-        (stock, 2, 0.0),
-        (record([None, 1.0], [3.0, None]), 1, float("inf")),
-        (record([2.5, 1.0], [3.0, None]), 1, 0.2),
-        (record([2.0, 9.0], [3.0, None]), 1, 0.0),
-        (record([2.0, 1.0], [3.0]), 1, float("inf")),
-        (record([2.0, 1.0]), 1, float("inf")),
+    infinite = float("inf")
+    for ours, equal, largest, of_all in (
+        (stock, 2, 0.0, 0.0),
+        (record([None, 1.0], [3.0, None]), 1, infinite, infinite),
+        (record([2.5, 1.0], [3.0, None]), 1, 0.2, 0.2),
+        (record([2.0, 9.0], [3.0, None]), 1, 0.0, 8 / 9),
+        (record([2.0, 1.0], [3.0]), 1, infinite, infinite),
+        (record([2.0, 1.0]), 1, infinite, infinite),
     ):
         trainings = compared(stock, ours, "1")["trainings"]
         assert trainings["compared"] == 2 and trainings["equal"] == equal
         assert trainings["largest"] == pytest.approx(largest)
+        assert trainings["largest_of_all"] == pytest.approx(of_all)
+
+
+def test_a_training_that_left_nothing_out_is_told():
+    def record(*shares):
+        found = [{"lemo": True, "figures": [1.0], "kept": share} for share in shares]
+        return {"a": {"outcome": "passed", "message": "", "trainings": found, "refused": []}}
+
+    ours = record(0.4, 1.0, None)
+    assert compared(record(None, None, None), ours, "0.5")["trainings"]["sparse"] == 1
 
 
 def test_a_missing_test_differs():

@@ -158,8 +158,9 @@ def check_call(model: nn.Module, kwargs: dict[str, Any], promised: bool = False)
             "fused_lm_head=True: a TRL trainer asks for the log-probability of each token, and a "
             "sparse pass has those of kept tokens only. For SFT use "
             "lemo_hf.integrations.trl.LeMoSFTTrainer, for DPO "
-            "lemo_hf.integrations.trl_dpo.LeMoDPOTrainer. TRL's other trainers (KTO, GRPO, RLOO) "
-            "are not supported: call remove_lemo(model) first."
+            "lemo_hf.integrations.trl_dpo.LeMoDPOTrainer. TRL's other trainers are not supported "
+            "(KTO; GRPO and RLOO, whose sampler reads every token: a sparse pass would put their "
+            "importance ratios far from 1 before any step): call remove_lemo(model) first."
         )
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name) or (kwargs.get(name) is None and getattr(model.config, name, False)):

@@ -135,7 +135,8 @@ def _check(args: TrainingArguments, config: LeMoConfig) -> None:
         raise ValueError(
             f"{type(args).__name__} belongs to a TRL trainer, whose loss LeMoCallback cannot reach."
             " For SFT use lemo_hf.integrations.trl.LeMoSFTTrainer, for DPO "
-            "lemo_hf.integrations.trl_dpo.LeMoDPOTrainer; other TRL trainers are not supported."
+            "lemo_hf.integrations.trl_dpo.LeMoDPOTrainer; other TRL trainers are not supported "
+            "(KTO; GRPO and RLOO, whose sampler reads every token)."
         )
     if config.sequence_parallel_size > 1:
         raise ValueError(

@@ -190,8 +190,9 @@ def preferences():
     return Dataset.from_list(rows)
 
 
-def small(cls, tmp_path):
-    return cls(str(tmp_path), max_steps=1, per_device_train_batch_size=2, use_cpu=True, bf16=False)
+def small(cls, tmp_path, **settings):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, **settings}
+    return cls(str(tmp_path), use_cpu=True, bf16=False, **settings)
 
 
 def test_plain_dpo_is_refused_with_ours_named(tmp_path):
@@ -205,6 +206,44 @@ def test_plain_dpo_is_refused_with_ours_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"for DPO.*LeMoDPOTrainer.*remove_lemo"):
         trainer.train()
+
+
+def length(completions, **_):
+    return [float(len(completion)) for completion in completions]
+
+
+def other_trainer(kind, tmp_path, model, callbacks=()):
+    """TRL's trainer for rewards, or of single completions."""
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preferences()]
+    if kind == "KTO":
+        rows = [{**row, "label": i % 2 == 0} for i, row in enumerate(rows)]
+        more, settings = {}, {}
+    else:
+        more = {"reward_funcs": length}
+        settings = {"num_generations": 2, "max_completion_length": 8}
+    args = small(getattr(trl, f"{kind}Config"), tmp_path, **settings)
+    return getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "KTO"])
+def test_trainers_whose_sampler_or_reference_reads_every_token_are_refused(tmp_path, kind):
+    ready = model()
+    apply_lemo(ready, HALF)
+    before = {name: x.clone() for name, x in ready.state_dict().items()}
+    reason = r"KTO; GRPO and RLOO, whose sampler reads every token"
+    with pytest.raises(ValueError, match=rf"{reason}.*remove_lemo"):
+        other_trainer(kind, tmp_path, ready).train()
+    after = ready.state_dict()  # to which TRL may have added a reference
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    with pytest.raises(ValueError, match=rf"{kind}Config belongs to.*{reason}"):
+        other_trainer(kind, tmp_path, model(), [LeMoCallback(HALF)])
 
 
 def test_reward_models_are_refused_by_name(tmp_path):

@@ -4,7 +4,9 @@
 
 DIR are their sources, of which ``tests/`` and ``conftest.py`` are enough. Every suite runs as it
 is, and by LeMoTrainer, LeMoSFTTrainer or LeMoDPOTrainer with ``lemo_config=None``, retention 1 and
-retention 0.5. The tally tells where a test ends otherwise.
+retention 0.5. The tally tells where a test ends otherwise. With ``--gentle`` trainings are in fp32
+and take small steps, so that all their figures can be compared; tests may then fail, with the stock
+class as well.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tally import tally, write_tally
+from tally import SUITES, tally, write_tally
 
 MODES = ("stock", "none", "1", "0.5")
 HERE = Path(__file__).resolve().parent
@@ -25,7 +27,9 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="folder with tests/test_{sft,dpo}_trainer.py")
     parser.add_argument("--output", type=Path, default=Path("out/upstream"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--limit", type=int, default=300, help="seconds a test may take")
+    parser.add_argument("--gentle", action="store_true")
     parser.add_argument("-k", default="", help="only these tests, as of pytest")
     asked = parser.parse_args()
     output = asked.output.resolve()
@@ -37,6 +41,7 @@ def main() -> None:
         root = asked.trl.resolve()
         suites["trl"] = root, [root / "tests/test_sft_trainer.py"]
         suites["trl-dpo"] = root, [root / "tests/test_dpo_trainer.py"]
+    suites = {name: found for name, found in suites.items() if name in asked.suites}
     for name, (root, files) in suites.items():
         if not files or not files[0].is_file():
             parser.error(f"--{name}={root}: the folder has no trainer tests")
@@ -46,7 +51,9 @@ def main() -> None:
         make_stand_ins(output / "stand_ins")
     for name, (root, files) in suites.items():
         for mode in asked.modes:
-            run(output, name, mode, root, [*map(str, files), "-k", asked.k], asked.limit)
+            tests = [*map(str, files), "-k", asked.k]
+            tests += ["--lemo-gentle"] if asked.gentle else []
+            run(output, name, mode, root, tests, asked.limit)
     write_tally(output, tally(output, MODES))
     print((output / "tally.md").read_text())
 

@@ -21,6 +21,7 @@ import transformers
 from lemo_hf import LeMoConfig, LeMoTrainer
 
 CLASSES = ("transformers.Trainer", "trl.SFTTrainer", "trl.DPOTrainer")
+SMALL = 1e-3  # of a test's learning rate, in gentle trainings
 # Clocks and memory, and what our trainer adds.
 _NOT_COMPARED = ("runtime", "per_second", "mem_", "total_flos", "lemo/")
 
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lemo-mode", help="stock, none, or a retention")
     parser.addoption("--lemo-record", type=Path, help="file that gets a line of JSON a test")
     parser.addoption("--lemo-limit", type=int, help="seconds a test may take")
+    parser.addoption("--lemo-gentle", action="store_true", help="fp32, small steps")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
             _fill_names(path)
     plugin = InPlace(config.getoption("--lemo-record"), config.getoption("--lemo-limit"))
     plugin.watch_trainings()
+    if config.getoption("--lemo-gentle"):
+        _be_gentle()
     mode = config.getoption("--lemo-mode")
     if mode != "stock":
         plugin.replace(config.getoption("--lemo-class"), None if mode == "none" else float(mode))
@@ -60,20 +64,26 @@ class InPlace:
         """Note the figures of every training, also of the stock trainer."""
         plain, plain_step = transformers.Trainer.train, transformers.Trainer.training_step
         losses: list[float] = []
+        kept: list[float] = []
 
         @functools.wraps(plain)
         def train(trainer: transformers.Trainer, *args: Any, **kwargs: Any) -> Any:
             losses.clear()
+            kept.clear()
             result = plain(trainer, *args, **kwargs)
             lemo = getattr(trainer, "lemo", None) is not None
             figures = _figures(trainer, losses)
-            self.did["trainings"].append({"lemo": lemo, "figures": figures})
+            found = {"lemo": lemo, "figures": figures, "kept": min(kept, default=None)}
+            self.did["trainings"].append(found)
             return result
 
         @functools.wraps(plain_step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            loss = plain_step(*args, **kwargs)
+        def training_step(trainer: transformers.Trainer, *args: Any, **kwargs: Any) -> Any:
+            loss = plain_step(trainer, *args, **kwargs)
             losses.append(float(loss))
+            report = {} if getattr(trainer, "lemo", None) is None else trainer.lemo.report()
+            if report:
+                kept.append(report["attention_retention"])
             return loss
 
         transformers.Trainer.train = train
@@ -135,6 +145,19 @@ class InPlace:
             self.did["outcome"] = report.outcome
             crash = getattr(report.longrepr, "reprcrash", None)
             self.did["message"] = str(crash.message if crash else report.longrepr)[:400]
+
+
+def _be_gentle() -> None:
+    """Train in fp32 and by small steps: what rounding makes of later figures stays small."""
+    plain = transformers.TrainingArguments.__post_init__
+
+    @functools.wraps(plain)
+    def gentle(args: transformers.TrainingArguments) -> None:
+        args.bf16 = args.fp16 = False
+        args.learning_rate *= SMALL
+        plain(args)
+
+    transformers.TrainingArguments.__post_init__ = gentle
 
 
 def _figures(trainer: transformers.Trainer, losses: list[float]) -> list[float | None]:

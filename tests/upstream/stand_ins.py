@@ -34,6 +34,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("llama", "llama3", {}),
     "trl-internal-testing/tiny-Cohere2ForCausalLM": ("cohere2", "cohere2", {}),
     "trl-internal-testing/tiny-GPTNeoXForCausalLM": ("gpt_neox", "", {}),
+    "trl-internal-testing/tiny-Glm4MoeForCausalLM": (
+        "glm4_moe",
+        "glm4moe",
+        {"n_routed_experts": 4, **EXPERTS},
+    ),
     "trl-internal-testing/tiny-GptOssForCausalLM": (
         "gpt_oss",
         "gptoss",
@@ -44,8 +49,27 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "lfm2",
         {"full_attn_idxs": [1], "block_multiple_of": 8},
     ),
+    "trl-internal-testing/tiny-Lfm2ForCausalLM-2.5": (
+        "lfm2",
+        "lfm2_2_5",
+        {"full_attn_idxs": [1], "block_multiple_of": 8},
+    ),
     "trl-internal-testing/tiny-LlamaForCausalLM-3.2": ("llama", "llama3_2", {}),
     "trl-internal-testing/tiny-MistralForCausalLM-0.2": ("mistral", "", {}),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": (
+        "nemotron_h",
+        "nemotron_3_nano",
+        {
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 4,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": 32,
+            **EXPERTS,
+        },
+    ),
     "trl-internal-testing/tiny-Olmo3ForCausalLM": ("olmo3", "", {}),
     "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("qwen2", "qwen2_5", {}),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("qwen3", "qwen3", {}),
@@ -112,10 +136,13 @@ def _data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
                 {"prompt": prompt, "completion": rest} for prompt, rest in map(_halves, texts)
             ],
             "standard_implicit_prompt_preference": [
-                {"chosen": text, "rejected": other}
-                for text, other in zip(texts, reversed(texts), strict=True)
+                {
+                    "chosen": row["prompt"] + row["chosen"],
+                    "rejected": row["prompt"] + row["rejected"],
+                }
+                for row in _preferences(texts, _long_halves)
             ],
-            "standard_preference": _preferences(texts, _halves),
+            "standard_preference": _preferences(texts, _long_halves),
             "conversational_implicit_prompt_preference": [
                 {
                     "chosen": row["prompt"] + row["chosen"],
@@ -132,7 +159,10 @@ def _data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
             "prompt_completion": _prompts(texts, _thought),
             "preference": _preferences(texts, lambda t: tuple([turn] for turn in _thought(t))),
         },
-        "trl-internal-testing/toolcall": {"language_modeling": [_tool_row(t) for t in texts]},
+        "trl-internal-testing/toolcall": {
+            "language_modeling": [_tool_row(t) for t in texts],
+            "preference": [_tool_pair(*pair) for pair in zip(texts, reversed(texts), strict=True)],
+        },
         "Salesforce/wikitext": {
             "wikitext-2-raw-v1": [{"text": " ".join(texts[i:] + texts[:i])} for i in range(19)] * 12
         },
@@ -143,6 +173,14 @@ def _halves(text: str) -> tuple[str, str]:
     words = text.split(" ")
     half = len(words) // 2
     return " ".join(words[:half]), " " + " ".join(words[half:])
+
+
+def _long_halves(text: str) -> tuple[str, str]:
+    """Four lines stand before the one whose end is asked: a part of the prompt can be left out."""
+    texts = zen()
+    place = texts.index(text)
+    begin, end = _halves(text)
+    return "\n".join([*(texts[place - i] for i in (4, 3, 2, 1)), begin]), end
 
 
 def _chat(text: str) -> Iterator[dict[str, str]]:
@@ -161,7 +199,8 @@ def _prompts(texts: list[str], talk: Callable) -> list[dict[str, Any]]:
 
 
 def _turns(text: str) -> tuple[list, list]:
-    question, answer = _chat(text)
+    _, answer = _chat(text)
+    question = {"role": "user", "content": f"How does it go on: {_long_halves(text)[0]}?"}
     return [question], [answer]
 
 
@@ -191,6 +230,19 @@ def _tool_row(text: str) -> dict[str, Any]:
             answer,
         ],
         "tools": json.dumps([{"type": "function", "function": function}]),
+    }
+
+
+def _tool_pair(text: str, other: str) -> dict[str, Any]:
+    """The right call of a tool against another; with its prompt in the 512 tokens of the test."""
+    row, worse = _tool_row(text), _tool_row(other)
+    (tool,) = json.loads(row["tools"])
+    tool["function"]["parameters"] = {"type": "object", "properties": {"start": {}}}
+    return {
+        "prompt": row["messages"][:1],
+        "chosen": row["messages"][1:2],
+        "rejected": worse["messages"][1:2],
+        "tools": json.dumps([tool]),
     }
 
 

@@ -34,11 +34,11 @@ def compared(stock: dict[str, Any], ours: dict[str, Any], mode: str) -> dict[str
     Returns:
         ``differ``: tests that end otherwise. ``same``: how many do not, by the stock outcome.
         ``lemo``: passing tests with a sparse training. ``refused``: reasons, and in how many tests.
-        ``trainings``: how many were compared, how many have the same figures to the bit, and the
-        largest relative difference of the first loss.
+        ``trainings``: how many were compared, how many have the same figures to the bit, how many
+        left tokens out, and the largest relative difference of the first loss and of any figure.
     """
     same, refused = Counter(), Counter()
-    differ, equal, differences = [], 0, []
+    differ, equal, sparse, differences, all_differences = [], 0, 0, [], []
     for test, record in stock.items():
         other = ours.get(test, {"outcome": "missing", "message": "", "trainings": []})
         refused.update(set(other.get("refused", ())))
@@ -52,7 +52,10 @@ def compared(stock: dict[str, Any], ours: dict[str, Any], mode: str) -> dict[str
         for theirs, mine in zip_longest(record["trainings"], other["trainings"], fillvalue=nothing):
             if mine["lemo"] or mode == "none":
                 equal += theirs["figures"] == mine["figures"]
-                differences.append((_difference(theirs["figures"], mine["figures"]), test))
+                sparse += (mine.get("kept") or 1) < 1
+                each = _differences(theirs["figures"], mine["figures"])
+                differences.append((each[0], test))
+                all_differences.append(max(each))
     largest = max((difference for difference, _ in differences), default=0.0)
     return {
         "differ": differ,
@@ -62,7 +65,9 @@ def compared(stock: dict[str, Any], ours: dict[str, Any], mode: str) -> dict[str
         "trainings": {
             "compared": len(differences),
             "equal": equal,
+            "sparse": sparse,
             "largest": largest,
+            "largest_of_all": max(all_differences, default=0.0),
             "largest_in": [test for found, test in differences if found == largest > 0],
         },
     }
@@ -74,8 +79,9 @@ def write_tally(output: Path, result: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [f"With {versions}.", "", "| suite | class | passes in stock | ends the same |"]
     lines[-1] += " tests with a sparse training |"
-    lines[-1] += " trainings equal to the bit | first loss, largest difference |"
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    lines[-1] += " trainings that left tokens out | trainings equal to the bit |"
+    lines[-1] += " largest difference of a first loss | of any figure |"
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for suite, found in result["suites"].items():
         passes = found["stock"]["passed"]
         for mode, compared in found["modes"].items():
@@ -86,8 +92,10 @@ def write_tally(output: Path, result: dict[str, Any]) -> None:
                 str(passes),
                 f"{compared['same']['passed']} of {passes}",
                 str(compared["lemo"]),
+                str(trainings["sparse"]),
                 f"{trainings['equal']} of {trainings['compared']}",
                 f"{trainings['largest']:.1e}",
+                f"{trainings['largest_of_all']:.1e}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| differs | class | stock | ours | message |", "| --- | --- | --- | --- | --- |"]
@@ -114,14 +122,18 @@ def _read(path: Path) -> dict[str, Any]:
     return {record.pop("test"): record for record in records}
 
 
-def _difference(theirs: Sequence[float | None], ours: Sequence[float | None]) -> float:
-    """Of the first losses, relative; infinite where the figures are not of one kind.
+def _differences(theirs: Sequence[float | None], ours: Sequence[float | None]) -> list[float]:
+    """Of each figure, relative; infinite where the figures are not of one kind.
 
-    What comes after them depends on them, and in tests with a high learning rate wildly.
+    What comes after the first losses depends on them, and in tests with a high learning rate
+    wildly.
     """
     if len(theirs) != len(ours):
-        return float("inf")
-    first, other = theirs[0], ours[0]
-    if first is None or other is None:
-        return 0.0 if first is other else float("inf")
-    return abs(first - other) / max(abs(first), abs(other), FLOOR)
+        return [float("inf")]
+    return [_difference(*pair) for pair in zip(theirs, ours, strict=True)]
+
+
+def _difference(one: float | None, other: float | None) -> float:
+    if one is None or other is None:
+        return 0.0 if one is other else float("inf")
+    return abs(one - other) / max(abs(one), abs(other), FLOOR)
