@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.dry_models import _poison, dry_models_are_shared  # noqa: F401
 from support.paths import DEMO
 from transformers import AutoTokenizer, LlamaConfig
 

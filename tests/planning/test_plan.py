@@ -218,6 +218,7 @@ def test_a_level_for_each_layer(levels, launched):
     assert expected.levels == levels
 
 
+@pytest.mark.usefixtures("own_dry_models")
 @pytest.mark.parametrize(
     ("level", "targets", "rows"), [("mlp", None, 64), ("selective", QKVO, 100), ("full", None, 128)]
 )
@@ -343,6 +344,7 @@ def test_longest_rows_by_level():
     assert planner.longest(offloaded, 24 * GIB) > 1.5 * found["full"]
 
 
+@pytest.mark.usefixtures("own_dry_models")
 def test_kernels_launch_again_after_a_plan(monkeypatch):
     """What a plan alters for its time is as it was, after an error too."""
 
