@@ -356,7 +356,7 @@ def test_kernels_launch_again_after_a_plan(monkeypatch):
     assert state() == before
     monkeypatch.setattr("lemo_hf.planning.dry_run.DryRun._add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plan(tiny()[1], LeMoConfig(block_size=16), 64)
+        plan(tiny()[1], LeMoConfig(block_size=16), 80)
     assert state() == before
 
 
