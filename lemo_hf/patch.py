@@ -297,10 +297,10 @@ class LeMo:
             seconds: Seconds that they took.
 
         Returns:
-            Retention, kept tokens per second and, with CUDA, peak memory in GiB, by names that
-            start with ``lemo/``; empty if there was no sparse pass.
+            Retention, tokens of the rows, kept tokens per second and, with CUDA, peak memory in
+            GiB, by names that start with ``lemo/``; empty if there was no sparse pass.
         """
-        report = self.report()
+        report, tokens = self.report(), int(self.passes.tally.counts["real"])
         self.passes.tally.reset()
         if not report:
             return {}
@@ -308,6 +308,7 @@ class LeMo:
         figures = {
             "lemo/attention_retention": report["attention_retention"],
             "lemo/mlp_retention": report["mlp_retention"],
+            "lemo/tokens": tokens,
             "lemo/kept_tokens_per_second": report["kept_tokens"] / seconds,
         }
         if torch.cuda.is_available():

@@ -21,11 +21,11 @@ from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.run_card import RunFacts, add_run
 from lemo_hf.storage.checkpoints import newest_whole_checkpoint
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
-
 
 # A mixin has no base of its own; type checkers are told whose methods it stands before.
 if TYPE_CHECKING:
@@ -241,10 +241,26 @@ class LeMoMixin(_Mixed):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, with ``lemo_config.json`` and the predictor beside the model."""
+        """As Trainer's, with LeMo's files beside the model and what trained in its card."""
         if self.lemo is not None and self.args.should_save:
             self.lemo.save_files(output_dir or self._output_dir())
         super().save_model(output_dir, _internal_call=_internal_call)
+        if not _internal_call:
+            self._add_to_card(output_dir or self._output_dir())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with a section on what trained."""
+        super().create_model_card(*args, **kwargs)
+        self._add_to_card(self._output_dir())
+
+    def _add_to_card(self, directory: str) -> None:
+        if self.lemo is None or not self.state.global_step or not self.is_world_process_zero():
+            return
+        base = transformers_model(self._model()).config._name_or_path
+        rows = self.get_total_train_batch_size(self.args)
+        processes = self.args.world_size // self._sequence_parallel_size()
+        facts = RunFacts(self.lemo.config, self.lemo.describe(), base, self.state, rows, processes)
+        add_run(directory, facts)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies only the files it knows from a checkpoint to what it pushes.
@@ -294,9 +310,8 @@ class LeMoMixin(_Mixed):
 
     def _resume_predictor(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         """Choose blocks as the checkpoint's run did; the Hub is not asked."""
-        if config.policy != "predictor":
-            return
-        if not os.path.isfile(os.path.join(checkpoint, WEIGHTS_NAME)):
+        weights = os.path.join(checkpoint, WEIGHTS_NAME)
+        if config.policy != "predictor" or not os.path.isfile(weights):
             return
         saved = LeMoPredictor.from_pretrained(checkpoint)
         given = None if self.lemo is None else self.lemo.predictor

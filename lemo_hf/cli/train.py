@@ -169,7 +169,9 @@ def _fine_tune(
             metrics = {**metrics, **evaluated}
         trainer.save_state()
         if args.push_to_hub:
-            trainer.push_to_hub()
+            trainer.push_to_hub()  # with a model card
+        else:
+            trainer.create_model_card()
     return trainer, metrics
 
 
