@@ -15,6 +15,7 @@ IMPORTS = {
     "modes": "",
     "altered": "",
     "announce": "",
+    "progress": "",
     "cards": "",
     "config_checks": "shown",
     "storage": "shown",
@@ -36,12 +37,12 @@ IMPORTS = {
     "run_card storage",
     "integrations": "config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
-    "tune": "batch config core eval kernels modes patch predictors storage",
+    "tune": "batch config core eval kernels modes patch predictors progress storage",
     "planning": "altered config core kernels memory patch",
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
     "cli": "announce config describe eval inspection integrations kernels load_predictor planning "
-    "patch predictors report run_card "
+    "patch predictors progress report run_card "
     "shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.

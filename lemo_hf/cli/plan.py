@@ -16,6 +16,7 @@ from lemo_hf.cli.options import (
     prepared_config,
 )
 from lemo_hf.config import LeMoConfig
+from lemo_hf.progress import Estimated
 
 if TYPE_CHECKING:
     from lemo_hf.planning.plan import Plan
@@ -98,7 +99,7 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    from lemo_hf.planning.plan import Planner
+    from lemo_hf.planning.plan import LOOKS, Planner
 
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -111,25 +112,30 @@ def plan(
         "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    planner = Planner(prepared_config(model, trust_remote_code=trust_remote_code), **settings)
+    prepared = prepared_config(model, trust_remote_code=trust_remote_code)
+    planner = Planner(prepared, looked=lambda: bar.update(), **settings)
     targets = planner.targets
     settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets
     room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
-    found = planner.plans(lemo, tokens, room)
-    found["stock"] = planner.plan(None, tokens, room)
-    result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
-    for name, phase in found.items():
-        entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
-        entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
-        if memory_gib is not None and room is not None:
-            alone = {"sparse": dataclasses.replace(lemo, dense_finish=0), "stock": None}
-            alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
-            entry["fits"] = phase.fits(memory_gib - reserve_gib)
-            entry["longest"] = planner.longest(alone[name], room)
-        result[COLUMNS[name]] = entry
-    fits = {name: result[COLUMNS[name]].get("fits") for name in found}
-    if room is not None and fits.get("sparse") and fits.get("finish") is False:
-        result["fitting_finish"] = planner.fitting_finish(lemo, tokens, room)
+    with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
+        bar.expect(3 if room is None else 3 + 4 * LOOKS)
+        found = planner.plans(lemo, tokens, room)
+        found["stock"] = planner.plan(None, tokens, room)
+        result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
+        for number, (name, phase) in enumerate(found.items()):
+            entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
+            entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
+            if memory_gib is not None and room is not None:
+                alone = {"sparse": dataclasses.replace(lemo, dense_finish=0), "stock": None}
+                alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
+                entry["fits"] = phase.fits(memory_gib - reserve_gib)
+                bar.expect((len(found) - number + 1) * LOOKS)
+                entry["longest"] = planner.longest(alone[name], room)
+            result[COLUMNS[name]] = entry
+        fits = {name: result[COLUMNS[name]].get("fits") for name in found}
+        if room is not None and fits.get("sparse") and fits.get("finish") is False:
+            bar.expect(LOOKS)
+            result["fitting_finish"] = planner.fitting_finish(lemo, tokens, room)
     if as_json:
         print(json.dumps(result))
         return
