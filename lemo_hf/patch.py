@@ -302,10 +302,10 @@ class LeMo:
             seconds: Time that these passes took, seconds.
 
         Returns:
-            Retention, kept tokens a second and, with CUDA, peak memory in GiB, under names that
-            start with ``lemo/``; empty if there was no sparse pass.
+            Retention, tokens of the rows, kept tokens a second and, with CUDA, peak memory in GiB,
+            under names that start with ``lemo/``; empty if there was no sparse pass.
         """
-        report = self.report()
+        report, tokens = self.report(), int(self.passes.tally.counts["real"])
         self.passes.tally.reset()
         if not report:
             return {}
@@ -313,6 +313,7 @@ class LeMo:
         figures = {
             "lemo/attention_retention": report["attention_retention"],
             "lemo/mlp_retention": report["mlp_retention"],
+            "lemo/tokens": tokens,
             "lemo/kept_tokens_per_second": report["kept_tokens"] / seconds,
         }
         if torch.cuda.is_available():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import is_datasets_available
 
 from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
@@ -21,11 +20,12 @@ from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.run_card import RunFacts, add_run
 from lemo_hf.storage.checkpoints import newest_whole_checkpoint
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.storage.lengths import longest_row
 
 logger = logging.getLogger(__name__)
-
 
 # A mixin has no base of its own; type checkers are told whose methods it stands before.
 if TYPE_CHECKING:
@@ -245,10 +245,26 @@ class LeMoMixin(_Mixed):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, with ``lemo_config.json`` and the predictor beside the model."""
+        """As Trainer's, with LeMo's files beside the model and what trained in its card."""
         if self.lemo is not None and self.args.should_save:
             self.lemo.save_files(output_dir or self._output_dir())
         super().save_model(output_dir, _internal_call=_internal_call)
+        if not _internal_call:
+            self._add_to_card(output_dir or self._output_dir())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with a section on what trained."""
+        super().create_model_card(*args, **kwargs)
+        self._add_to_card(self._output_dir())
+
+    def _add_to_card(self, directory: str) -> None:
+        if self.lemo is None or not self.state.global_step or not self.is_world_process_zero():
+            return
+        base = transformers_model(self._model()).config._name_or_path
+        rows = self.get_total_train_batch_size(self.args)
+        processes = self.args.world_size // self._sequence_parallel_size()
+        facts = RunFacts(self.lemo.config, self.lemo.describe(), base, self.state, rows, processes)
+        add_run(directory, facts)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies only the files it knows from a checkpoint to what it pushes.
@@ -259,23 +275,14 @@ class LeMoMixin(_Mixed):
     def _check_block_size(self, inputs: Mapping[str, Any], config: LeMoConfig) -> None:
         """Raises ValueError if it is certain that no sequence is as long as one block.
 
-        Checked at the first batch, since a collator may pack rows. Only datasets that can be read
-        without side effects are checked: others may draw by chance or be endless.
+        Checked at the first batch, since a collator may pack rows.
         """
         ids = inputs.get("input_ids")
-        rows: Any = self.train_dataset
         if ids is None or ids.shape[-1] >= config.block_size:
             return
-        if not (isinstance(rows, list) or _is_plain_dataset(rows)):
-            return
-        longest = 0
-        for row in rows:
-            if not isinstance(row, Mapping):
-                return
-            longest = max(longest, len(row.get("input_ids", ())))
-            if longest >= config.block_size:
-                return
-        if ids.shape[-1] <= longest:  # else it is packed, and another batch may be longer
+        longest = longest_row(self.train_dataset, config.block_size)
+        # A batch longer than any row is packed, and another one may be longer.
+        if longest is not None and ids.shape[-1] <= longest:
             check_block_size(config, longest)
 
     def _check_resumed_config(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
@@ -298,9 +305,8 @@ class LeMoMixin(_Mixed):
 
     def _resume_predictor(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         """Choose blocks by the checkpoint's predictor; the Hub is not asked."""
-        if config.policy != "predictor":
-            return
-        if not os.path.isfile(os.path.join(checkpoint, WEIGHTS_NAME)):
+        weights = os.path.join(checkpoint, WEIGHTS_NAME)
+        if config.policy != "predictor" or not os.path.isfile(weights):
             return
         saved = LeMoPredictor.from_pretrained(checkpoint)
         given = None if self.lemo is None else self.lemo.predictor
@@ -315,16 +321,6 @@ class LeMoMixin(_Mixed):
             )
         remove_lemo(self._model())
         self._apply_lemo(self._model(), config, saved)
-
-
-def _is_plain_dataset(rows: Any) -> bool:
-    """Whether ``rows`` are a `datasets.Dataset` without a transform, since a transform may draw by
-    chance."""
-    if not is_datasets_available():
-        return False
-    from datasets import Dataset
-
-    return isinstance(rows, Dataset) and rows.format["type"] != "custom"
 
 
 class LeMoTrainer(LeMoMixin, Trainer):

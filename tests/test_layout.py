@@ -15,11 +15,14 @@ IMPORTS = {
     "modes": "",
     "altered": "",
     "announce": "",
+    "progress": "",
+    "cards": "",
     "config_checks": "shown",
     "storage": "shown",
     "config": "config_checks shown storage version",
     "kernels": "",
-    "predictors": "config shown storage version",
+    "predictors": "cards config shown storage version",
+    "run_card": "cards config storage",
     "batch": "config kernels predictors",
     "memory": "batch config kernels",
     "parallel": "altered batch",
@@ -30,15 +33,16 @@ IMPORTS = {
     "check": "config core",
     "patch": "check config core describe graphs kernels load_predictor memory predictors",
     "integrations.callback": "announce config core kernels patch",
-    "trainer": "announce config core integrations.callback parallel patch predictors storage",
+    "trainer": "announce config core integrations.callback parallel patch predictors "
+    "run_card storage",
     "integrations": "config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
-    "tune": "batch config core eval kernels modes patch predictors storage",
+    "tune": "batch config core eval kernels modes patch predictors progress storage",
     "planning": "altered config core kernels memory patch",
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
     "cli": "announce config describe eval inspection integrations kernels load_predictor planning "
-    "patch predictors report "
+    "patch predictors progress report run_card "
     "shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.

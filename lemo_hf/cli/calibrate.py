@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.options import (
+    AsJson,
     Dataset,
     ModelOptions,
     Rows,
@@ -39,9 +40,7 @@ def calibrate(
     text_column: TextColumn = "text",
     tokens: Tokens = 8192,
     rows: Rows = 8,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find a score threshold for each layer on text like yours, and write them as a LeMoConfig."""
     check_output(output, "--output", directory=True)

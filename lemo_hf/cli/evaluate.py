@@ -1,7 +1,7 @@
 """`lemo eval perplexity`, `lemo eval longbench` and `lemo eval retrieval`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -74,9 +74,11 @@ def perplexity(
 
     _check_documents(dataset, split, text_column)
     lm, tokenizer = model.load(max_length)
+    shown = PartialState().is_main_process and not as_json
+    documents = _token_documents(dataset, split, text_column, tokenizer, max_documents, shown)
     found = measure(
         lm,
-        _token_documents(dataset, split, text_column, tokenizer, max_documents),
+        documents,
         max_length=max_length,
         stride=stride,
         protocol=protocol.value,
@@ -267,18 +269,31 @@ def _check_documents(dataset: Sequence[str], split: str, text_column: str) -> No
 
 
 def _token_documents(
-    dataset: Sequence[str], split: str, text_column: str, tokenizer: Any, most: int | None
-) -> Iterator[Sequence[int]]:
-    """Token ids of each document; a .bin file is one document."""
+    dataset: Sequence[str],
+    split: str,
+    text_column: str,
+    tokenizer: Any,
+    most: int | None,
+    progress: bool,
+) -> list[Sequence[int]]:
+    """Token ids of each document; a .bin file is one document.
+
+    All documents are read before the first is evaluated, so that the time left is known.
+    """
     from itertools import islice
+
+    import numpy as np
+    from tqdm.auto import tqdm
 
     from lemo_hf.eval.token_files import read_token_file
     from lemo_hf.storage.text_rows import load_documents
 
     if binary := _binary(dataset):
-        return (cast(Sequence[int], read_token_file(path)) for path in binary[:most])
-    texts = load_documents(dataset, split, text_column)
-    return (tokenizer(text, verbose=False)["input_ids"] for text in islice(texts, most))
+        return [cast(Sequence[int], read_token_file(path)) for path in binary[:most]]
+    texts = islice(load_documents(dataset, split, text_column), most)
+    shown = tqdm(texts, total=most, desc="documents", disable=not progress)
+    ids = (tokenizer(text, verbose=False)["input_ids"] for text in shown)
+    return [cast(Sequence[int], np.asarray(x, dtype=np.int32)) for x in ids]
 
 
 def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:

@@ -36,8 +36,26 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row: the length to tr
 Rows = Annotated[int, typer.Option(min=1, help="Rows to use.")]
 Dtype = Annotated[DType, typer.Option(help="Dtype of the model's weights.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
+
+
+def _without_bars(context: typer.Context, as_json: bool) -> bool:
+    """Transformers shows none either, when it loads and writes weights, until the command ends."""
+    if as_json:
+        from transformers.utils import logging
+
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            context.call_on_close(logging.enable_progress_bar)
+    return as_json
+
+
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON, without progress bars.")
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as JSON, without progress bars.",
+        callback=_without_bars,
+    ),
 ]
 
 

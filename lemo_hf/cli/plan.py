@@ -16,6 +16,7 @@ from lemo_hf.cli.options import (
     prepared_config,
 )
 from lemo_hf.config import LeMoConfig
+from lemo_hf.progress import Estimated
 
 if TYPE_CHECKING:
     from lemo_hf.planning.plan import Plan
@@ -105,7 +106,7 @@ def plan(
 
     card = _card(gpu, load_in_4bit or load_in_8bit)
 
-    from lemo_hf.planning.plan import Planner
+    from lemo_hf.planning.plan import LOOKS, Planner
     from lemo_hf.planning.speed import step_seconds
 
     settings: dict[str, Any] = {
@@ -119,32 +120,37 @@ def plan(
         "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    planner = Planner(prepared_config(model, trust_remote_code=trust_remote_code), **settings)
+    prepared = prepared_config(model, trust_remote_code=trust_remote_code)
+    planner = Planner(prepared, looked=lambda: bar.update(), **settings)
     targets = planner.targets
     settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets
     room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
-    found = planner.plans(lemo, tokens, room)
-    found["stock"] = planner.plan(None, tokens, room)
-    found["fused"] = planner.plan(None, tokens, room, fused=True)
-    result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
-    if card is not None:
-        result["gpu"] = card.title
-    for name, phase in found.items():
-        entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
-        entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
-        if memory_gib is not None and room is not None:
-            alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
-            alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
-            entry["fits"] = phase.fits(memory_gib - reserve_gib)
-            entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
+    with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
+        bar.expect(4 if room is None else 4 + 5 * LOOKS)
+        found = planner.plans(lemo, tokens, room)
+        found["stock"] = planner.plan(None, tokens, room)
+        found["fused"] = planner.plan(None, tokens, room, fused=True)
+        result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
         if card is not None:
-            seconds = step_seconds(phase, card)
-            entry["step_ms"] = round(1e3 * seconds, 1)
-            entry["tokens_per_s"] = round(batch_size * tokens / seconds)
-        result[COLUMNS[name]] = entry
-    fits = {name: result[COLUMNS[name]].get("fits") for name in found}
-    if room is not None and fits.get("sparse") and fits.get("finish") is False:
-        result["fitting_finish"] = planner.fitting_finish(lemo, tokens, room)
+            result["gpu"] = card.title
+        for number, (name, phase) in enumerate(found.items()):
+            entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
+            entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
+            if memory_gib is not None and room is not None:
+                alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
+                alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
+                entry["fits"] = phase.fits(memory_gib - reserve_gib)
+                bar.expect((len(found) - number + 1) * LOOKS)
+                entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
+            if card is not None:
+                seconds = step_seconds(phase, card)
+                entry["step_ms"] = round(1e3 * seconds, 1)
+                entry["tokens_per_s"] = round(batch_size * tokens / seconds)
+            result[COLUMNS[name]] = entry
+        fits = {name: result[COLUMNS[name]].get("fits") for name in found}
+        if room is not None and fits.get("sparse") and fits.get("finish") is False:
+            bar.expect(LOOKS)
+            result["fitting_finish"] = planner.fitting_finish(lemo, tokens, room)
     if as_json:
         print(json.dumps(result))
         return

@@ -1,6 +1,7 @@
 """`lemo train`."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson
+from lemo_hf.progress import Estimated
 from lemo_hf.storage.outputs import check_output, only_run
 
 if TYPE_CHECKING:
@@ -93,7 +95,9 @@ def train(
         settings.values["lemo"] = False
     planned = None
     if memory_gib is not None:
-        found, planned = plan_for_card(settings, memory_gib)
+        hidden = as_json or os.environ.get("RANK", "0") != "0"
+        with Estimated(desc="planned steps", unit="step", leave=False, disable=hidden) as bar:
+            found, planned = plan_for_card(settings, memory_gib, bar)
         run = settings.build()
     else:
         run = settings.build()
@@ -172,7 +176,9 @@ def _fine_tune(
             metrics = {**metrics, **evaluated}
         trainer.save_state()
         if args.push_to_hub:
-            trainer.push_to_hub()
+            trainer.push_to_hub()  # with a model card
+        else:
+            trainer.create_model_card()
     return trainer, metrics
 
 

@@ -10,7 +10,8 @@ from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import LeMoConfig
-from lemo_hf.planning.plan import GIB, Plan, Planner
+from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
+from lemo_hf.progress import Estimated
 
 PRESET = "card"  # which holds what a card does not decide
 OFFLOADS = (8, 16, 32, 64, 128)  # GiB to pin, at most half of the host's memory
@@ -23,7 +24,7 @@ WORDS = {
 }
 
 
-def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
+def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tuple[Found, str]:
     """Set ``data.tokens``, checkpointing and offload where the user did not.
 
     The first of these ways that fits is taken: store everything, compute again, compute again and
@@ -61,7 +62,9 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     room = (memory_gib - RESERVE_GIB) * GIB
     ways = list(_ways(settings, start))
     planners = {
-        checkpointing: Planner(config, gradient_checkpointing=checkpointing, **common)
+        checkpointing: Planner(
+            config, gradient_checkpointing=checkpointing, looked=bar.update, **common
+        )
         for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in ways)
     }
 
@@ -84,10 +87,12 @@ def plan_for_card(settings: Settings, memory_gib: float) -> tuple[Found, str]:
     window = next(iter(planners.values())).window
     positions = config.get_text_config().max_position_embeddings
     tokens = tokens or min(positions, window or positions)
+    bar.expect(2 * len(ways))
     chosen = fitting(tokens)
     if chosen is None:
         checkpointing, offload = ways[-1]
         lemo = None if start is None else _offloading(start, offload)
+        bar.expect(2 * (LOOKS + len(ways)))
         most = planners[checkpointing].longest(lemo, room)
         chosen = fitting(most) if most and asked is None else None
         if chosen is None:

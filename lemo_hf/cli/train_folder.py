@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.cli.train_settings import FILE_NAME
+from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
 
@@ -49,7 +50,8 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
 
 def clear(directory: str) -> None:
     """Remove the run in ``directory``; files of other kinds stay."""
-    for path in [Path(directory, name) for name in LEFT] + _weights(directory):
+    card = [CARD_NAME] if is_ours(directory) else []
+    for path in [Path(directory, name) for name in (*LEFT, *card)] + _weights(directory):
         path.unlink(missing_ok=True)
     for path in checkpoints(directory):
         shutil.rmtree(path)

@@ -141,6 +141,6 @@ def _rows(
     examples = load_examples(dataset, split)
     first = next(examples)  # there is one, or an error
     if _is_labelled(first):
-        return labelled_rows(chain([first], examples), tokenizer, tokens, rows)
+        return labelled_rows(chain([first], examples), tokenizer, tokens, rows, progress)
     documents = load_documents(dataset, split, text_column)
     return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)

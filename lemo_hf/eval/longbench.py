@@ -70,7 +70,7 @@ def run_longbench(
         chat_template: Whether to put prompts into the tokenizer's chat template, if it has one,
             except for the six tasks for which the benchmark does not.
         max_rows: Number of first rows of each task to answer; None: all.
-        progress: Whether progress bars are shown, on the first process.
+        progress: Whether a progress bar is shown, on the first process.
 
     Returns:
         Scores by task, see `score_folder`, of all tasks in ``output_dir``; on every process.
@@ -106,12 +106,21 @@ def run_longbench(
     def rows_of(task: Task) -> list[dict[str, Any]]:
         return load_task(task.name, data, extended=extended, revision=revision)[:max_rows]
 
-    def check() -> None:
+    def check() -> int:
+        total = 0
         for task in chosen:
-            check_rows(task.name, rows_of(task))
+            rows = rows_of(task)
+            check_rows(task.name, rows)
+            total += len(rows)
+        return total
 
-    _first_process(check)
-    with ExitStack() as held, evaluating(model):
+    total = _first_process(check)
+    hidden = not (progress and state.is_main_process)
+    with (
+        ExitStack() as held,
+        evaluating(model),
+        tqdm(total=total, desc="LongBench", unit="row", disable=hidden) as bar,
+    ):
         # What a context manager gives is None, which can be sent to the other processes.
         _first_process(lambda: held.enter_context(only_run(folder)))
         _first_process(lambda: claim_folder(folder, settings))
@@ -119,7 +128,8 @@ def run_longbench(
             with state.main_process_first():  # it downloads, the others find the file
                 rows = rows_of(task)
             answer = _Answer(model, tokenizer, task, lengths[task.name], chat_template)
-            _predict(rows, folder / f"{task.name}.jsonl", answer, batch_size, progress)
+            bar.set_postfix(task=task.name)
+            _predict(rows, folder / f"{task.name}.jsonl", answer, batch_size, bar)
         return _first_process(lambda: score_folder(folder, extended=extended))
 
 
@@ -145,20 +155,20 @@ class _Answer:
 
 
 def _predict(
-    rows: Sequence[dict[str, Any]], path: Path, answer: _Answer, batch_size: int, progress: bool
+    rows: Sequence[dict[str, Any]], path: Path, answer: _Answer, batch_size: int, bar: tqdm
 ) -> None:
     """Append the predictions that ``path`` lacks, one batch of each process at a time."""
     state = PartialState()
     done = _first_process(lambda: resume(path, rows, batch_size))
-    hidden = not (progress and state.is_main_process)
-    with tqdm(total=len(rows), initial=done, desc=path.stem, unit="row", disable=hidden) as bar:
-        for start in range(done, len(rows), batch_size * state.num_processes):
-            first = start + state.process_index * batch_size
-            # In the order of the processes, which is that of the rows; the last may have none.
-            predictions = gather_object(answer(rows[first : first + batch_size]))
-            if state.is_main_process:
-                append(path, rows[start : start + len(predictions)], predictions)
-            bar.update(len(predictions))
+    bar.total -= done  # of an earlier run; they say nothing of the time that the others take
+    bar.refresh()
+    for start in range(done, len(rows), batch_size * state.num_processes):
+        first = start + state.process_index * batch_size
+        # In the order of the processes, which is that of the rows; the last may have none.
+        predictions = gather_object(answer(rows[first : first + batch_size]))
+        if state.is_main_process:
+            append(path, rows[start : start + len(predictions)], predictions)
+        bar.update(len(predictions))
 
 
 def _first_process(work: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from lemo_hf.planning.work import Work
 
 # What to do about a model whose memory is not predicted.
 FARTHEST = 2**22  # tokens: where looking for the longest row ends, since each look takes seconds
+LOOKS = 5  # that the longest row, or the share that fits, mostly takes
 MEASURE = "run a few steps and read lemo/peak_memory_gib in the logs."
 
 
@@ -66,6 +67,7 @@ class Planner:
     Args:
         config: Of a transformers causal LM.
         batch_size: Rows.
+        looked: Is called after each step that was planned, which takes up to some seconds.
         **trained: Fields of `Trained`.
 
     Attributes:
@@ -76,8 +78,15 @@ class Planner:
         ValueError: A value is wrong, or is one whose memory is not predicted.
     """
 
-    def __init__(self, config: Any, batch_size: int = 1, **trained: Any):
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int = 1,
+        looked: Callable[[], object] | None = None,
+        **trained: Any,
+    ):
         check_count("batch_size", batch_size)
+        self._looked = looked
         how = Trained(**trained)
         _check_config(config)
         self.window = _window(config)
@@ -109,6 +118,8 @@ class Planner:
         phases = {phase: parts.total() for phase, parts in found.items()}
         peak = max(phases, key=lambda phase: phases[phase])
         parts = {part: size for part, size in found[peak].items() if size}
+        if self._looked is not None:
+            self._looked()
         return Plan(parts, peak, phases, levels, pinned, work, fused)
 
     def plans(self, lemo: LeMoConfig, tokens: int, room: float | None) -> dict[str, Plan]:

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -13,16 +12,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from lemo_hf.batch.tally import Seen
 from lemo_hf.patch import LeMo, lemo_of, transformers_model
 from lemo_hf.report.data import read_record
 from lemo_hf.report.environment import environment
+from lemo_hf.report.kept import Kept
 from lemo_hf.report.page import RECORD_NAME, write_report
+from lemo_hf.report.places import add_moment, moments_until
 from lemo_hf.storage.files import whole_file, write_json
 
 
 class ReportCallback(TrainerCallback):
-    """Keeps retention by layer at each log; writes ``report.html`` at the end.
+    """Keeps retention by layer and by place at each log; writes ``report.html`` at the end.
 
     Beside the page it writes ``lemo_report.json`` (at each log, as a whole) and Trainer's own
     ``trainer_state.json`` into the output directory. A resumed run goes on with both. Retention is
@@ -33,8 +33,8 @@ class ReportCallback(TrainerCallback):
     def __init__(self) -> None:
         self._record: dict[str, Any] = {}  # stays empty but in process 0's trainings
         self._lemo: LeMo | None = None
-        self._layers = 0
-        self._reset()
+        self._kept: Kept | None = None
+        self._logged = 0  # the last step of the last log
 
     def on_train_begin(
         self,
@@ -49,18 +49,21 @@ class ReportCallback(TrainerCallback):
         inner = transformers_model(model)
         self._stop_listening()  # a training that failed had no end
         self._lemo = lemo_of(model)
-        self._layers = 0 if self._lemo is None else len(self._lemo.rules)
-        if self._lemo is not None:
-            self._lemo.passes.tally.listeners.append(self._count)
-        self._reset()
+        self._kept = None if self._lemo is None else Kept(self._lemo)
+        self._logged = state.global_step
+        if self._lemo is not None and self._kept is not None:
+            self._lemo.passes.tally.listeners.append(self._kept.add)
         if state.is_world_process_zero:
-            rows = _rows_until(Path(_directory(args), RECORD_NAME), state.global_step)
+            layers = None if self._kept is None else self._kept.place_layers
+            before = read_record(Path(_directory(args), RECORD_NAME)) if self._logged else {}
             self._record = {
                 "model": _model_facts(model, inner),
                 "lemo": None if self._lemo is None else self._lemo.config.to_dict(),
                 "sparse": None if self._lemo is None else self._lemo.describe(),
                 "environment": environment(),
-                "rows": rows,
+                "rows": _rows_until(before, self._logged),
+                "place_layers": layers,
+                "moments": _moments_until(before, self._logged, layers),
             }
 
     def on_log(
@@ -75,10 +78,14 @@ class ReportCallback(TrainerCallback):
         if not self._record or "loss" not in (logs or {}):
             return
         row: dict[str, Any] = {"step": state.global_step}
-        if self._lemo is not None and self._kept:
-            row |= {name: self._shares(kept, self._lemo) for name, kept in self._kept.items()}
+        taken = None
+        if self._kept is not None:
+            taken = self._kept.take(self._logged + 1, state.global_step)
+        if taken is not None:
+            row |= taken[0]
+            add_moment(self._record["moments"], taken[1])
         self._record["rows"].append(row)
-        self._reset()
+        self._logged = state.global_step
         directory = _directory(args)
         os.makedirs(directory, exist_ok=True)
         with whole_file(Path(directory, RECORD_NAME)) as path:
@@ -98,27 +105,10 @@ class ReportCallback(TrainerCallback):
             write_report(directory)
 
     def _stop_listening(self) -> None:
-        if self._lemo is not None and self._count in self._lemo.passes.tally.listeners:
-            self._lemo.passes.tally.listeners.remove(self._count)
-
-    def _reset(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-        self._blocks: Tensor | int = 0
-
-    def _count(self, seen: Seen) -> None:
-        """Add the kept blocks of a pass."""
-        assert self._lemo is not None  # whose pass it was
-        for name in ("attention", "mlp"):
-            sets = [seen.kept_blocks[i, name].sum() for i in self._lemo.sparse_layers]
-            self._kept[name] = self._kept.get(name, 0) + torch.stack(sets)
-        self._blocks = self._blocks + seen.real_blocks.sum()
-
-    def _shares(self, kept: Tensor, lemo: LeMo) -> list[float]:
-        """Share of the blocks that each layer kept; 1 for dense ones."""
-        shares = [1.0] * self._layers
-        for i, share in zip(lemo.sparse_layers, (kept / self._blocks).tolist(), strict=True):
-            shares[i] = share
-        return shares
+        if self._lemo is None or self._kept is None:
+            return
+        if self._kept.add in self._lemo.passes.tally.listeners:
+            self._lemo.passes.tally.listeners.remove(self._kept.add)
 
 
 def _directory(args: TrainingArguments) -> str:
@@ -126,9 +116,18 @@ def _directory(args: TrainingArguments) -> str:
     return args.output_dir
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _rows_until(before: dict[str, Any], step: int) -> list[dict[str, Any]]:
     """What a run that goes on had written before."""
-    return [row for row in read_record(path).get("rows", []) if row["step"] <= step] if step else []
+    return [row for row in before.get("rows", []) if row["step"] <= step]
+
+
+def _moments_until(
+    before: dict[str, Any], step: int, layers: list[int] | None
+) -> list[dict[str, Any]]:
+    """Likewise; none if it had other curves."""
+    if before.get("place_layers") != layers:
+        return []
+    return moments_until(before.get("moments", []), step)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -32,9 +32,10 @@ def check_record(record: dict[str, Any], where: str) -> None:
             _fail(f"{name!r} of 'model' of {where}", "must be an integer", value)
     if not isinstance(record.get("sparse"), str | None):
         _fail(f"'sparse' of {where}", "must be text", record["sparse"])
-    rows, where = record.get("rows", []), f"rows of {where}"
-    _check_rows(rows, where, ("step",))
-    _check_shares(rows, where)
+    rows = record.get("rows", [])
+    _check_rows(rows, f"rows of {where}", ("step",))
+    _check_shares(rows, f"rows of {where}")
+    _check_moments(record, where)
 
 
 def check_recall(table: Any, where: str) -> None:
@@ -69,6 +70,38 @@ def _check_shares(rows: list[dict[str, Any]], where: str) -> None:
             layers = layers or len(shares)
             if len(shares) != layers:
                 _fail(f"{name!r} of row {number} of {where}", f"must have {layers} layers", shares)
+
+
+def _check_moments(record: dict[str, Any], where: str) -> None:
+    """What was kept by place: steps that follow each other, and as many curves in each."""
+    layers, moments = record.get("place_layers"), record.get("moments", [])
+    whole = isinstance(layers, list) and layers and all(type(i) is int for i in layers)
+    if layers is not None and not whole:
+        _fail(f"'place_layers' of {where}", "must be a list of layers, or null", layers)
+    where = f"moments of {where}"
+    _check_rows(moments, where, ("first", "last", "rows"))
+    step, shape = 0, None
+    for number, moment in enumerate(moments, 1):
+        counts = [moment[name] for name in ("first", "last", "rows")]
+        first, last, rows = counts
+        if not (all(type(n) is int for n in counts) and step < first <= last and rows > 0):
+            _fail(f"row {number} of {where}", "must have steps after those before", counts)
+        step = last
+        for name in ("attention", "mlp"):
+            curves: Any = moment.get(name)
+            found = _shape(curves)
+            if found is None or found[0] != len(layers or [0]) or found != (shape or found):
+                _fail(f"{name!r} of row {number} of {where}", "must be curves of shares", curves)
+            shape = found
+
+
+def _shape(curves: Any) -> tuple[int, int] | None:
+    """Number and length of ``curves``, if they are some."""
+    if not isinstance(curves, list) or not all(isinstance(x, list) and x for x in curves):
+        return None
+    lengths = {len(curve) for curve in curves}
+    shares = all(_is_number(x) and 0 <= x <= 1 for curve in curves for x in curve)
+    return (len(curves), lengths.pop()) if shares and len(lengths) == 1 else None
 
 
 def _check_rows(

@@ -11,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lemo_hf.report.data import CELL, POSITION, RECORD_NAME, RunFiles, read_run
 from lemo_hf.report.figures import heat_map
+from lemo_hf.report.place_figures import place_curve, places_by_layer, places_by_step
+from lemo_hf.report.places import mean_curves
 from lemo_hf.shown import shown
 from lemo_hf.storage.files import whole_file
 
@@ -54,6 +56,7 @@ def render(run: RunFiles) -> str:
         run=run,
         tiles=_tiles(run),
         retention=_retention(run.record.get("rows", [])),
+        places=_places(run.record.get("moments", []), run.record.get("place_layers")),
         evaluations=_evaluations(run),
         environment=run.record.get("environment") or {},
     )
@@ -76,21 +79,44 @@ def _tiles(run: RunFiles) -> dict[str, Any]:
 
 
 def _retention(rows: list[dict]) -> dict[str, Any]:
-    """Heat maps by sublayer; one where the MLPs kept what the attentions kept."""
+    """Heat maps by sublayer."""
     known = [row for row in rows if "attention" in row]
     if not known:
         return {}
     steps = [row["step"] for row in known]
-    shared = all(row["attention"] == row["mlp"] for row in known)
-    names = {"attention": "attention and MLP" if shared else "attention", "mlp": "MLP"}
-    if shared:
-        del names["mlp"]
     return {
         title: heat_map(
             list(zip(*(row[name] for row in known), strict=True)), steps, "step", "layer"
         )
-        for name, title in names.items()
+        for name, title in _sublayers(known).items()
     }
+
+
+def _places(moments: list[dict], layers: list[int] | None) -> dict[str, Any]:
+    """Figures by title of where in the row blocks were kept, likewise."""
+    if not moments:
+        return {}
+    names = _sublayers(moments)
+    steps = [(moment["first"], moment["last"]) for moment in moments]
+    by_layer = {name: mean_curves(moments, name) for name in names}
+    found = {f"{names[x]}, the whole run": place_curve(_mean(by_layer[x])) for x in names}
+    for name, title in names.items():
+        curves = [_mean(moment[name]) for moment in moments]
+        found[f"{title}, step by step"] = places_by_step(curves, steps)
+    for name, title in names.items() if layers is not None else ():
+        found[f"{title}, layer by layer"] = places_by_layer(by_layer[name], layers or [])
+    return found
+
+
+def _sublayers(rows: list[dict]) -> dict[str, str]:
+    """Sublayers and their titles: one where the MLPs kept what the attentions kept."""
+    if all(row["attention"] == row["mlp"] for row in rows):
+        return {"attention": "attention and MLP"}
+    return {"attention": "attention", "mlp": "MLP"}
+
+
+def _mean(curves: list[list[float]]) -> list[float]:
+    return [sum(shares) / len(shares) for shares in zip(*curves, strict=True)]
 
 
 def _evaluations(run: RunFiles) -> list[dict[str, Any]]:

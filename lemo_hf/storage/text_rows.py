@@ -54,7 +54,11 @@ def texts_of(rows: Iterable[Row], column: str) -> Iterator[str]:
 
 
 def labelled_rows(
-    examples: Iterable[Mapping[str, Any]], tokenizer: Any, tokens: int, max_rows: int | None = None
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    tokens: int,
+    max_rows: int | None = None,
+    progress: bool = False,
 ) -> list[dict[str, list[int]]]:
     """Rows of which a part is labelled, without those longer than ``tokens``.
 
@@ -65,6 +69,7 @@ def labelled_rows(
         tokenizer: Tokenizer of the model.
         tokens: Number of tokens of the longest row.
         max_rows: Greatest number of rows; None: all.
+        progress: Whether a progress bar is shown.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` a row.
@@ -72,12 +77,19 @@ def labelled_rows(
     Raises:
         ValueError: No row is short enough, or one has other columns or values.
     """
+    found = _labelled(examples, tokenizer, tokens)
+    rows = collected(found, max_rows, progress)
+    if not rows:
+        raise ValueError(f"no row has at most {tokens} tokens: ask for longer rows.")
+    return rows
+
+
+def _labelled(
+    examples: Iterable[Mapping[str, Any]], tokenizer: Any, tokens: int
+) -> Iterator[dict[str, list[int]]]:
     start = start_tokens(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows: list[dict[str, list[int]]] = []
     for number, example in enumerate(examples, 1):
-        if len(rows) == max_rows:
-            break
         where = getattr(example, "where", f"row {number}")
         if "input_ids" in example:
             ids, labels = (_token_ids(example, name, where) for name in ("input_ids", "labels"))
@@ -92,10 +104,7 @@ def labelled_rows(
             ids = [*start, *prompt, *completion, *end]
             labels = [-100] * (len(start) + len(prompt)) + ids[len(start) + len(prompt) :]
         if len(ids) <= tokens:
-            rows.append({"input_ids": ids, "labels": labels})
-    if not rows:
-        raise ValueError(f"no row has at most {tokens} tokens: ask for longer rows.")
-    return rows
+            yield {"input_ids": ids, "labels": labels}
 
 
 def token_rows(

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lemo_hf.config import LeMoConfig
+from lemo_hf.progress import Estimated
 from lemo_hf.tune.measure import LossRise, Measurement, Row
 
 # Beyond this many times the mean score a threshold keeps what must be kept and nothing else.
 LARGEST = 1e6
+RESCALINGS = 8  # passes over the rows that the factor mostly takes
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,18 @@ def calibrate_thresholds(
     base = dataclasses.replace(
         config, retention=None, threshold=0.0, agree_across_layers=False, cuda_graphs=False
     )
-    calibration = _Calibration(LossRise(model, rows, predictors), base, retention)
-    thresholds, measured = calibration.rescaled(torch.ones(len(calibration.sparse)))
-    history = [calibration.entry(thresholds, measured)]
-    direction = None
-    bar = tqdm(total=steps, desc="threshold steps", disable=not progress)
-    with bar:
-        for _ in range(steps):
+    with Estimated(desc="passes over the rows", unit="pass", disable=not progress) as bar:
+        bar.expect(2 + RESCALINGS)
+        calibration = _Calibration(LossRise(model, rows, predictors), base, retention, bar)
+        thresholds, measured = calibration.rescaled(torch.ones(len(calibration.sparse)))
+        history = [calibration.entry(thresholds, measured)]
+        direction = None
+        slopes = 2 * len(calibration.sparse)
+        for left in range(steps, 0, -1):
             bar.set_postfix(loss_rise=f"{measured.loss_rise:.4f}")
+            bar.expect(left * (slopes + RESCALINGS) - (0 if direction is None else slopes))
             if direction is None:
-                direction = calibration.descent(thresholds, epsilon, bar)
+                direction = calibration.descent(thresholds, epsilon)
             moved = (thresholds + step_size * direction).clamp_min(0)
             moved, after = calibration.rescaled(moved)
             if after.loss_rise < measured.loss_rise:
@@ -106,24 +109,29 @@ def calibrate_thresholds(
                 history.append(calibration.entry(thresholds, measured))
             else:
                 step_size /= 2
-            bar.update()
-    return ThresholdCalibration(
-        calibration.config(thresholds), calibration.measure.dense_loss, history
-    )
+    return ThresholdCalibration(calibration.config(thresholds), calibration.dense_loss, history)
 
 
 class _Calibration:
     """Thresholds of the sparse layers, ``[S]`` fp32, and measurements with them."""
 
-    def __init__(self, measure: LossRise, base: LeMoConfig, retention: float):
-        self.measure = measure
+    def __init__(self, measure: LossRise, base: LeMoConfig, retention: float, bar: Estimated):
+        bar.update()  # the dense model's pass
+        self._measure, self._bar = measure, bar
+        self.dense_loss = measure.dense_loss
         self.retention = retention
         self.base = base
-        self.num_layers = len(measure(self.base).retentions)
+        self.num_layers = len(self.measure(self.base).retentions)
         rules = self.base.layer_rules(self.num_layers)
         self.sparse = [i for i, rule in enumerate(rules) if rule is not None]
         # Two sets that differ by less than half a block a layer are as good.
         self.tolerance = 0.5 / measure.num_blocks(self.base)
+
+    def measure(self, config: LeMoConfig) -> Measurement:
+        """A pass over the rows."""
+        measured = self._measure(config)
+        self._bar.update()
+        return measured
 
     def config(self, thresholds: Tensor) -> LeMoConfig:
         values = [0.0] * self.num_layers
@@ -173,12 +181,11 @@ class _Calibration:
         _, scaled, measured = min(tried.values(), key=itemgetter(0))
         return scaled, measured
 
-    def descent(self, thresholds: Tensor, epsilon: float, bar: tqdm) -> Tensor:
+    def descent(self, thresholds: Tensor, epsilon: float) -> Tensor:
         """Direction of a step: down the loss with retention held, with a largest entry of 1 (or all
         0)."""
         slopes = []
         for place in range(len(self.sparse)):
-            bar.set_postfix(layer=self.sparse[place])
             step = torch.zeros_like(thresholds)
             step[place] = epsilon
             above = self.measure(self.config(thresholds + step))

@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy():
 def test_calibrate(lemo, tmp_path):
     code, out, err = lemo(*calibrate(tmp_path, "--retention", 0.5))
     assert code == 0 and "mean retention 0.5" in out and "thresholds: " in out
-    assert "threshold steps" in err  # the progress bar
+    assert "passes over the rows" in err  # the progress bar
     config = LeMoConfig.from_pretrained(tmp_path)
     assert config.block_size == 64 and len(config.threshold) == 10
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.paths import DEMO, ROOT
@@ -128,6 +129,10 @@ def test_the_same_as_in_python_and_again_from_what_it_saved(lemo, tmp_path, conf
     saved = tmp_path / "out"
     assert (saved / "adapter_model.safetensors").is_file()
     assert LeMoConfig.from_pretrained(saved) == lemo_config
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model is None  # a directory's
+    assert "## Training with LeMo" in card.text and "](lemo_train.yaml)" in card.text
+    assert "### Training hyperparameters" in card.text
     text = (saved / "lemo_train.yaml").read_text()
     assert "hf_no" not in text and yaml.safe_load(text)["lemo"]["recompute"] is None
     again = ("train", "--config", saved / "lemo_train.yaml", "--output", tmp_path / "again")
@@ -162,6 +167,8 @@ def test_dense_and_full(lemo, tmp_path, config):
     assert not torch.equal(saved.lm_head.weight, before.lm_head.weight)
     text = (tmp_path / "out" / "lemo_train.yaml").read_text()
     assert yaml.safe_load(text)["full"] is True and yaml.safe_load(text)["lemo"] is False
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "### Training hyperparameters" in card and "LeMo" not in card
 
 
 def test_flags_alone(lemo, config, tmp_path):

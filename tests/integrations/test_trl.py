@@ -7,6 +7,7 @@ from support.models import make_model
 trl = pytest.importorskip("trl", minversion="1.16")
 
 from datasets import Dataset  # noqa: E402
+from huggingface_hub import ModelCard  # noqa: E402
 from peft import LoraConfig, PromptTuningConfig  # noqa: E402
 from support.sft import data, make_trainer, model, texts, tokenizer  # noqa: E402
 from transformers import (  # noqa: E402
@@ -124,6 +125,16 @@ def test_evaluation_is_dense(tmp_path):
     ours = make_trainer(tmp_path, HALF, **settings).evaluate()
     for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert ours[name] == stock[name]
+
+
+def test_the_card_of_trl_has_what_trained(tmp_path):
+    trainer = make_trainer(tmp_path, HALF)
+    trainer.train()
+    trainer.create_model_card(model_name="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count("## Training with LeMo") == 1 and "## Quick start" in card.text
+    assert {"sft", "lemo-hf", "lemo"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
 
 
 def test_sft_trainer_makes_the_adapter(tmp_path):

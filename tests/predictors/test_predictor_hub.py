@@ -227,6 +227,7 @@ def test_training_with_a_predictor_of_the_hub(online, hub, tmp_path):
     assert len(logged) == 4 and torch.tensor(logged).isfinite().all()
     files = hub.files("me/tuned")
     assert {"adapter_model.safetensors", "README.md", CONFIG_NAME, WEIGHTS_NAME} <= set(files)
+    assert "## Training with LeMo" in files["README.md"].decode()
     assert f"checkpoint-2/{WEIGHTS_NAME}" in files
     assert not any(name.endswith(".part") for name in files)
     assert len(hub.repositories["me/tuned"].commits) > 3  # while training, too

@@ -9,36 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from support.models import batch, make_model, with_lora
 from support.paths import DEMO
-from transformers import TrainerCallback, TrainingArguments
+from support.reported import ROWS, make_trainer, record, train
+from transformers import TrainerCallback
 
 from lemo_hf import LeMoConfig, LeMoTrainer
 from lemo_hf.integrations.callback import LeMoCallback
-from lemo_hf.report.callback import ReportCallback
 from lemo_hf.report.figures import MOST_COLUMNS, heat_map
 from lemo_hf.report.page import write_report
-
-ROWS = [{name: values[0] for name, values in batch(1, 96).items()}] * 8
-
-
-def train(*args, resume=None, **options):
-    trainer = make_trainer(*args, **options)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def make_trainer(folder, lemo_config, steps=4, model=None, rows=ROWS, callbacks=(), **arguments):
-    settings = {"max_steps": steps, "logging_steps": 2, "per_device_train_batch_size": 2}
-    settings |= {"save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2, "report_to": "none"}
-    return LeMoTrainer(
-        model=model or with_lora(make_model("llama")),
-        args=TrainingArguments(str(folder), **{**settings, **arguments}),
-        train_dataset=rows,
-        eval_dataset=rows[:2],
-        lemo_config=lemo_config,
-        callbacks=[ReportCallback(), *callbacks],
-    )
 
 
 class Page(HTMLParser):
@@ -53,10 +31,6 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += attrs
         self.ids |= {value for name, value in attrs if name == "id"}
-
-
-def record(folder):
-    return json.loads((folder / "lemo_report.json").read_text())
 
 
 def test_retention_by_layer_and_step(tmp_path):
@@ -115,8 +89,8 @@ def test_the_page(tmp_path):
     trainer.save_model()
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert page.ids == {"retention", "settings", "environment"}
-    assert page.tags.count("svg") == 2  # attention and MLP: trackers have the rest
+    assert page.ids == {"retention", "places", "settings", "environment"}
+    assert page.tags.count("svg") == 6  # attention and MLP: trackers have the rest
     loss = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert f"last loss</span><b>{loss[-1]:,.4g}" in text and "evaluation loss" in text
     assert "layer 0, step 2 to 4: 0.50" in text
@@ -269,24 +243,51 @@ def test_many_steps_are_averaged():
     assert MOST_COLUMNS / 2 < figure.count("<rect") <= MOST_COLUMNS
 
 
+# What a page that is shown says of itself.
+PROBE = """
+const box = x => x.getBoundingClientRect(), all = (x, what) => [...x.querySelectorAll(what)];
+const seen = {outside: [], over: [], hovered: [], least: 99, figures: []};
+for (const figure of all(document, 'svg')) {
+  const f = box(figure), words = all(figure, 'text');
+  seen.figures.push(Math.round(f.width));
+  for (const word of words) {
+    const a = box(word);
+    seen.least = Math.min(seen.least, a.height);
+    if (a.left < f.left || a.right > f.right || a.top < f.top || a.bottom > f.bottom)
+      seen.outside.push(word.textContent);
+    for (const other of words) {
+      const b = box(other);
+      if (word !== other && a.left < b.right && b.left < a.right && a.top < b.bottom - 3
+          && b.top < a.bottom - 3) seen.over.push(word.textContent + other.textContent);
+    }
+  }
+  const under = document.elementFromPoint(f.left + f.width / 2, f.top + f.height / 2);
+  const title = under.querySelector('title');
+  if (title) seen.hovered.push(title.textContent);
+}
+seen.scroll = document.documentElement.scrollWidth;
+document.title = JSON.stringify(seen);
+"""
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(tmp_path, width):
-    """Laid out without overflow, in a frame as wide as a screen or a phone."""
-    config = LeMoConfig(block_size=8, mlp_retention=0.25)
+    """Laid out without overflow, in a frame as wide as a screen or a phone; no words of a figure
+    lie over others or outside it, and what is under the mouse has a title."""
+    config = LeMoConfig(
+        block_size=8, mlp_retention=0.25, policy="pooled", agree_across_layers=False
+    )
     train(tmp_path, config, 4)
     text = (tmp_path / "report.html").read_text()
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + [...document."
-    probe += (
-        "querySelectorAll('svg')].map(s => Math.round(s.getBoundingClientRect().width))</script>"
-    )
-    page = re.sub(r"<meta http-equiv[^>]+>", "", text).replace("</body>", f"{probe}</body>")
+    page = re.sub(r"<meta http-equiv[^>]+>", "", text)
+    page = page.replace("</body>", f"<script>{PROBE}</script></body>")
     (tmp_path / "probe.html").write_text(page)
-    frame = f'<iframe src=probe.html width={width} height=3000 onload="document.title='
+    frame = f'<iframe src=probe.html width={width} height=6000 onload="document.title='
     frame += 'this.contentDocument.title"></iframe>'
     (tmp_path / "frame.html").write_text(frame)
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
-    options = (*options, "--window-size=1400,3000", "--virtual-time-budget=3000")
+    options = (*options, "--window-size=1400,6000", "--virtual-time-budget=3000")
     found = subprocess.run(
         ["chromium", *options, "--dump-dom", f"file://{tmp_path}/frame.html"],
         capture_output=True,
@@ -294,6 +295,8 @@ def test_in_a_browser(tmp_path, width):
         timeout=60,
         check=True,
     )
-    scroll, figures = re.search(r"<title>(\d+) ([\d,]+)</title>", found.stdout).groups()
-    assert int(scroll) <= width
-    assert all(200 < int(size) < width for size in figures.split(","))
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", found.stdout)[1]))
+    assert seen["scroll"] <= width
+    assert len(seen["figures"]) == 8 and all(200 < size < width for size in seen["figures"])
+    assert seen["least"] >= 12 and not seen["outside"] and not seen["over"]
+    assert len(seen["hovered"]) == 8 and all(re.search(r": [01]\.\d\d", x) for x in seen["hovered"])

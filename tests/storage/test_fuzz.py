@@ -246,6 +246,7 @@ def run_files():
         | {"attention": [1.0, 0.5], "mlp": [1.0, 0.25]}
         for i in (1, 2, 3)
     ]
+    curves = [[1.0, 0.5, 1], [0.25, 0.25, 0.5]]
     log = [
         {"step": i, "loss": 3.0 / i, "lemo/attention_retention": 0.5, "epoch": 1} for i in (1, 2)
     ]
@@ -259,6 +260,11 @@ def run_files():
             "training": {"learning_rate": 1e-3, "x": [1, 2]},
             "environment": {"versions": {"torch": "2"}, "gpus": {"names": ["a", "b"]}},
             "rows": rows,
+            "place_layers": [1, 2],
+            "moments": [
+                {"first": i, "last": i + 1, "rows": 2, "attention": curves, "mlp": curves[::-1]}
+                for i in (1, 3)
+            ],
         },
         "trainer_state.json": {"log_history": log, "global_step": 2},
         "lemo_config.json": {

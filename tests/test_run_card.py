@@ -1,0 +1,200 @@
+"""The model card of a run: its facts against what is counted here; cards of others stay valid."""
+
+import re
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from support.models import batch, make_model, with_lora
+from support.trainers import SPARSE, dataset, make_trainer
+
+from lemo_hf import LeMoConfig
+from lemo_hf.cli.train_folder import clear
+from lemo_hf.report.callback import ReportCallback
+
+
+def facts(folder):
+    """The card's table."""
+    text = (folder / "README.md").read_text()
+    assert text.count("## Training with LeMo") == 1
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+
+
+def ragged():
+    """Rows of 64 and 40 tokens."""
+    rows = []
+    for row, tokens in zip(dataset(), (64, 40) * 16, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        mask = (torch.arange(64) < tokens).long()
+        labels = ids.masked_fill(mask == 0, -100)
+        rows.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return rows
+
+
+def named(name):
+    model = with_lora(make_model("llama"))
+    model.get_base_model().config._name_or_path = name
+    return model
+
+
+def test_the_facts(tmp_path):
+    config = LeMoConfig(retention=0.5, block_size=8, policy="random", dense_finish=0.5)
+    trainer = make_trainer(
+        tmp_path, config, data=ragged(), model=named("me/base"), logging_steps=2,
+        gradient_accumulation_steps=2, eval_dataset=dataset(4), callbacks=[ReportCallback()],
+    )  # fmt: skip
+    seen = []
+    trainer.lemo.passes.tally.listeners.append(
+        lambda x: seen.append((x.real_tokens, sum(int(n) for n in x.kept_tokens.values())))
+    )
+    started = time.perf_counter()
+    trainer.train()
+    most = time.perf_counter() - started
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    found = facts(tmp_path)
+    assert found["base model"] == "me/base" and found["policy"] == "random"
+    assert found["retention"] == "0.5"
+    assert found["finish"] == "the last 50% of the steps keep everything"
+    assert found["optimizer steps"].startswith("4, of 4 rows each")
+    assert len(seen) == 8
+    tokens, kept = (sum(counts) for counts in zip(*seen, strict=True))
+    assert tokens <= 16 * 64 and tokens % 8 == 0
+    trained = kept / 8  # of four layers two sublayers each
+    assert found["tokens"] == (
+        f"{tokens:,}; the mean layer trained {trained:,.0f} ({trained / tokens:.0%})"
+    )
+    assert 0 < float(found["time"].split(" s")[0]) <= most
+    assert found["evaluation loss"] == f"{evaluated:.4g}"
+    logs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert found["last training loss"] == f"{logs[-1]:.4g}"
+    assert f"torch {torch.__version__}" in found["versions"] and "peft" in found["versions"]
+    text = (tmp_path / "README.md").read_text()
+    assert "The last 50% of the steps are dense." in text  # as the run said at its start
+    for name in ("report.html", "lemo_config.json"):
+        assert f"]({name})" in text and (tmp_path / name).is_file()
+    assert "lemo_train.yaml" not in text
+
+
+def test_the_cards_of_peft_and_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE, model=named("me/base"))
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "## Model Details" in card.text and "PEFT" in card.text
+    for _ in range(2):
+        trainer.create_model_card(model_name="mine", tags=["of-the-user"])
+        trainer.save_model()
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.library_name == "peft" and card.data.base_model == "me/base"
+        assert {"lemo-hf", "lemo", "lora"} <= set(card.data.tags)
+        assert len(card.data.tags) == len(set(card.data.tags))
+        for heading in ("# mine", "### Training hyperparameters", "### Framework versions"):
+            assert card.text.count(f"{heading}\n") == 1
+        assert card.text.index("# mine") < card.text.index("## Training with LeMo")
+        assert card.text.index("## Training with LeMo") < card.text.index("## Model description")
+        assert facts(tmp_path)["base model"] == "me/base"
+
+
+def test_all_parameters_of_a_model_from_a_directory(tmp_path):
+    """Trainer writes no card when it saves; ours says nothing of where the model lay."""
+    (tmp_path / "private" / "base").mkdir(parents=True)
+    model = make_model("llama")
+    model.config._name_or_path = str(tmp_path / "private" / "base")
+    trainer = make_trainer(tmp_path / "run", SPARSE, model=model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.base_model is None
+    assert card.text.startswith("# saved\n") and "private" not in card.content
+    assert facts(tmp_path / "saved")["base model"] == "base, from a directory"
+    assert not (tmp_path / "run" / "README.md").exists()
+    trainer.create_model_card()
+    assert "private" not in (tmp_path / "run" / "README.md").read_text()
+    trainer.model.config._name_or_path = "me/base"
+    trainer.save_model(str(tmp_path / "other"))
+    assert ModelCard.load(tmp_path / "other" / "README.md").data.base_model == "me/base"
+
+
+def test_no_lemo_no_section(tmp_path):
+    trainer = make_trainer(tmp_path, None, model=make_model("llama"))
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / "README.md").exists()
+    trainer.create_model_card()
+    assert "LeMo" not in (tmp_path / "README.md").read_text()
+    before = make_trainer(tmp_path / "before", SPARSE, model=make_model("llama"))
+    before.save_model()  # nothing trained yet
+    assert not (tmp_path / "before" / "README.md").exists()
+
+
+@pytest.mark.parametrize("content", ["# My own\n\nWords.\n\n## More\n\nEnd.\n", "Words alone"])
+def test_a_text_of_the_users(tmp_path, content):
+    trainer = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
+    trainer.train()
+    (tmp_path / "README.md").write_text(content)
+    trainer.save_model()
+    once = (tmp_path / "README.md").read_text()
+    for line in content.splitlines():
+        assert once.count(f"{line}\n") == 1 or not line
+    trainer.save_model()
+    again = (tmp_path / "README.md").read_text()
+    assert again == once and facts(tmp_path)["optimizer steps"].startswith("4,")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"---\na: [\n---\n", b"---\n- a\n---\n"])
+def test_a_card_that_is_none_costs_no_weights(tmp_path, caplog, content):
+    trainer = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
+    trainer.train()
+    (tmp_path / "README.md").write_bytes(content)
+    with caplog.at_level("WARNING"):
+        trainer.save_model()
+    assert "is left without what trained" in caplog.text
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_counts_all_of_it(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, SPARSE, **settings)
+    whole.train()
+    whole.save_model()
+    before = facts(tmp_path)
+    resumed = make_trainer(tmp_path, SPARSE, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed.save_model()
+    after = facts(tmp_path)
+    for name in ("tokens", "optimizer steps", "last training loss"):
+        assert after[name] == before[name]
+    assert before["tokens"].startswith("512;")  # 4 steps of 2 rows of 64
+
+
+def test_steps_that_were_not_logged(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE, logging_steps=3)
+    trainer.train()
+    trainer.save_model()
+    found = facts(tmp_path)
+    assert found["tokens"].startswith("384 until step 3;")
+    trainer = make_trainer(tmp_path, SPARSE, logging_steps=100)
+    trainer.train()
+    trainer.save_model()
+    found = facts(tmp_path)
+    assert "tokens" not in found and found["time"].endswith(" s")
+
+
+def test_the_log_says_how_many_tokens_the_rows_had(tmp_path):
+    inputs = {name: values[0] for name, values in batch(1, 64).items()}
+    trainer = make_trainer(tmp_path, SPARSE, data=[inputs] * 8, gradient_accumulation_steps=2)
+    trainer.train()
+    logs = [line["lemo/tokens"] for line in trainer.state.log_history if "loss" in line]
+    assert logs == [2 * 2 * 64] * 4
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_run_that_starts_over_takes_its_own_card_away(tmp_path, ours):
+    trainer = make_trainer(tmp_path, SPARSE if ours else None, model=make_model("llama"))
+    trainer.train()
+    trainer.create_model_card()
+    clear(str(tmp_path))
+    assert (tmp_path / "README.md").exists() != ours
