@@ -1,6 +1,7 @@
 """Plain words for what trains and what does not, in a run and in a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lemo_hf.batch.row_counts import RowCounts
 from lemo_hf.batch.selection import num_kept_blocks
@@ -81,24 +82,34 @@ def _finish(config: LeMoConfig) -> str:
     return f"the last {config.finish:.0%} of the steps {much}"
 
 
-def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequence[int]) -> str:
+def describe_batch(
+    config: LeMoConfig, rows: Sequence[RowCounts], slots: Mapping[str, Sequence[int]]
+) -> str:
     """One line on the longest row of a batch: its labels, how many tokens train, and which.
 
     Args:
         config: The user's settings.
         rows: Counts of the rows.
-        slots: Number of tokens that a sparse layer keeps of each row.
+        slots: Number of tokens of each row that a sparse layer keeps for its ``"attention"``, and
+            for its ``"mlp"`` if that chooses for itself.
     """
-    row, kept = max(zip(rows, slots, strict=True), key=lambda pair: pair[0].tokens)
+    longest = max(range(len(rows)), key=lambda i: rows[i].tokens)
+    row, kept = rows[longest], {name: counts[longest] for name, counts in slots.items()}
     labels = f"labels on {row.labels:,} of them" if row.label_blocks else "labels throughout"
     if not row.labels:
         labels = "no labels"
     said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
-    if kept >= row.tokens:
+    if min(kept.values()) >= row.tokens:
         return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."
-    more = _more_than_asked(config, row, kept)
-    said += f"about {kept:,} tokens ({kept / row.tokens:.0%}{more}) train in each sparse layer"
-    whole = sum(row.tokens <= kept for row, kept in zip(rows, slots, strict=True))
+    attention = kept.get("attention", row.tokens)  # which chooses nothing if it keeps all
+    said += f"about {_share(attention, row, config, config.retention)} train in "
+    if "mlp" in kept:
+        own = _share(kept["mlp"], row, config, config.mlp_retention)
+        said += f"the attention of each sparse layer and about {own} in its MLP"
+    else:
+        said += "each sparse layer"
+    fewest = [min(counts) for counts in zip(*slots.values(), strict=True)]
+    whole = sum(row.tokens <= kept for row, kept in zip(rows, fewest, strict=True))
     if whole:
         said += f" ({whole} of the {len(rows)} rows of this batch are too short to leave any out)"
     finish = config.finish if config.dense_finish is not None or not row.label_blocks else 0
@@ -107,15 +118,15 @@ def describe_batch(config: LeMoConfig, rows: Sequence[RowCounts], slots: Sequenc
     return f"{said}; {_finish(config)}."
 
 
-def _more_than_asked(config: LeMoConfig, row: RowCounts, kept: int) -> str:
-    """Why a row keeps a larger share than was asked for; empty if it hardly does."""
-    asked = config.retention
+def _share(kept: int, row: RowCounts, config: LeMoConfig, asked: Any) -> str:
+    """How many tokens, which share of the row that is, and why it is more than ``asked``."""
+    said = f"{kept:,} tokens ({kept / row.tokens:.0%}"
     if not isinstance(asked, int | float) or kept < (asked + 0.01) * row.tokens:
-        return ""
+        return f"{said})"
     why = f"shares are rounded up to whole {config.block_size}-token blocks"
     if row.required_blocks > num_kept_blocks(asked, row.blocks):
         why = "first and last blocks of documents, and blocks with labels, always stay"
-    return f", not {asked:.0%}: {why}"
+    return f"{said}, not {asked:.0%}: {why})"
 
 
 def _span(rules: list[KeepRule]) -> str:

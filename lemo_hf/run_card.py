@@ -193,7 +193,7 @@ def _evaluated(history: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         if line.get("step") != lines[-1].get("step"):
             continue
         for name, value in line.items():
-            metric = name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))
+            metric = name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
             if metric and isinstance(value, int | float):
                 yield name.replace("eval_", "evaluation ", 1).replace("_", " "), f"{value:.4g}"
 

@@ -1,6 +1,7 @@
 """Seeds, poison, and kernels that run where there is no GPU."""
 
 import gc
+import logging
 import os
 import sys
 
@@ -56,6 +57,13 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level():
+    """What a run sets by `TrainingArguments(log_level=...)` is not the next test's."""
+    yield
+    logging.getLogger("lemo_hf").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

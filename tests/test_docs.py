@@ -16,6 +16,7 @@ from functools import cache
 
 import pytest
 import typer
+from support.dry_models import _poison  # noqa: F401
 from support.paths import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 

@@ -317,7 +317,21 @@ def test_chance_and_rows_without_labels_are_said():
     exact = LeMoConfig(random_share=0)
     assert "% of them by chance" not in describe_run(exact, rules, "sdpa", None)
     row = RowCounts(640, 10, 2, 128, 0, 0)
-    assert "640-token row (no labels) about 192" in describe_batch(exact, [row], [192])
+    assert "640-token row (no labels) about 192" in describe_batch(
+        exact, [row], {"attention": [192]}
+    )
+
+
+def test_an_mlp_that_chooses_for_itself_is_told_apart(tmp_path, capsys):
+    own = replace(AUTO, mlp_retention=0.5, dense_finish=0)
+    make_trainer(tmp_path, own, data=dataset(answers=12)).train()
+    said = capsys.readouterr().out
+    assert "tokens (38%, not 30%: shares are rounded up to whole 8-token blocks) train in " in said
+    assert "the attention of each sparse layer and about 32 tokens (50%) in its MLP, in " in said
+    dense = replace(own, retention=1.0)
+    make_trainer(tmp_path, dense, data=dataset(answers=12)).train()
+    said = capsys.readouterr().out
+    assert "about 64 tokens (100%) train in the attention of each sparse layer and about 32" in said
 
 
 def test_a_loss_outside_of_which_nothing_is_asked_is_0():

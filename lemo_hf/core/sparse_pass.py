@@ -73,7 +73,8 @@ class SparsePass(BatchFacts):
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
-        self.row_slots: list[int] = []  # tokens that the latest choice keeps of each row
+        # Number of tokens that the latest choice keeps of each row, by sublayer.
+        self.row_slots: dict[str, list[int]] = {}
         self.level: str | None = None  # of recomputation, set when the first layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
@@ -119,7 +120,7 @@ class SparsePass(BatchFacts):
         """
         kept = self._given.get((layer_index, sublayer), self.agreed.get(sublayer))
         if kept is None:
-            kept = self._choose(rule, score)
+            kept, self.row_slots[sublayer] = self._choose(rule, score)
             if self.config.agree_across_layers:
                 self.agreed[sublayer] = kept
         if self.pairs:  # or a layer's set, and what was gathered by it, would outlive the layer
@@ -134,7 +135,8 @@ class SparsePass(BatchFacts):
         processes = 1 if self.shards is None else self.shards.group.size
         return self.budget.stored_rows(num_layers, self, processes)
 
-    def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> KeptSet:
+    def _choose(self, rule: KeepRule, score: Callable[[], Tensor]) -> tuple[KeptSet, list[int]]:
+        """The kept set, and how many tokens it has of each row."""
         if self.pairs:
             self.check_pairs()
         shares = self.budget.shares(rule, self)
@@ -159,10 +161,10 @@ class SparsePass(BatchFacts):
             # The scores fix how many slots there are, so the host waits for them at each choice.
             slots, exact = tokens.sum(1).tolist(), True
         self.times_kept += tokens
-        self.row_slots = slots
         num_slots = max(1, *slots)
         exact &= all(n == num_slots for n in slots)
-        return kept_set(tokens, blocks, num_slots, exact, shared=self.config.agree_across_layers)
+        shared = self.config.agree_across_layers
+        return kept_set(tokens, blocks, num_slots, exact, shared), slots
 
     def _best(
         self, shares: list[float], score: Callable[[], Tensor]

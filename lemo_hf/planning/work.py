@@ -119,7 +119,7 @@ def _operations(
 ) -> tuple[str | None, float]:
     """Which kind of products an operator is, and its operations."""
     if name in PRODUCTS or name == EIGHT_BITS:
-        packet = torch.ops.aten.addmm if name == "aten::addmm_" else func._overloadpacket
+        packet = torch.ops.aten.addmm if name == "aten::addmm_" else func.overloadpacket
         tensors = [x for x in args if isinstance(x, Tensor)]
         operations = flop_registry[packet](*tensors, out_val=outputs[0])
         return ("eight_bits" if name == EIGHT_BITS else "products"), operations

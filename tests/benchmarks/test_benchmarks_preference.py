@@ -58,6 +58,7 @@ def test_providers_take_turns(tmp_path, monkeypatch):
         assert row["loss"] == pytest.approx(0.693, abs=0.05)
 
 
+@pytest.mark.soak
 def test_a_turn_is_a_process_and_says_what_failed(tmp_path):
     found = bench_preference.in_a_process("lemo 2", ["--tiny", "--prompt", "64"])
     assert found["status"].startswith("failed: ValueError: retention must lie")

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from support.dry_models import _poison  # noqa: F401
 from support.paths import DEMO
 
 from lemo_hf.progress import Estimated

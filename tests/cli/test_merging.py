@@ -93,11 +93,9 @@ def test_a_tied_model(config, tied, lemo, tmp_path):
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        *((family, "float32") for family in FAMILIES),
-        *(
-            pytest.param(family, "bfloat16", marks=() if family in KINDS else pytest.mark.soak)
-            for family in FAMILIES
-        ),
+        pytest.param(family, dtype, marks=() if family in KINDS else pytest.mark.soak)
+        for family in FAMILIES
+        for dtype in ("float32", "bfloat16")
     ],
 )
 def test_tied_families(family, dtype, lemo, tmp_path):

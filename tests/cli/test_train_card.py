@@ -61,9 +61,8 @@ def planned(lemo, *flags):
     return settings, said, max(phase.peak for phase in phases.values()) / GIB
 
 
-@pytest.mark.parametrize(
-    "card", ["24", *(pytest.param(card, marks=pytest.mark.soak) for card in ("48", "80", "141"))]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("card", ["24", "48", "80", "141"])
 def test_the_longest_row_of_a_card(card, lemo, folder):
     settings, said, peak = planned(lemo, "--memory-gib", card)
     tokens = settings["data"]["tokens"]

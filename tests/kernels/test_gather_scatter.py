@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.grids import covering
 from support.parity import DTYPES, assert_as_good, keep_index
 
 from lemo_hf.kernels.gather_norm import add_norm, gather_norm
@@ -53,17 +54,7 @@ def learnt(norm):
     return [part for part in norm[1:3] if part is not None]
 
 
-sweep = [
-    pytest.mark.parametrize("dtype", DTYPES),
-    pytest.mark.parametrize("kind", KINDS),
-    pytest.mark.parametrize("shape", SHAPES),
-]
-
-
-def swept(test):
-    for mark in sweep:
-        test = mark(test)
-    return test
+swept = pytest.mark.parametrize(("dtype", "kind", "shape"), covering(DTYPES, KINDS, SHAPES))
 
 
 @swept

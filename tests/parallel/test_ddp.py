@@ -121,6 +121,7 @@ trainer.train()
             "os.kill(os.getpid(), signal.SIGKILL)",
             ["rank      : 1", "Signal 9 (SIGKILL)"],
             id="killed",
+            marks=pytest.mark.soak,
         ),
         pytest.param(
             'raise RuntimeError("this row is broken")',

@@ -30,6 +30,7 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(case, engine, two, tmp_path):

@@ -90,17 +90,37 @@ def two(tmp_path_factory):
     return folder
 
 
+SHORT = (
+    START
+    + """
+case = ALL["lora-answers"]
+trainer = make_trainer(folder / "short", **sharded(**case))
+trainer.train()
+assert trainer.accelerator.is_fsdp2
+write(folder, "short", outcome(trainer), process)
+"""
+)
+
+
+def test_two_processes_train_an_adapter_as_one(tmp_path):
+    launch(SHORT, tmp_path, [2])
+    assert_same(read(tmp_path, "short"), train(tmp_path / "one", **ALL["lora-answers"]))
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ALL)
 def test_two_processes_train_as_one(two, tmp_path, name):
     assert_same(read(two, name), train(tmp_path, **ALL[name]))
 
 
+@pytest.mark.soak
 def test_units_within_a_layer(two):
     """Their calls gather, so processes make the same calls, with nothing to choose as well."""
     for made in ("linears", "linears_checkpointed"):
         assert_same(read(two, made), one_pass())
 
 
+@pytest.mark.soak
 def test_mixed_precision(two):
     """bf16 computes, fp32 learns: the losses are those of fp32 up to bf16's rounding."""
     mixed, plain = read(two, "bf16"), read(two, "full-answers")
@@ -108,6 +128,7 @@ def test_mixed_precision(two):
     assert {tensor.dtype for tensor in mixed[1].values()} == {torch.float32}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", SAVED)
 def test_the_same_and_another_number_of_processes_resume(two, tmp_path, name):
     case = {key: value for key, value in SAVED[name].items() if key != "kind"}
@@ -116,6 +137,7 @@ def test_the_same_and_another_number_of_processes_resume(two, tmp_path, name):
         assert_same(read(two, made), uninterrupted)
 
 
+@pytest.mark.soak
 def test_a_full_state_dict_loads_without_lemo(two):
     final = two / "FULL-full" / "final"
     loaded = AutoModelForCausalLM.from_pretrained(final)
@@ -126,12 +148,14 @@ def test_a_full_state_dict_loads_without_lemo(two):
     assert LeMoConfig.from_pretrained(two / "SHARDED-lora" / "checkpoint-2") == config
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
 def test_an_adapter_merges_on_one_process(two, tmp_path, lemo, kind):
     name = f"{kind}-lora"
     assert_merges(lemo, two / name / "final", read(two, name)[1], tmp_path)
 
 
+@pytest.mark.soak
 def test_a_sharded_state_dict_becomes_one_file(two, tmp_path):
     """As `accelerate merge-weights` makes it."""
     shards = two / "SHARDED-full" / "checkpoint-4" / "pytorch_model_fsdp_0"
@@ -143,6 +167,7 @@ def test_a_sharded_state_dict_becomes_one_file(two, tmp_path):
         assert torch.equal(merged[name], tensor), name
 
 
+@pytest.mark.soak
 def test_fsdps_own_checkpointing_is_refused(two):
     refused = (two / "refused").read_text()
     assert "fsdp_activation_checkpointing=True" in refused

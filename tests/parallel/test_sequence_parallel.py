@@ -70,12 +70,12 @@ trained("streamed", streamed=True, **ALL["lora-answers"])
 )
 
 
-@pytest.fixture(scope="module")
-def passes(tmp_path_factory):
-    """A folder with single passes by two and by four processes (which have two key heads)."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.soak)])
+def passes(request, tmp_path_factory):
+    """Single passes by two or by four processes (which have two key heads): how many, a folder."""
     folder = tmp_path_factory.mktemp("passes")
-    launch(PASS, folder, [2, 4])
-    return folder
+    launch(PASS, folder, [request.param])
+    return request.param, folder
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,15 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_is_that_of_one_process(passes, name, processes):
-    assert_same(read(passes, f"{processes}-{name}"), one_pass(name), 2e-5)
+def test_a_pass_is_that_of_one_process(passes, name):
+    processes, folder = passes
+    assert_same(read(folder, f"{processes}-{name}"), one_pass(name), 2e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_with_adapters(passes, processes):
-    assert_same(read(passes, f"{processes}-lora"), one_pass("recompute_full", lora=True), 2e-5)
+def test_with_adapters(passes):
+    processes, folder = passes
+    assert_same(read(folder, f"{processes}-lora"), one_pass("recompute_full", lora=True), 2e-5)
 
 
 @pytest.mark.soak
