@@ -32,15 +32,15 @@ _LINKED = (  # what may lie beside the card
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a trainer knows of its run.
+    """Facts of a run that its trainer knows.
 
     Attributes:
-        config: The user's choice.
-        described: `LeMo.describe`.
-        base: Name of the model that was trained; it may have none.
-        state: Trainer's.
-        rows: Of an optimizer step.
-        processes: Which have rows of their own.
+        config: The user's settings.
+        described: What `LeMo.describe` says of them.
+        base: Name of the model that was trained, or None.
+        state: State of the Trainer, with its log.
+        rows: Number of rows of an optimizer step.
+        processes: Number of processes that have rows of their own.
     """
 
     config: LeMoConfig

@@ -28,15 +28,15 @@ GATHERS = {f"aten::{name}" for name in ("embedding", "index_select", "index", "g
 
 @dataclass(frozen=True)
 class Work:
-    """Of one forward and backward pass and the optimizer's step.
+    """Work of one forward and backward pass and the optimizer's step.
 
     Attributes:
         products: Operations of matrix products in 16 bits or more.
-        eight_bits: Of those in FP8.
-        attention: Of attention, half of the square where it is causal.
+        eight_bits: Operations of matrix products in FP8.
+        attention: Operations of attention; of causal attention half of the square.
         moved: Bytes that all other operators read and write.
-        launches: Kernels.
-        offloaded: Bytes that leave for the host, and come back.
+        launches: Number of kernels that the host launches.
+        offloaded: Bytes that leave for the host and come back.
     """
 
     products: float = 0
