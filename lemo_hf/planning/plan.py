@@ -65,9 +65,9 @@ class Planner:
     ``flash_attention_2``, LoRA without dropout, and fused AdamW, on one GPU.
 
     Args:
-        config: Of a transformers causal LM.
-        batch_size: Rows.
-        looked: Is called after each step that was planned, which takes up to some seconds.
+        config: Config of a transformers causal LM.
+        batch_size: Number of rows.
+        looked: Function to call after each planned step, which takes up to some seconds.
         **trained: Fields of `Trained`.
 
     Attributes:
@@ -168,14 +168,15 @@ def plan(
     """Predict the peak memory of a training step on one GPU: a sparse one, or one of the finish.
 
     Args:
-        model_config: Of a transformers causal LM.
-        lemo_config: What LeMo leaves out; None is the stock model.
-        tokens: Length of a row.
-        memory_gib: Of the card: where the config leaves ``recompute`` to gradient checkpointing,
-            free memory decides between ``"selective"`` and ``"full"``. None: there is enough.
-        reserve_gib: What of it is not free to PyTorch.
-        finish: It is a step of the finish, where rows keep ``finish_retention``.
-        fused: Of the stock model, its loss, norms and MLPs are fused (see
+        model_config: Config of a transformers causal LM.
+        lemo_config: Settings of what LeMo leaves out; None: the stock model.
+        tokens: Length of a row, tokens.
+        memory_gib: Memory of the card, GiB. If the config leaves ``recompute`` to gradient
+            checkpointing, free memory decides between ``"selective"`` and ``"full"``. None: there
+            is enough.
+        reserve_gib: Part of that memory that PyTorch cannot use, GiB.
+        finish: Whether it is a step of the finish, in which rows keep ``finish_retention``.
+        fused: Whether loss, norms and MLPs of the stock model are fused (see
             `lemo_hf.planning.fused_rival`).
         **settings: ``batch_size`` (rows, 1), and fields of `Trained`.
 
