@@ -6,7 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from lemo_hf.config_checks import KEEPS_ALL, LEVELS, POLICIES, UNITS, check_values
+from lemo_hf.config_checks import (
+    KEEPS_ALL,
+    LEVELS,
+    POLICIES,
+    UNITS,
+    check_values,
+    knows_its_fields,
+)
 from lemo_hf.shown import nearest, shortened, shown
 from lemo_hf.storage.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
 from lemo_hf.storage.outputs import locked
@@ -51,6 +58,7 @@ def check_config(value: Any) -> None:
     raise ValueError(f"lemo_config must be a LeMoConfig, got {shown(value)}: {way_out}.")
 
 
+@knows_its_fields
 @dataclass(frozen=True)
 class LeMoConfig:
     """Settings of LeMo: what each layer leaves out, and how this is chosen.

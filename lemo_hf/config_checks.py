@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 from lemo_hf.shown import nearest, shown
@@ -37,6 +39,21 @@ _SHARES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "finish_retention": ("(0, 1]", lambda x: 0 < x <= 1),
     "random_share": ("[0, 1), or be None", lambda x: 0 <= x < 1),
 }
+
+
+def knows_its_fields(config_class: type) -> type:
+    """The dataclass, which answers an unknown argument with the name that may have been meant."""
+    made, known = vars(config_class)["__init__"], [field.name for field in fields(config_class)]
+
+    @wraps(made)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{config_class.__name__} has no {name!r}{nearest(name, known)}")
+        made(self, *args, **kwargs)
+
+    config_class.__init__ = checked  # type: ignore[misc]
+    return config_class
 
 
 def check_values(config: Any) -> None:

@@ -1,5 +1,7 @@
 """A config that is wrong says what may have been meant."""
 
+import inspect
+import pickle
 import re
 
 import pytest
@@ -62,3 +64,14 @@ def test_no_config(config, way_out, tmp_path):
         with pytest.raises(ValueError, match="lemo_config must be") as error:
             use()
         assert str(error.value).endswith(way_out)
+
+
+def test_a_field_that_there_is_none_of():
+    with pytest.raises(
+        TypeError, match=r"LeMoConfig has no 'retenton'; did you mean 'retention'\?"
+    ):
+        LeMoConfig(retenton=0.3)
+    with pytest.raises(TypeError, match=r"has no 'xyzzy'\.$"):
+        LeMoConfig(xyzzy=1)
+    assert list(inspect.signature(LeMoConfig).parameters)[:2] == ["retention", "threshold"]
+    assert pickle.loads(pickle.dumps(LeMoConfig(0.4))) == LeMoConfig(retention=0.4)
