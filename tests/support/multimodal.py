@@ -1,9 +1,10 @@
 """Tiny multimodal models, and batches with images for them."""
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from support.models import DELTA, EXPERTS_OF_QWEN, SIZES
+from support.models import DELTA, EXPERTS_OF_QWEN, SIZES, relative_error
 
 IMAGE = 16  # tokens of an image, but of Mistral 3
 VISION = {
@@ -141,3 +142,14 @@ def with_images(model, inputs, places):
             "mm_token_type_ids": marks,
         }
     return {**inputs, "input_ids": ids, "labels": labels, **more}
+
+
+def assert_stock(found, expected, bound):
+    """Loss and gradients are the stock model's, but for gradients that are next to none."""
+    (loss, gradients), (stock_loss, stock) = found, expected
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert gradients.keys() == stock.keys()
+    most = max(gradient.norm() for gradient in stock.values())
+    for name, gradient in stock.items():
+        if gradient.norm() > 1e-6 * most:
+            assert relative_error(gradients[name], gradient) < bound, name
