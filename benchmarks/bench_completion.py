@@ -39,9 +39,12 @@ CHOOSING = tuple(name for name in POLICIES if name != "predictor")
 
 def providers(retentions: tuple[float, ...], policies: tuple[str, ...]) -> list[Provider]:
     """The rivals, the default at each retention, and the other policies at the first."""
-    rivals = [Provider("hf+checkpointing", "hf", True)]
-    if find_spec("liger_kernel"):
-        rivals.append(Provider("liger+checkpointing", "liger", True))
+    kinds = ["hf", "liger"] if find_spec("liger_kernel") else ["hf"]
+    rivals = [
+        Provider(f"{kind}+checkpointing{'+offload' * offload}", kind, True, offload)
+        for kind in kinds
+        for offload in (False, True)
+    ]
     keep = [
         Provider(f"lemo {share:g}{graph}", "lemo", lemo={"retention": share, **options})
         for graph, options in VARIANTS.items()
@@ -58,12 +61,14 @@ def providers(retentions: tuple[float, ...], policies: tuple[str, ...]) -> list[
     return rivals + keep + others
 
 
-def step_samples(bench: Bench, provider: Provider, tokens: int, rounds: int) -> list[dict] | str:
+def step_samples(
+    bench: Bench, provider: Provider, tokens: int, rounds: int, rows: int = 1
+) -> list[dict] | str:
     """Timed steps after one that is not, or what went wrong."""
     empty_memory(bench.optimizer)
     try:
         with provider_on(bench.models, provider, {}) as (model, _):
-            step = partial(train_step, model, bench.optimizer, tokens, ANSWERS)
+            step = partial(train_step, model, bench.optimizer, tokens, ANSWERS, rows)
             step()
             # The first step under CUDA graphs records them; it also allocates what replays take.
             peaks = {}
@@ -130,8 +135,9 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for provider in providers(RETENTIONS, CHOOSING):
             if args.providers and provider.name not in args.providers:
                 continue
-            samples = step_samples(bench, provider, tokens, args.rounds)
+            samples = step_samples(bench, provider, tokens, args.rounds, args.rows)
             row = {"model": args.model, "tokens": tokens, "provider": provider.name}
+            row["rows"] = args.rows
             row["status"] = samples if isinstance(samples, str) else "ok"
             if not isinstance(samples, str):
                 row |= summary(samples, tokens)
@@ -151,6 +157,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
     add("--tokens", nargs="+", type=int, default=[32768])
+    add("--rows", type=int, default=1, help="a step")
     add("--rounds", type=int, default=5)
     add("--providers", nargs="+", metavar="NAME", help="those alone, such as 'lemo 0.1'")
     add("--commit", default="unknown", help="of lemo-hf, for the record")

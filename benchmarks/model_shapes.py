@@ -55,6 +55,20 @@ SHAPES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
+    "SmolLM2-135M": Shape(
+        LlamaConfig,
+        {
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 49152,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+    ),
     # Dropout 0.1 behind attention and MLP is in the published config.
     "OPT-6.7B": Shape(
         OPTConfig,
@@ -76,6 +90,7 @@ _SMALL = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "
 TINY = {
     "Llama-3 8B": {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 128},
     "Llama-2 7B": {**_SMALL, "num_key_value_heads": 4, "intermediate_size": 96},
+    "SmolLM2-135M": {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 128},
     "OPT-6.7B": {**_SMALL, "word_embed_proj_dim": 64, "ffn_dim": 128},
 }
 

@@ -30,7 +30,7 @@ def preference_table(header: dict, rows: list[dict]) -> str:
 
 def preference_quality_table(header: dict, rows: list[dict]) -> str:
     """Right answers of the preference task after equal times."""
-    lines = [["", "learning rate", "seed", "held-out pairs right", "steps", "peak GiB"]]
+    lines = [["", "pairs a step", "seed", "held-out pairs right", "pairs trained", "peak GiB"]]
     for row in rows:
         share = f"{100 * row['accuracy']:.1f} %"
         if row["way"] == "base":
@@ -39,8 +39,8 @@ def preference_quality_table(header: dict, rows: list[dict]) -> str:
         kind, _, kept = row["way"].partition(" ")
         names = {"lemo": f"LeMo, {kept}", "cut": f"prompts cut to {kept} (TRL)"}
         name = names.get(kind, "dense (TRL)")
-        steps, peak = str(row["steps"]), f"{row['peak_gib']:.1f}"
-        lines.append([name, f"{row['rate']:g}", str(row["seed"]), share, steps, peak])
+        pairs, peak = str(row["batch"] * row["steps"]), f"{row['peak_gib']:.1f}"
+        lines.append([name, str(row["batch"]), str(row["seed"]), share, pairs, peak])
     return (
         f"{markdown(lines)}\n\nSmolLM2-135M-Instruct, prompts of about {header['tokens']:,} "
         f"tokens, {header['seconds']:g} s of training each, {header['gpu']}, TRL's trainer, LoRA "

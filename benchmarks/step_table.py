@@ -240,7 +240,7 @@ def scaling_table(header: dict, rows: list[dict]) -> str:
 
 def completion_table(header: dict, rows: list[dict], short: bool = False) -> str:
     """Rows whose last tokens alone are labels; ``short``: the default policy and the rivals."""
-    columns = ["row", "step", "ms", "peak GiB", "of it choosing, ms"]
+    columns = ["rows", "step", "ms", "tokens/s", "labels/s", "peak GiB", "of it choosing, ms"]
     lines = [columns]
     for row in rows:
         provider, _, policy = row["provider"].removeprefix("lemo ").partition(" ")
@@ -250,12 +250,15 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
         name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
         policy = ", ".join(f"`{OPTIONS[x]}`" for x in options) or (policy and f"`{policy}`")
         name += policy and f", {policy}"
-        cells = [length(row["tokens"]), name]
+        count = row.get("rows", 1)
+        cells = [f"{count} × {length(row['tokens'])}", name]
         if row["status"] == "ok":
             choosing = "" if "choosing_ms" not in row else f"{row['choosing_ms']:.1f}"
-            cells += [f"{row['ms_median']:,.0f}", f"{row['peak_gib']:.1f}", choosing]
+            speed = [count * x / row["ms_median"] * 1e3 for x in (row["tokens"], header["labels"])]
+            cells += [f"{row['ms_median']:,.0f}", *(f"{x:,.0f}" for x in speed)]
+            cells += [f"{row['peak_gib']:.1f}", choosing]
         else:
-            cells += [status_of(row), "", ""]
+            cells += [status_of(row), "", "", "", ""]
         lines.append(cells)
     versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
     return (

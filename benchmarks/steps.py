@@ -28,14 +28,18 @@ FIRST_TOKENS = 512  # of the first steps, which no dry step may come before
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int, answers: int | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokens: int,
+    answers: int | None = None,
+    rows: int = 1,
 ) -> Tensor:
-    """One optimizer step on fresh random tokens; the loss, detached.
+    """One optimizer step on ``rows`` of fresh random tokens; the loss, detached.
 
     The labels are the tokens; only the last ``answers`` of them, if that is given.
     """
     device = next(model.parameters()).device
-    ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+    ids = torch.randint(model.config.vocab_size, (rows, tokens), device=device)
     labels = ids.clone()
     if answers is not None:
         labels[:, :-answers] = -100

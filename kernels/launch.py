@@ -1,12 +1,18 @@
 """Decides when kernels launch, and which modules they may bypass.
 
-Tensors on a CUDA device use the Triton kernel, whose errors are raised. Tensors elsewhere use the
-plain PyTorch definition at the beginning of each kernel file.
+Tensors on a CUDA device use the Triton kernel, whose errors are raised. Tensors elsewhere, and on
+GPUs for which Triton has no compiler, use the plain PyTorch definition at the beginning of each
+kernel file.
 """
 
+import os
+from functools import cache
+
+import torch
 import triton
 from torch import Tensor, nn
 
+OLDEST = (8, 0)  # compute capability (Ampere); Triton makes no code for Volta and Turing
 DEVICES = {"cuda"}  # types of device whose tensors take kernels
 WIDENING = {"cuda"}  # those whose products of 16-bit numbers may come out in fp32
 PLAIN = {nn.Parameter}  # types of a weight that is neither sharded nor quantised
@@ -15,6 +21,29 @@ PLAIN = {nn.Parameter}  # types of a weight that is neither sharded nor quantise
 def use_triton(x: Tensor) -> bool:
     """Whether functions of ``x`` launch Triton kernels."""
     return x.device.type in DEVICES
+
+
+@cache
+def settle(device: str) -> str | None:
+    """Take kernels off a machine whose GPUs cannot run them; why they are off, None if they run.
+
+    ``LEMO_TRITON=0`` in the environment takes them off any GPU. ``device`` is the type of the
+    model's: a GPU that it does not use is not asked, since a process that has asked cannot fork.
+    """
+    why = None
+    if device != "cuda":
+        return why
+    if os.environ.get("LEMO_TRITON") == "0":
+        why = "LEMO_TRITON=0"
+    else:
+        count = torch.cuda.device_count()
+        found = min(torch.cuda.get_device_capability(index) for index in range(count))
+        if found < OLDEST:
+            why = "compute capability {}.{}, Triton needs {}.{}".format(*found, *OLDEST)
+    if why is not None:
+        DEVICES.discard("cuda")
+        WIDENING.discard("cuda")
+    return why
 
 
 def untouched(module: nn.Module) -> bool:

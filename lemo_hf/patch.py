@@ -31,7 +31,7 @@ from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.core.sink_attention import NAME as SINKS
 from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
-from lemo_hf.kernels.launch import sharded
+from lemo_hf.kernels.launch import settle, sharded
 from lemo_hf.load_predictor import load_predictor
 from lemo_hf.memory.offload import HostMemory
 from lemo_hf.predictors.base_model import BaseModel
@@ -221,7 +221,11 @@ class LeMo:
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""
         predictor = None if self.predictor is None else self.predictor.describe()
-        return describe_run(self.config, self.rules, self._attention(), predictor)
+        attention = self._attention()
+        why = settle(next(self._layers[0].parameters()).device.type)
+        if why is not None:
+            attention += f"; PyTorch's operators in place of Triton's kernels ({why})"
+        return describe_run(self.config, self.rules, attention, predictor)
 
     def take_first_batch(self) -> str | None:
         """One line on what the first sparse pass kept. None before that pass, and after the first

@@ -141,7 +141,7 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
             args=DPOConfig(
                 output_dir=folder,
                 max_steps=args.most_steps,
-                per_device_train_batch_size=1,
+                per_device_train_batch_size=args.batch,
                 max_length=None,
                 learning_rate=rate,
                 lr_scheduler_type="constant_with_warmup",
@@ -165,7 +165,8 @@ def run_of(way: str, rate: float, seed: int, data: dict[str, list[Pair]], args: 
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     peak = 0.0 if args.cpu else torch.cuda.max_memory_allocated() / GIB
-    speed = {"steps": clock.steps, "seconds": round(clock.took, 1), "peak_gib": round(peak, 2)}
+    speed = {"batch": args.batch, "steps": clock.steps, "seconds": round(clock.took, 1)}
+    speed["peak_gib"] = round(peak, 2)
     return {**speed, **judged(trainer.model, data["test"], device)}
 
 
@@ -185,6 +186,7 @@ def main() -> None:
     add("--pairs", type=int, default=600, help="to train on")
     add("--held-out", type=int, default=96)
     add("--seconds", type=float, default=45.0, help="of training")
+    add("--batch", type=int, default=1, help="pairs a step")
     add("--most-steps", type=int, default=600)
     add("--commit", default="unknown")
     add("--cpu", action="store_true")

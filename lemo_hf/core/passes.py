@@ -37,7 +37,7 @@ from lemo_hf.core.sequence_checks import (
     check_sequence_loss,
 )
 from lemo_hf.core.sparse_pass import SparsePass
-from lemo_hf.kernels.launch import sharded
+from lemo_hf.kernels.launch import settle, sharded
 from lemo_hf.memory.offload import HostMemory
 from lemo_hf.memory.out_of_memory import said_what_helps
 from lemo_hf.parallel.sequence_parallel import Shards, sequence_group
@@ -186,6 +186,7 @@ class Passes:
             kwargs["attention_mask"] = None
             shards = Shards(self.group, main.shape[1], self.config.block_size)
         leader = pairs.latest if of_reference else None
+        settle(main.device.type)
         self.current = SparsePass(
             self.config,
             tuple(main.shape[:2]),

@@ -1,0 +1,75 @@
+"""On a CUDA GPU, as on one of Volta or Turing: no Triton, no bf16, no FlashAttention."""
+
+import pytest
+import torch
+from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from support.trainers import losses, make_trainer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer
+
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
+from lemo_hf.core import attention
+from lemo_hf.kernels import launch
+
+pytestmark = pytest.mark.gpu
+OLD = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@pytest.fixture(autouse=True)
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(launch, "DEVICES", {"cuda"})
+    monkeypatch.setattr(launch, "WIDENING", {"cuda"})
+    monkeypatch.setattr(attention, "_CANDIDATES", ())
+    launch.settle.cache_clear()
+    attention._tried.cache_clear()
+    with sdpa_kernel(OLD):
+        yield
+    launch.settle.cache_clear()
+    attention._tried.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("retention", [0.5, 1.0])
+def test_fp16_is_near_fp32(family, retention):
+    model = with_lora(make_model(family, "sdpa")).cuda()
+    inputs = {name: x.cuda() for name, x in batch().items()}
+    config = LeMoConfig(retention=retention, block_size=8, policy="recent")
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        lemo = apply_lemo(model.to(dtype), config)
+        assert "compute capability 7.5, Triton needs 8.0" in lemo.describe()
+        results.append(loss_and_gradients(model, **inputs))
+        assert not launch.DEVICES
+        remove_lemo(model)
+    (truth, exact), (found, gradients) = results
+    assert found == pytest.approx(truth, rel=5e-3)
+    most = max(gradient.norm() for gradient in exact.values())
+    for name, gradient in exact.items():
+        if gradient.norm() > 1e-2 * most:
+            assert relative_error(gradients[name].float(), gradient) < 0.05, name
+
+
+def test_the_trainer_with_fp16_is_stock_at_retention_1(tmp_path):
+    def train(cls, retention):
+        model = with_lora(make_model("llama", "sdpa"))
+        config = LeMoConfig(retention=retention, block_size=8)
+        trainer = make_trainer(
+            tmp_path, config, cls=cls, model=model, use_cpu=False, fp16=True, max_steps=4
+        )
+        return losses(trainer)
+
+    stock = train(Trainer, 1.0)
+    assert train(LeMoTrainer, 1.0) == pytest.approx(stock, rel=2e-3)
+    assert train(LeMoTrainer, 0.5)[-1] < stock[0]
+
+
+def test_scores_are_not_stored_where_heads_share_keys():
+    """8 query heads for 2 key heads: an expanded key is small, a score for each pair is not."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = with_lora(make_model("llama", "sdpa", **sizes)).cuda().half()
+    inputs = {name: x.cuda() for name, x in batch(rows=1, tokens=8192).items()}
+    apply_lemo(model, LeMoConfig(retention=1.0, block_size=64))
+    torch.cuda.reset_peak_memory_stats()
+    model(**inputs).loss.backward()
+    assert torch.cuda.max_memory_allocated() < 8 * 8192**2 * 2  # of one layer, in fp16
