@@ -107,7 +107,7 @@ class DryModel:
             with self.run:
                 for layer in some:
                     if any(x.is_meta for x in layer.parameters()):
-                        layer.to_empty(device="cpu")
+                        _make_real(layer)
             yield some
         finally:
             put(range(len(self.layers)))
@@ -229,6 +229,18 @@ def _by_sdpa(config: Any, dtype: torch.dtype) -> nn.Module:
             "by 'eager' alone, which stores scores. Run a few steps and read lemo/peak_memory_gib "
             "in the logs."
         ) from error
+
+
+def _make_real(module: nn.Module) -> None:
+    """`nn.Module.to_empty`, which before PyTorch 2.13 fails on quantised weights in a dry run."""
+    for part in module.modules():
+        for name, x in part._parameters.items():
+            if x is not None:
+                new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+                part._parameters[name] = nn.Parameter(new, x.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def _config(lemo: LeMoConfig, chosen: list[int], levels: tuple[str, ...]) -> LeMoConfig:
