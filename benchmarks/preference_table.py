@@ -30,21 +30,22 @@ def preference_table(header: dict, rows: list[dict]) -> str:
 
 def preference_quality_table(header: dict, rows: list[dict]) -> str:
     """Right answers of the preference task after equal times."""
-    lines = [["", "pairs a step", "seed", "held-out pairs right", "pairs trained", "peak GiB"]]
+    titles = ["", "pairs a step", "seed", "held-out pairs right", "for", "pairs trained"]
+    lines = [[*titles, "peak GiB"]]
     for row in rows:
         share = f"{100 * row['accuracy']:.1f} %"
         if row["way"] == "base":
-            lines.append(["before training", "", "", share, "", ""])
+            lines.append(["before training", "", "", share, "", "", ""])
             continue
         kind, _, kept = row["way"].partition(" ")
         names = {"lemo": f"LeMo, {kept}", "cut": f"prompts cut to {kept} (TRL)"}
         name = names.get(kind, "dense (TRL)")
-        pairs, peak = str(row["batch"] * row["steps"]), f"{row['peak_gib']:.1f}"
-        lines.append([name, str(row["batch"]), str(row["seed"]), share, pairs, peak])
+        took, pairs = f"{row['seconds']:.0f} s", str(row["batch"] * row["steps"])
+        cells = [name, str(row["batch"]), str(row["seed"]), share, took, pairs]
+        lines.append([*cells, f"{row['peak_gib']:.1f}"])
     return (
         f"{markdown(lines)}\n\nSmolLM2-135M-Instruct, prompts of about {header['tokens']:,} "
-        f"tokens, {header['seconds']:g} s of training each, {header['gpu']}, TRL's trainer, LoRA "
-        f"r = 16 on all linears, 96 held-out pairs judged with all tokens kept; commit "
+        f"tokens, {header['gpu']}, TRL's trainer, LoRA r = 16 on all linears, rate 3e-4, 96 held-out pairs judged with all tokens kept; commit "
         f"`{header['commit']}`, {header['date']}, `benchmarks/quality/preference.py`."
     )
 
