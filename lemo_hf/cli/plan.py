@@ -131,6 +131,7 @@ def plan(
         found["stock"] = planner.plan(None, tokens, room)
         found["fused"] = planner.plan(None, tokens, room, fused=True)
         result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
+        result["attention"] = planner.attention
         if card is not None:
             result["gpu"] = card.title
         for number, (name, phase) in enumerate(found.items()):
@@ -155,6 +156,12 @@ def plan(
         print(json.dumps(result))
         return
     _print_table(found, result, memory_gib)
+    if planner.attention != "sdpa":
+        print(
+            f"All columns have attn_implementation={planner.attention!r}, which LeMo brings; with "
+            "'eager', transformers' default for this model, each would take more memory: a score "
+            "for each pair of tokens."
+        )
     if card is not None:
         print(card.said)
     if "finish" in found:

@@ -29,7 +29,8 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
 
     The first of these ways that fits is taken: store everything, compute again, compute again and
     offload. Without ``data.tokens`` rows are as long as the model's positions and sliding window,
-    or shorter if the last of the ways allows no more.
+    or shorter if the last of the ways allows no more. Attention with sinks becomes the one that is
+    planned: transformers' default stores scores.
 
     Returns:
         What `look` found of the run, and a sentence on what was chosen.
@@ -49,6 +50,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     run = settings.build()
     found = look(run)
     config, start = found.config, run.lemo
+    config._attn_implementation = run.model.attn_implementation  # plans refuse some
     if start is not None and start.dense_finish is None and found.form and run.data.answers_only:
         start = dataclasses.replace(start, dense_finish=0)  # rows that ask have none
     lora, args = run.lora, run.training
@@ -83,8 +85,8 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         found = ((way, phases_of(way, length)) for way in ways[:-1])
         return next((x for x in found if fits(x[1])), (ways[-1], last))
 
-    asked = tokens
-    window = next(iter(planners.values())).window
+    asked, planner = tokens, next(iter(planners.values()))
+    window = planner.window
     positions = config.get_text_config().max_position_embeddings
     tokens = tokens or min(positions, window or positions)
     bar.expect(2 * len(ways))
@@ -106,6 +108,10 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         settings.set("data", "tokens", tokens, "--memory-gib")
     (checkpointing, offload), phases = chosen
     settings.set("training", "activation_checkpointing", checkpointing, "--memory-gib")
+    by = ""
+    if run.model.attn_implementation is None and planner.attention != "sdpa":
+        by = f", attention is {planner.attention}"
+        settings.set("model", "attn_implementation", planner.attention, "--memory-gib")
     if offload is not None:
         settings.set("lemo", "offload_gib", offload, "--memory-gib")
     highest = max(phases, key=lambda phase: phase.peak)
@@ -116,7 +122,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     why = " (as the model's sliding window; longer ones are not predicted)" if cut else ""
     said = (
         f"Planned for {memory_gib:g} GiB, {RESERVE_GIB:g} of them left to CUDA: rows of {tokens:,} "
-        f"tokens{why}; {levels}{pinned}. The predicted peak is {highest.peak / GIB:.1f} GiB."
+        f"tokens{why}; {levels}{pinned}{by}. The predicted peak is {highest.peak / GIB:.1f} GiB."
     )
     longer = load_config(settings.build().model, tokens)
     return dataclasses.replace(found, config=longer), said

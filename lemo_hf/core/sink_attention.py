@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lemo_sinks"
+MODELS = ("gpt_oss",)  # types of models that run it
 WIDER = 8  # dimensions that are added to a head; one is used, but kernels take multiples of 8
 
 

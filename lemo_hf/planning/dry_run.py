@@ -295,8 +295,9 @@ def _is_real(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
 def _flash_buffers(query: Tensor, key: Tensor) -> int:
     """Bytes that a GPU's attention takes in its backward, and a CPU's does not.
 
-    The fp32 sum of the queries' gradient, and those of keys and values by query head where heads
-    share keys.
+    The fp32 sum of the queries' gradient, whose heads FlashAttention widens to a multiple of 32,
+    and those of keys and values by query head where heads share keys.
     """
+    heads, size = query.numel() // query.shape[-1], query.shape[-1]
     shared = key.shape[1] < query.shape[1]
-    return query.numel() * (4 + (2 * query.element_size() if shared else 0))
+    return heads * 4 * (-(-size // 32) * 32) + (2 * query.nbytes if shared else 0)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lemo_hf.config import UNITS, LeMoConfig
+from lemo_hf.core import sink_attention
 from lemo_hf.core.families import family_of
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.loss import shifted
@@ -51,7 +52,7 @@ class DryModel:
         self.config.use_cache = False
         dtype, self.run = getattr(torch, trained.dtype), DryRun()
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):
-            model = _by_sdpa(self.config, dtype)
+            model = _made(self.config, dtype)
             stack = cast(nn.ModuleList, model.get_submodule(self.family.layers))
             self.targets = trained.targets_in(stack[0], self.family)
             if trained.bits is not None:
@@ -218,9 +219,15 @@ class DryModel:
                 loss.backward()
 
 
-def _by_sdpa(config: Any, dtype: torch.dtype) -> nn.Module:
+def attention_of(config: Any) -> str:
+    """Name of the attention by which a model is planned: one that stores no scores."""
+    return sink_attention.NAME if config.model_type in sink_attention.MODELS else "sdpa"
+
+
+def _made(config: Any, dtype: torch.dtype) -> nn.Module:
+    how = {"dtype": dtype, "attn_implementation": attention_of(config)}
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, **how)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise

@@ -12,7 +12,7 @@ from typing import Any
 from lemo_hf.config import LeMoConfig
 from lemo_hf.core.families import MULTIMODAL, family_of
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.dry_step import DryModel
+from lemo_hf.planning.dry_step import DryModel, attention_of
 from lemo_hf.planning.trained import Trained, check_count
 from lemo_hf.planning.work import Work
 
@@ -62,7 +62,8 @@ class Planner:
     """Plans of one model and one way to train it.
 
     They are those of rows without padding and with a label on each token, attention by ``sdpa`` or
-    ``flash_attention_2``, LoRA without dropout, and fused AdamW, on one GPU.
+    ``flash_attention_2`` (by ``lemo_sinks`` if it has sinks), LoRA without dropout, and fused
+    AdamW, on one GPU.
 
     Args:
         config: Config of a transformers causal LM.
@@ -73,6 +74,7 @@ class Planner:
     Attributes:
         targets: Names of the adapted linears, or ``["all-linear"]``.
         window: The longest row that no sliding window cuts, tokens, or None.
+        attention: The ``attn_implementation`` that is planned, of the stock model too.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
@@ -89,7 +91,7 @@ class Planner:
         self._looked = looked
         how = Trained(**trained)
         _check_config(config)
-        self.window = _window(config)
+        self.window, self.attention = _window(config), attention_of(config)
         self._model = DryModel(config, how, batch_size)
         self.targets = self._model.targets
 
@@ -296,11 +298,12 @@ def _check_config(config: Any) -> None:
             "the config is that of quantised weights: give the unquantised model's, and "
             "load_in_4bit or load_in_8bit."
         )
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in (None, "sdpa") and "flash" not in implementation:
+    implementation, known = getattr(config, "_attn_implementation", None), attention_of(config)
+    flash = known == "sdpa" and "flash" in (implementation or "")
+    if implementation not in (None, known) and not flash:
         raise ValueError(
-            f"attn_implementation={implementation!r} is not predicted: use 'sdpa', which stores no "
-            "scores."
+            f"attn_implementation={implementation!r} is not predicted: use {known!r}, which stores "
+            "no scores."
         )
     # Which attention kernels do not have, so that scores are stored.
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_logit_softcapping"):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from support.dry_models import _poison, dry_models_are_shared  # noqa: F401
+from support.models import EXTRA, SIZES
 from support.paths import DEMO
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.planning.plan import GIB, plans
@@ -82,6 +83,19 @@ def test_rows_are_no_longer_than_a_sliding_window(lemo, folder):
     assert code == 0, err
     assert yaml.safe_load(out)["data"]["tokens"] == 4096
     assert "rows of 4,096 tokens (as the model's sliding window; longer ones are not" in out
+
+
+def test_attention_with_sinks_is_the_one_that_is_planned(lemo, folder):
+    model = AutoConfig.for_model("gpt_oss", **SIZES, **EXTRA["gpt_oss"]).to_dict()
+    model |= {"sliding_window": 4096, "architectures": ["GptOssForCausalLM"]}
+    (folder / "8b" / "config.json").write_text(json.dumps(model))
+    command = (*FLAGS, "--model", "8b", "--dataset", "book.txt", "--dry-run", "--memory-gib", "24")
+    code, out, err = lemo(*command, "--tokens", 256)
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["attn_implementation"] == "lemo_sinks"
+    assert "nothing is computed again, attention is lemo_sinks. The predicted peak" in out
+    code, _, err = lemo(*command, "--tokens", 256, "--model.attn_implementation", "eager")
+    assert code == 2 and "'eager' is not predicted: use 'lemo_sinks'" in err
 
 
 def test_what_needs_least_time_is_taken(lemo, folder):

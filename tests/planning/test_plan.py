@@ -5,19 +5,20 @@ import json
 import sys
 
 import pytest
-from support.allocations import LLAMA, QKVO, peak_of_a_step, tiny
-from support.models import EAGER, SIZES
+import torch
+from support.allocations import LLAMA, PLANNED, QKVO, peak_of_a_step, tiny
+from support.models import SIZES
 from support.paths import ROOT
 from transformers import AutoConfig
 from triton.runtime.jit import KernelInterface
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
-from lemo_hf.core.families import FAMILIES
-from lemo_hf.core.hybrids import HYBRIDS
+from lemo_hf.core import sink_attention
 from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
 from lemo_hf.memory.recompute import by_tiles
+from lemo_hf.planning.dry_run import _flash_buffers
 from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.planning.plan import Planner, longest, plan
 from lemo_hf.planning.speed import CARDS, HOST, SHARES, step_seconds
@@ -122,6 +123,7 @@ def check_step(
 
 
 KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "youtu")
+KINDS += sink_attention.MODELS
 # A sparse step as it is, a stock one with gradient checkpointing.
 WAYS = pytest.mark.parametrize(
     ("lemo", "checkpointing"), [({"retention": 0.5}, False), (None, True)], ids=["lemo", "stock"]
@@ -131,14 +133,23 @@ WAYS = pytest.mark.parametrize(
 @WAYS
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(family, marks=() if family in KINDS else pytest.mark.soak)
-        for family in FAMILIES
-        if family not in (*EAGER, *HYBRIDS)  # scores are stored; the others are refused
-    ],
+    [pytest.param(family, marks=() if family in KINDS else pytest.mark.soak) for family in PLANNED],
 )
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
     check_step(lemo, family, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_of_attention_with_sinks(level, launched):
+    lemo = {"retention": 0.5, "mlp_retention": 0.25, "recompute": level}
+    check_step(lemo, "gpt_oss", targets=None, layers=7)
+
+
+def test_buffers_of_a_gpus_attention():
+    """Heads of 72, as sinks make them of 64, are 96 wide in the sum of the queries' gradient."""
+    query, key = (torch.empty(2, heads, 10, 72, dtype=torch.bfloat16) for heads in (8, 2))
+    assert _flash_buffers(query, query) == 4 * 2 * 8 * 10 * 96
+    assert _flash_buffers(query, key) == 2 * 8 * 10 * (4 * 96 + 2 * 2 * 72)
 
 
 @WAYS

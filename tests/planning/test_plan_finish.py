@@ -111,6 +111,19 @@ def test_the_finish_that_fits():
     assert fitting_finish(LLAMA, lemo, 1024, 5) is None
 
 
+def test_the_command_line_says_which_attention_has_sinks(lemo, tmp_path):
+    config = tiny("gpt_oss")[1]
+    config.save_pretrained(tmp_path)
+    command = ("plan", "--model", tmp_path, "--tokens", 1024)
+    code, out, err = lemo(*command, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["attention"] == "lemo_sinks"
+    assert result["without"]["peak"] == plan(config, None, 1024).peak > result["LeMo"]["peak"]
+    said = "All columns have attn_implementation='lemo_sinks', which LeMo brings; with 'eager', "
+    assert said in lemo(*command)[1]
+
+
 def test_the_command_line(lemo, tmp_path):
     LLAMA.save_pretrained(tmp_path)
     command = ("plan", "--model", tmp_path, "--recompute", "full", "--retention", 0.3)

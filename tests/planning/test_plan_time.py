@@ -10,14 +10,12 @@ import sys
 
 import pytest
 import torch
-from support.allocations import LLAMA, QKVO, tiny
-from support.models import EAGER
+from support.allocations import LLAMA, PLANNED, QKVO, tiny
 from support.paths import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.core.families import FAMILIES
-from lemo_hf.core.hybrids import HYBRIDS
+from lemo_hf.core import sink_attention
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.fused_rival import part_rows
 from lemo_hf.planning.plan import Planner, plan
@@ -85,16 +83,12 @@ def test_operations_are_those_of_a_real_step(lemo, checkpointing, targets, launc
     assert found.eight_bits == 0 and found.moved > 0 and found.launches > 100
 
 
-FEW = ("mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox")
+FEW = ("mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "gpt_oss")
 
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(family, marks=() if family in FEW else pytest.mark.soak)
-        for family in FAMILIES
-        if family not in (*EAGER, *HYBRIDS)
-    ],
+    [pytest.param(family, marks=() if family in FEW else pytest.mark.soak) for family in PLANNED],
 )
 def test_operations_of_every_family(family, launched):
     """And as many where kernels are fused, which take no more memory."""
@@ -125,6 +119,14 @@ def test_attention_by_its_formula():
     assert plan(LLAMA, kept, tokens).work.attention == pytest.approx(7 * once / 16, rel=0.01)
     selective = plan(LLAMA, LeMoConfig(retention=1.0, recompute="selective"), tokens)
     assert selective.work.attention == 7 * once  # its output is kept
+
+
+def test_sinks_are_one_more_key_of_wider_heads():
+    layers, tokens = 3, 512
+    _, config, _ = tiny("gpt_oss", layers)
+    size = config.head_dim + sink_attention.WIDER
+    once = layers * (tokens + 1) ** 2 * config.num_attention_heads * size
+    assert plan(config, None, tokens).work.attention == 7 * once
 
 
 def test_what_leaves_for_the_host_is_counted():

@@ -9,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from support.models import EXTRA, make_model
+from lemo_hf.core import sink_attention
+from lemo_hf.core.families import FAMILIES
+from lemo_hf.core.hybrids import HYBRIDS
+from support.models import EAGER, EXTRA, make_model
+
+# The others store scores, or what the kernels of recurrent layers do.
+PLANNED = [
+    name for name in FAMILIES if name in sink_attention.MODELS or name not in (*EAGER, *HYBRIDS)
+]
 
 KERNELS = (
     "norm._gather_norm_forward",
@@ -100,6 +108,8 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
         del sizes["head_dim"]
         sizes["num_key_value_heads"] = 8
     model = make_model(family, "sdpa", **{**sizes, **options}).to(torch.bfloat16)
+    if family in sink_attention.MODELS:
+        model.set_attn_implementation(sink_attention.NAME)
     config = model.config
     if targets is not None:
         settings = LoraConfig(
