@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo_hf.altered import Altered, altering
+from lemo_hf.core import whole_heads
 from lemo_hf.core.lora import has_adapter, linear_of
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 from lemo_hf.parallel.sequence_attention import shared_config
@@ -39,7 +40,11 @@ def call_attention(
         halves: Whether rotary positions, if the module has any, rotate the two halves of a head.
         **kwargs: Arguments of its layer's forward, without ``position_embeddings``.
     """
-    others = {} if share is None else {"config": shared_config(attention.config, share)}
+    others = {}
+    if share is not None:
+        others["config"] = shared_config(attention.config, share)
+    elif whole_heads.are_needed(attention, kwargs["hidden_states"].device):
+        others["config"] = whole_heads.repeating_config(attention.config)
     forward = type(attention).forward
     code: Any = getattr(forward, "__code__", None)
     known = "forward" not in vars(attention) and code is not None
