@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(MAKE) -j 3 --output-sync $(VENV)/oldest/ready lint docs
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak"
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak" $$(grep -rl "mark.oldest" tests)
 
 # The same tests with many more cases, and many more steps (minutes).
 soak: $(VENV)/ready

@@ -345,6 +345,7 @@ def test_cases_are_settings_that_lemo_takes():
     assert {case.lemo.get("predictor") for case in learned} == {None, "a/predictor"}
 
 
+@pytest.mark.soak
 def test_a_run_gives_tables_and_a_picture(base, texts, tmp_path, capsys):
     out = tmp_path / "out"
     command = [

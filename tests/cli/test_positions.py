@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.grids import covering
 from support.models import make_model
 from support.paths import DEMO
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -61,9 +62,9 @@ def test_all_types_are_known():
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("most", [None, 2048])
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize(
+    ("kind", "key", "most"), covering(list(GIVEN), ["rope_type", "type"], [None, 2048])
+)
 def test_every_type(kind, key, most, ids):
     given, needed = GIVEN[kind]
     config = asked(rope_parameters={key: kind, **given}, max_position_embeddings=most)

@@ -445,13 +445,12 @@ def test_dropout_is_drawn_anew(device):
     assert graphs_of(model) == 1 and len(set(found)) == 6
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("accumulation", "lora"), [(1, True), (2, False)])
 @pytest.mark.parametrize(
     ("device", "dtype"),
     [("cpu", "bf16"), *(pytest.param("cuda", dtype, marks=gpu) for dtype in ("bf16", "fp16"))],
     indirect=["device"],
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
 def test_through_trainer(device, tmp_path, accumulation, dtype, lora, warned):
     options = {
         "use_cpu": device == "cpu",

@@ -35,6 +35,8 @@ def assert_same_logs(ours, theirs, rel=1e-5):
             assert mine[name] == pytest.approx(stock[name], rel=rel, abs=rel), name
 
 
+# What trains is the same with an adapter that TRL makes and with one that is there.
+SOME = [pytest.param(x, marks=pytest.mark.soak if x == "new-adapter" else ()) for x in MODELS]
 SETTINGS = {
     "plain": {},
     "precomputed": {"precompute_ref_log_probs": True},
@@ -205,7 +207,7 @@ def test_precomputed_references_lie_in_files_of_their_own(tmp_path):
     assert (columns["half"] - columns["dense"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("models", MODELS)
+@pytest.mark.parametrize("models", SOME)
 def test_evaluation_is_dense(tmp_path, models):
     settings = {"eval_dataset": preferences(4), "max_steps": 1, "learning_rate": 0.0}
     stock, ours = (
@@ -222,7 +224,7 @@ def test_evaluation_is_dense(tmp_path, models):
                 assert found[name] == pytest.approx(expected[name], abs=1e-6), (when, name)
 
 
-@pytest.mark.parametrize("models", MODELS)
+@pytest.mark.parametrize("models", SOME)
 def test_half_of_the_tokens_learns(tmp_path, models):
     settings = {"max_steps": 12, "learning_rate": 2e-3, "lr_scheduler_type": "constant"}
     found = logs(make_trainer(tmp_path, HALF, **MODELS[models](), **settings))
@@ -241,7 +243,10 @@ def drop_speed(found):
     return [{k: v for k, v in log.items() if "per_second" not in k} for log in found]
 
 
-@pytest.mark.parametrize("settings", [{}, {"precompute_ref_log_probs": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"precompute_ref_log_probs": True}, marks=pytest.mark.soak)],
+)
 def test_resumes_to_the_step(tmp_path, settings):
     """Blocks are kept by chance as well, others at each step."""
     settings = {**settings, **MODELS["new-adapter"](), "save_strategy": "steps", "save_steps": 2}

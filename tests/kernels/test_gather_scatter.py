@@ -54,11 +54,12 @@ def learnt(norm):
     return [part for part in norm[1:3] if part is not None]
 
 
-swept = pytest.mark.parametrize(("dtype", "kind", "shape"), covering(DTYPES, KINDS, SHAPES))
+SHARES = [0.0, 0.1, 0.5, 1.0]
 
 
-@swept
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "shape", "share"), covering(DTYPES, KINDS, SHAPES, SHARES)
+)
 def test_gather_norm(shape, share, kind, dtype, device):
     x, index, slots = cases(dtype, shape, share, device)
     norm = make_norm(kind, shape[2], dtype, device)
@@ -86,9 +87,10 @@ def test_gather_norm(shape, share, kind, dtype, device):
     compare((rows, hidden, *got), reference, (x, gx, grows, ghidden), norm, dtype)
 
 
-@swept
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("kept", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "shape", "scale", "kept"),
+    covering(DTYPES, KINDS, SHAPES, [1.0, 0.3], [0, 1, 6]),
+)
 def test_add_norm(shape, scale, kept, kind, dtype, device):
     rows, update = (torch.randn(shape[0], kept, shape[2]).to(device, dtype) for _ in range(2))
     norm = make_norm(kind, shape[2], dtype, device)
@@ -113,10 +115,9 @@ def test_add_norm(shape, scale, kept, kind, dtype, device):
     compare((total, hidden, *got), reference, (rows, update, *grads), norm, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("scale", [None, 1.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "share", "scale"), covering(DTYPES, SHAPES, SHARES, [None, 1.0, 0.3])
+)
 def test_scatter_add(shape, share, scale, dtype, device):
     x, index, slots = cases(dtype, shape, share, device)
     rows, update = (torch.randn(*index.shape, shape[2]).to(device, dtype) for _ in range(2))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.grids import covering
 from support.parity import DTYPES, assert_as_good
 from torch import nn
 
@@ -34,11 +35,17 @@ def plain(hidden, weight, targets, weights, dtype, divisor, softcap):
     return loss, *torch.autograd.grad(loss, (hidden, weight))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("segment_size", [1, 7, None])
-@pytest.mark.parametrize(("divisor", "softcap"), [(1.0, None), (2.5, None), (1.0, 3.0), (2.0, 4.0)])
-@pytest.mark.parametrize("as_module", [False, True])
-def test_loss_and_gradients(dtype, segment_size, divisor, softcap, as_module, device):
+@pytest.mark.parametrize(
+    ("dtype", "segment_size", "scaled", "as_module"),
+    covering(
+        DTYPES,
+        [1, 7, None],
+        [(1.0, None), (2.5, None), (1.0, 3.0), (2.0, 4.0)],  # divisor and softcap
+        [False, True],
+    ),
+)
+def test_loss_and_gradients(dtype, segment_size, scaled, as_module, device):
+    divisor, softcap = scaled
     hidden, weight, targets, weights = inputs(23, 6, 31, dtype, device)
     options = dict(divisor=divisor, softcap=softcap)
     leaf = hidden.detach().requires_grad_()
