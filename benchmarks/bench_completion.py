@@ -30,6 +30,7 @@ ANSWERS = 512  # labelled tokens a row
 RETENTIONS = (0.3, 0.1, 0.05)
 VARIANTS: dict[str, dict] = {
     "": {},
+    " +mlp": {"recompute": "mlp"},
     " +graph": {"cuda_graphs": True},
     " +fp8": {"fp8": True},
     " +fp8+graph": {"fp8": True, "cuda_graphs": True},

@@ -118,7 +118,7 @@ def step_conditions(header: dict, rows: list[dict]) -> str:
     )
 
 
-OPTIONS = {"graph": "cuda_graphs", "fp8": "fp8"}
+OPTIONS = {"graph": "cuda_graphs", "fp8": "fp8", "mlp": 'recompute="mlp"'}
 WEIGHTS = {"nf4": "4 bits (NF4, double quantisation)", "int8": "8 bits (LLM.int8)"}
 
 

@@ -35,7 +35,7 @@ IMPORTS = {
     "integrations.callback": "announce config core kernels patch",
     "trainer": "announce config core integrations.callback parallel patch predictors "
     "run_card storage",
-    "integrations": "config core integrations.callback kernels patch predictors trainer",
+    "integrations": "altered config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels modes patch predictors progress storage",
     "planning": "altered config core kernels memory patch",

@@ -11,6 +11,7 @@ from trl import DPOTrainer
 
 from lemo_hf.config import LeMoConfig
 from lemo_hf.core.pair_sets import PairSets
+from lemo_hf.integrations.adapters_off import quickly_disabled, switches_of
 from lemo_hf.integrations.trl import check_args
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
@@ -43,6 +44,7 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     ):
         config = kwargs.get("lemo_config")
         self._pairs = PairSets()
+        self._switches: list[Any] = []
         if args is not None and isinstance(config, LeMoConfig):
             check_args(args)
             _check(args, config)
@@ -58,6 +60,7 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
                 "layers route kept tokens only. Set DPOConfig(router_aux_loss_coef=0.0)."
             )
         _check_adapters(model)
+        self._switches = switches_of(model)
         lemo = super()._apply_lemo(model, config, predictor)
         lemo.passes.pairs = self._pairs
         reference = None if self._pairs.fixed else self._reference()
@@ -84,7 +87,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As DPOTrainer's; the reference's pass is sparse if the trained model's is."""
         try:
-            return super().compute_loss(*args, **kwargs)
+            with quickly_disabled(self._model(), self._switches):
+                return super().compute_loss(*args, **kwargs)
         finally:
             self._pairs.latest = None
             reference = self._reference()
