@@ -12,6 +12,7 @@ from support.trainers import SPARSE, dataset, make_trainer
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.train_folder import clear
 from lemo_hf.report.callback import ReportCallback
+from lemo_hf.run_card import _duration
 
 
 def facts(folder):
@@ -198,3 +199,17 @@ def test_a_run_that_starts_over_takes_its_own_card_away(tmp_path, ours):
     trainer.create_model_card()
     clear(str(tmp_path))
     assert (tmp_path / "README.md").exists() != ours
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.1234, "0.123 s"),
+        (59.6, "59.6 s"),
+        (90.1, "2 min"),
+        (3570, "1 h 0 min"),
+        (7384, "2 h 3 min"),
+    ],
+)
+def test_a_duration(seconds, said):
+    assert _duration(seconds) == said

@@ -187,6 +187,10 @@ def test_the_figures(tmp_path):
         ("moments", [{"first": 3, "last": 2, "rows": 1}], "must have steps after those before"),
         ("place_layers", [0, "b"], "'place_layers' .* must be a list of layers"),
         ("place_layers", [0, 1], "'attention' of row 1 .* must be curves of shares"),
+        ("environment", {"torch": 3}, "'torch' of 'environment' of .* must be an object"),
+        ("environment", [], "'environment' of .* must be an object"),
+        ("model", {"trained": 1.5}, "'trained' of 'model' of .* must be an integer"),
+        ("sparse", 3, "'sparse' of .* must be text"),
     ],
 )
 def test_a_damaged_record(tmp_path, name, value, says):
