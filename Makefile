@@ -6,13 +6,13 @@ RUN := $(VENV)/bin/python
 # The order of files is tests/conftest.py's.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test soak crash lint docs bench sanitize
+.PHONY: demo test soak crash lint style types tables docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
 
 test: $(VENV)/ready
-	$(MAKE) -j 3 --output-sync $(VENV)/oldest/ready lint docs
+	$(MAKE) -j 3 --output-sync types $(VENV)/oldest/ready style tables docs
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak" $$(grep -rl "mark.oldest" tests)
 
@@ -22,10 +22,16 @@ soak: $(VENV)/ready
 	LEMO_CASES=2000 $(PYTEST) tests/storage/test_fuzz.py
 	$(PYTEST) -m soak
 
-lint: $(VENV)/ready
+lint: style types tables
+
+style: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: $(VENV)/ready
 	$(RUN) -m mypy lemo_hf
+
+tables: $(VENV)/ready
 	PYTHONPATH=. $(RUN) benchmarks/table.py --check
 
 docs: $(VENV)/ready

@@ -179,8 +179,10 @@ def test_rows_of_which_a_part_is_labelled(device, policy):
     assert_as_without(lambda: tiny(device), config, inputs)
 
 
-@pytest.mark.parametrize("policy", ["auto", "overlap", "pooled", "oracle"])
-@pytest.mark.parametrize("supervise", ["kept", "all"])
+@pytest.mark.parametrize(
+    ("policy", "supervise"),
+    [("auto", "kept"), ("overlap", "all"), ("pooled", "kept"), ("oracle", "all")],
+)
 def test_answers_of_different_lengths_share_a_graph(device, policy, supervise, monkeypatch):
     """As long as their blocks are no more than the budget; each length beyond has its own."""
     monkeypatch.setattr(row_counts, "LABELS", 64)

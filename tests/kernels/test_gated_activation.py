@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.grids import covering
 from support.parity import DTYPES, assert_as_good
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -11,11 +12,12 @@ from lemo_hf.kernels.gated_activation import (
     gated_activation_reference,
 )
 
+SHAPES = [(1, 1, 3), (3, 5, 7), (2, 3, 17000), (2, 0, 8), (4, 33)]
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 5, 7), (2, 3, 17000), (2, 0, 8), (4, 33)])
-@pytest.mark.parametrize("fused", [False, True])
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "shape", "fused"), covering(DTYPES, ACTIVATIONS, SHAPES, [False, True])
+)
 def test_gated_activation(shape, activation, dtype, fused, device):
     both = (2 * torch.randn(*shape[:-1], 2 * shape[-1])).to(device, dtype)
     grad = torch.randn(shape).to(device, dtype)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.grids import covering
 from support.parity import DTYPES, assert_as_good, keep_index
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
@@ -17,22 +18,22 @@ def both(query, key, cos, sin):
     return rotary_reference(query, cos, sin), rotary_reference(key, cos, sin)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# Batch, heads, key heads, tokens, kept tokens, size of a head, width of the tables.
+SHAPES = [
+    (1, 1, 1, 5, 5, 8, 8),
+    (3, 5, 2, 9, 4, 12, 12),
+    (2, 4, 4, 6, 1, 16, 6),
+    (2, 2, 1, 6, 0, 8, 8),
+    (2, 3, 1, 7, 3, 80, 48),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "key_heads", "tokens", "kept", "dim", "width"),
-    [
-        (1, 1, 1, 5, 5, 8, 8),
-        (3, 5, 2, 9, 4, 12, 12),
-        (2, 4, 4, 6, 1, 16, 6),
-        (2, 2, 1, 6, 0, 8, 8),
-        (2, 3, 1, 7, 3, 80, 48),
-    ],
+    ("dtype", "shape", "shared_table", "projected"),
+    covering(DTYPES, SHAPES, [True, False], [True, False]),
 )
-@pytest.mark.parametrize("shared_table", [True, False])
-@pytest.mark.parametrize("projected", [True, False])
-def test_rotary(
-    batch, heads, key_heads, tokens, kept, dim, width, shared_table, projected, dtype, device
-):
+def test_rotary(shape, shared_table, projected, dtype, device):
+    batch, heads, key_heads, tokens, kept, dim, width = shape
     inputs, grads = [], []
     for count in (heads, key_heads):
         x = torch.randn(batch, kept, count, dim).to(device, dtype).transpose(1, 2)
