@@ -1,8 +1,8 @@
 """A PEFT model without its adapters for a while, by their switches alone.
 
 PEFT's own `disable_adapter` looks through the whole model several times and freezes each adapter,
-which takes the host a fifth of a DPO step of a small model (docs/LOG.md). A pass without gradient needs no frozen
-adapters.
+which takes the host a fifth of a DPO step of a small model (docs/LOG.md). A pass without gradient
+needs no frozen adapters.
 """
 
 from collections.abc import Iterator, Sequence
