@@ -46,6 +46,8 @@ def break_off(model, place, error, **inputs):
         model(**inputs).loss.backward()
     hook.remove()
     model.zero_grad()
+    # PyTorch 2.11 goes on recording for a checkpoint as long as someone holds the frame inside it.
+    error.__traceback__ = None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")])
