@@ -45,7 +45,8 @@ def preference_quality_table(header: dict, rows: list[dict]) -> str:
         lines.append([*cells, f"{row['peak_gib']:.1f}"])
     return (
         f"{markdown(lines)}\n\nSmolLM2-135M-Instruct, prompts of about {header['tokens']:,} "
-        f"tokens, {header['gpu']}, TRL's trainer, LoRA r = 16 on all linears, rate 3e-4, 96 held-out pairs judged with all tokens kept; commit "
+        f"tokens, {header['gpu']}, TRL's trainer, LoRA r = 16 on all linears, rate 3e-4, 96 "
+        "held-out pairs judged with all tokens kept; commit "
         f"`{header['commit']}`, {header['date']}, `benchmarks/quality/preference.py`."
     )
 
