@@ -88,7 +88,10 @@ def assert_no_growth(found):
     assert on_gpu[-1] - on_gpu[0] < 1, on_gpu
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x == "default" else pytest.mark.soak) for x in CONFIGS],
+)
 def test_sixty_steps(name):
     assert_no_growth(steps(CONFIGS[name], 60, longest=80))
 

@@ -153,9 +153,9 @@ def test_the_command_line(lemo, tmp_path):
     code, out, _ = lemo(*command, *card, "--dense-finish", 0.2, "--finish-retention", share)
     assert f"The last 20% of the steps keep {share:.0%} of the blocks." in out
     assert "as well" not in out and "have no finish" not in out
-    code, out, _ = lemo(*command, *card, "--dense-finish", 0)
+    code, out, _ = lemo(*command, "--tokens", tokens, "--dense-finish", 0)
     assert code == 0 and "finish" not in out
-    code, out, _ = lemo(*command, *card, "--dense-finish", 1)
+    code, out, _ = lemo(*command, "--tokens", tokens, "--dense-finish", 1)
     assert "The last 100% of the steps are dense. There are no other steps." in out
     code, out, _ = lemo(*command, "--dense-finish", 0.2, "--finish-retention", 0.1)
     assert "The sparse steps set the peak" in out and "Both fit" not in out

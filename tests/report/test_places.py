@@ -116,7 +116,7 @@ def made_up(rng, first, last, curves=1):
             "mlp": values}  # fmt: skip
 
 
-@pytest.mark.parametrize("curves", [1, 32, 126])
+@pytest.mark.parametrize("curves", [1, 32, pytest.param(126, marks=pytest.mark.soak)])
 def test_a_long_run_has_few_moments(curves):
     rng = random.Random(0)
     every, moments = [made_up(rng, 5 * i + 1, 5 * i + 5, curves) for i in range(300)], []
