@@ -83,7 +83,9 @@ def step_samples(
         empty_memory(bench.optimizer)
 
 
-def choosing(bench: Bench, provider: Provider, tokens: int, rounds: int = 10) -> dict[str, float]:
+def choosing(
+    bench: Bench, provider: Provider, tokens: int, rows: int, rounds: int = 10
+) -> dict[str, float]:
     """Milliseconds of the choice alone: of the device, and of the host until it may go on."""
     spent: list[tuple[float, float]] = []
     name = LeMoConfig(**provider.lemo).policy
@@ -108,7 +110,7 @@ def choosing(bench: Bench, provider: Provider, tokens: int, rounds: int = 10) ->
     SCORES[name] = timed
     try:
         with provider_on(bench.models, provider, {}) as (model, _):
-            train_step(model, bench.optimizer, tokens, ANSWERS)
+            train_step(model, bench.optimizer, tokens, ANSWERS, rows)
     finally:
         SCORES[name] = scores
         empty_memory(bench.optimizer)
@@ -141,9 +143,9 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
             row["rows"] = args.rows
             row["status"] = samples if isinstance(samples, str) else "ok"
             if not isinstance(samples, str):
-                row |= summary(samples, tokens)
+                row |= summary(samples, args.rows * tokens)
                 if provider.kind == "lemo" and "+" not in provider.name and device.type == "cuda":
-                    row |= choosing(bench, provider, tokens)
+                    row |= choosing(bench, provider, tokens, args.rows)
             rows.append({**row, "lemo": provider.lemo or None})
             save(path, header, rows)
             shown = {
