@@ -108,7 +108,7 @@ class DryModel:
             with self.run:
                 for layer in some:
                     if any(x.is_meta for x in layer.parameters()):
-                        _make_real(layer)
+                        _leave_meta(layer)
             yield some
         finally:
             put(range(len(self.layers)))
@@ -238,7 +238,7 @@ def _made(config: Any, dtype: torch.dtype) -> nn.Module:
         ) from error
 
 
-def _make_real(module: nn.Module) -> None:
+def _leave_meta(module: nn.Module) -> None:
     """`nn.Module.to_empty`, which before PyTorch 2.13 fails on quantised weights in a dry run."""
     for part in module.modules():
         for name, x in part._parameters.items():
