@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict] = {
     "": {},
     " +mlp": {"recompute": "mlp"},
     " +graph": {"cuda_graphs": True},
+    " +mlp+graph": {"recompute": "mlp", "cuda_graphs": True},
     " +fp8": {"fp8": True},
     " +fp8+graph": {"fp8": True, "cuda_graphs": True},
 }

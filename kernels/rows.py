@@ -48,6 +48,12 @@ def open_stream(x: Tensor) -> Tensor:
     return x.clone(memory_format=_contiguous)
 
 
+def own_stream(x: Tensor) -> Tensor:
+    """The memory of ``x [B, T, H]`` as a tensor that may be updated in place, although autograd
+    takes ``x`` for a view of several outputs. The caller must read ``x`` no more."""
+    return _OwnStream.apply(x)
+
+
 def close_stream(x: Tensor) -> Tensor:
     """Mark the end of a run of in-place updates; its backward starts the gradient stream."""
     return _CloseStream.apply(x)
@@ -65,6 +71,17 @@ def check_stream(x: Tensor, keep_index: Tensor) -> None:
         raise ValueError(
             f"keep_index must be [B, K] with B = {x.shape[0]}, got {tuple(keep_index.shape)}"
         )
+
+
+class _OwnStream(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x):
+        return grad_x
 
 
 class _CloseStream(Function):

@@ -33,7 +33,7 @@ from lemo_hf.core.sublayer import (
     run_sublayers,
 )
 from lemo_hf.kernels.gather_norm import gather_norm
-from lemo_hf.kernels.rows import add_update, close_stream, open_stream
+from lemo_hf.kernels.rows import add_update, close_stream, open_stream, own_stream
 from lemo_hf.kernels.scatter_add import scatter_add_
 from lemo_hf.memory.recompute import checkpointed
 from lemo_hf.parallel.sequence_parallel import Share
@@ -41,6 +41,7 @@ from lemo_hf.predictors.block_predictor import BlockPredictor
 
 _SETUP = "_lemo_setup"
 _CACHES = ("past_key_values", "layer_past")
+_OF_FSDP2 = "RegisterPostBackwardFunctionBackward"  # through which it passes a layer's input
 
 
 @dataclass
@@ -256,10 +257,12 @@ def _sparse_forward(
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
     """The stream, in memory that may be updated in place."""
-    if x._is_view():  # FSDP2 hands each layer a view that must not be written to
-        return open_stream(x)
-    if setup.index > 0:
+    if setup.index > 0 and not x._is_view():
         return x
+    if setup.index > 0 and type(x.grad_fn).__name__ == _OF_FSDP2 and x.is_contiguous():
+        return own_stream(x)  # what the layer before returned, which nobody else reads
+    if x._is_view():
+        return open_stream(x)
     if not sparse_pass.owns_embeddings or setup.family.layer_input:  # made of the embeddings too
         return open_stream(x)
     # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.

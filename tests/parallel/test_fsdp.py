@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf.core import layer as layers
 
 pytestmark = pytest.mark.oldest
 
@@ -47,6 +48,21 @@ def test_fully_sharded_layers(mesh, checkpointing):
     assert sharded_loss == pytest.approx(loss, rel=1e-6) and sharded_report == report
     for name, gradient in gradients.items():
         assert relative_error(sharded[name], gradient) < 1e-6, name
+
+
+def test_the_stream_is_not_copied_between_layers(mesh, monkeypatch):
+    model = make_model("llama")
+    apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    copied, places = [], []
+    open_stream = layers.open_stream
+    monkeypatch.setattr(layers, "open_stream", lambda x: copied.append(x) or open_stream(x))
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *hooked: places.append(hooked[-1].data_ptr()))
+    model(**batch(2, 64)).loss.backward()
+    assert len(copied) <= 1  # the embeddings
+    assert len(places) == len(model.model.layers) and len(set(places)) == 1
 
 
 def test_rows_saved_under_sharding_are_kept_rows(mesh):
