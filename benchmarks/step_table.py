@@ -239,13 +239,14 @@ def scaling_table(header: dict, rows: list[dict]) -> str:
 
 
 def completion_table(header: dict, rows: list[dict], short: bool = False) -> str:
-    """Rows whose last tokens alone are labels; ``short``: the default policy and the rivals."""
+    """Rows whose last tokens alone are labels; ``short``: rivals and the default policy,
+    whose options with CUDA graphs alone."""
     columns = ["rows", "step", "ms", "tokens/s", "labels/s", "peak GiB", "of it choosing, ms"]
     lines = [columns]
     for row in rows:
         provider, _, policy = row["provider"].removeprefix("lemo ").partition(" ")
         options = policy.strip("+").split("+") if policy.startswith("+") else []
-        if short and policy and not options:
+        if short and policy and "graph" not in options:
             continue
         name = name_of(provider) if row["lemo"] is None else f"LeMo, retention {provider}"
         policy = ", ".join(f"`{OPTIONS[x]}`" for x in options) or (policy and f"`{policy}`")

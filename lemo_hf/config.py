@@ -127,7 +127,8 @@ class LeMoConfig:
             on, one launch runs forward and backward, so that short rows do not wait for the host.
             `CudaGraphs` says which batches can.
         fp8: Whether products with frozen weights are in FP8, in the forward and for the gradient of
-            the input; on a Hopper GPU or newer. The FP8 copies take one byte a weight.
+            the input; on a Hopper GPU or newer. Steps of the finish are in bf16, whatever their
+            rows keep. The FP8 copies take one byte a weight.
         seed: Seed of everything drawn by chance, any integer.
 
     Raises:

@@ -39,7 +39,8 @@ def describe_run(
     mlp = [rule for _, rule in pairs if rule is not None]
     mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
     one = "one kept set for all" if config.agree_across_layers else "a kept set each"
-    products = "Products with frozen weights in FP8. " if config.fp8 else ""
+    last = f", in bf16 in the last {config.finish:.0%} of the steps" if config.finish else ""
+    products = f"Products with frozen weights in FP8{last}. " if config.fp8 else ""
     learned = "" if predictor is None else f" ({predictor})"
     return (
         f"LeMo: {len(sparse)} of {len(rules)} layers ({sparse[0]} to {sparse[-1]}) are sparse, "

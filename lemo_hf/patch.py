@@ -5,12 +5,11 @@ classes, and two hooks on the causal LM tell them about each batch and compute t
 sparse in training mode without a KV cache; in every other case the stock code runs.
 """
 
-import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +32,7 @@ from lemo_hf.describe import describe_batch, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import settle, sharded
 from lemo_hf.load_predictor import load_predictor
+from lemo_hf.memory.forks import spare_forks
 from lemo_hf.memory.offload import HostMemory
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
@@ -70,24 +70,13 @@ def apply_lemo(
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
-    _spare_forks()
+    spare_forks()
     lemo = LeMo(model, config, family, predictors)
     setattr(model, _LEMO, lemo)
     train = CudaGraphs(model, lemo.passes) if config.cuda_graphs else stock_call
     train_eagerly(model, partial(_run, train))
     pickle_plain(model, own=(_LEMO, CALL))
     return lemo
-
-
-@cache
-def _spare_forks() -> None:
-    """From now on no process that is forked from this one collects its parent's garbage.
-
-    A data loader's workers would free pinned memory and CUDA graphs by asking CUDA, which aborts a
-    forked process.
-    """
-    if hasattr(os, "register_at_fork"):  # Windows does not fork
-        os.register_at_fork(after_in_child=gc.freeze)
 
 
 def _run(train: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +260,16 @@ class LeMo:
         finish = 0 if steps is None else round(self.config.finish * steps)
         ends = steps is not None and finish > 0 and step >= steps - finish
         self.passes.global_step, self.passes.asked = step, True
-        self.passes.retention = self.config.finish_retention if ends else None
+        self.set_finish(self.config.finish_retention if ends else None)
+
+    def set_finish(self, retention: float | None) -> None:
+        """Set the share of the blocks that rows keep in the finish; None outside the finish.
+
+        A finish has no products in FP8, so that adapters learn to fit the weights as they are.
+        """
+        if self._in_fp8 and (retention is None) != (self.passes.retention is None):
+            keep_in_fp8(self._layers) if retention is None else forget(self._in_fp8)
+        self.passes.retention = retention
 
     def end_step(self) -> None:
         """End the step: passes without labels are those of the plain model again."""

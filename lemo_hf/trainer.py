@@ -136,7 +136,7 @@ class LeMoMixin(_Mixed):
         finally:
             if self.lemo is not None:
                 self.lemo.passes.resting = True
-                self.lemo.passes.retention = None  # passes after the run are no part of its finish
+                self.lemo.set_finish(None)  # passes after the run are no part of its finish
 
     def _lemo_on_model(self, config: LeMoConfig) -> LeMo:
         """The LeMo that `train` uses. It is made again if the predictor could not be loaded before,

@@ -62,8 +62,8 @@ class _Run:
         """One optimizer step; its loss."""
         batch = self._batch(share)
         self.choice.batch, self.labels = batch, self.labels + batch.num_labels
-        passes = self.lemo.passes
-        passes.global_step, passes.retention = number, self.schedule.retention(share)
+        self.lemo.passes.global_step = number
+        self.lemo.set_finish(self.schedule.retention(share))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(number, share)
         with precision(self.device):

@@ -112,7 +112,7 @@ class LeMoCallback(TrainerCallback):
         if args.should_save:
             self.lemo.save_files(args.output_dir)
         self.lemo.passes.resting = True
-        self.lemo.passes.retention = None  # passes after the run are no part of its finish
+        self.lemo.set_finish(None)  # passes after the run are no part of its finish
         if not sharded(model):
             remove_lemo(model)
             self.lemo = None

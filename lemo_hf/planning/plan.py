@@ -272,6 +272,7 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
             threshold=None,
             mlp_threshold=None,
             policy="recent" if by_data else lemo.policy,
+            fp8=False,
         )
     for threshold in (lemo.threshold, lemo.mlp_threshold):
         if threshold is not None:

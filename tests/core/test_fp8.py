@@ -5,6 +5,7 @@ import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 from support.trainers import losses, make_trainer
 from torch import nn
+from transformers import TrainerCallback
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core import fp8
@@ -88,6 +89,21 @@ def test_it_trains(tmp_path):
     trainer = make_trainer(tmp_path, config)
     assert losses(trainer) == pytest.approx(plain, rel=1e-2)
     assert "Products with frozen weights in FP8." in trainer.lemo.describe()
+
+
+def test_the_finish_is_in_bf16(tmp_path):
+    """From its first step on nothing is in FP8, and after the run everything is again."""
+    trainer = make_trainer(tmp_path, LeMoConfig(**HALF, fp8=True, dense_finish=0.25))
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append((trainer.lemo.passes.retention, bool(fp8._copies)))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert seen == [(None, True)] * 3 + [(1.0, False)] and fp8._copies
+    assert "in FP8, in bf16 in the last 25% of the steps." in trainer.lemo.describe()
 
 
 def test_refusals():
