@@ -14,8 +14,6 @@ from support.trainers import SPARSE, losses, make_trainer
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.patch import lemo_of, transformers_model
 
-pytestmark = pytest.mark.oldest
-
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="random", recompute="selective")
 
 
@@ -34,6 +32,7 @@ def seen(*_):
     """A hook of the user's, which is the model's own."""
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("save", [by_pickle, by_torch])
 def test_the_plain_model_is_written(save, lora):
@@ -109,6 +108,7 @@ def test_nothing_is_left_when_it_is_off(tmp_path):
     assert [set(vars(part)) for part in model.modules()] == names
 
 
+@pytest.mark.oldest
 def test_what_a_trainer_has_trained(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
     losses(trainer)

@@ -33,8 +33,6 @@ from support.trainers import losses, make_trainer
 from lemo_hf import LeMoConfig
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
 
-pytestmark = pytest.mark.oldest
-
 
 @pytest.fixture(scope="module")
 def hub():
@@ -82,6 +80,7 @@ def offline(processes):
     return processes[1]
 
 
+@pytest.mark.oldest
 def test_push_and_load(online, hub):
     url = online(push, "me/first", private=True, commit_message="hello")
     assert url.startswith(hub.url) and hub.repositories["me/first"].private
@@ -125,6 +124,7 @@ def test_a_snapshot_is_a_directory_like_any_other(online, tmp_path):
     assert online(load_snapshot, "me/snapshot", tmp_path) == made()
 
 
+@pytest.mark.oldest
 def test_the_config_of_a_repository(online, hub):
     online(push, "me/config", revision="v1")
     config = online(recommended, "me/config", revision="v1")
@@ -196,6 +196,7 @@ def test_offline_the_cache_is_all_there_is(online, offline, hub):
     assert len(hub.requests) == before
 
 
+@pytest.mark.oldest
 def test_auto_takes_the_most_downloaded_that_belongs_to_the_weights(online, offline, hub):
     base = dataclasses.replace(BASE, name="org/base", fingerprint="f" * 64)
     kind, text = online(failing, auto, base)
