@@ -94,8 +94,8 @@ def test_batches_that_are_too_large_become_smaller(tmp_path, monkeypatch):
         return loss
 
     monkeypatch.setattr(LeMoTrainer, "compute_loss", small)
-    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
     trainer = make_trainer(tmp_path, SPARSE, **settings)
     found = losses(trainer)
-    assert seen[0] == 8 and seen[-1] <= 2 and all(0 < loss < 20 for loss in found)
+    assert seen[0] == 4 and seen[-1] <= 2 and all(0 < loss < 20 for loss in found)
     assert trainer.state.log_history[0]["lemo/attention_retention"] == 0.5

@@ -1,4 +1,4 @@
-"""The examples run and do what they say; `train_lora.py` alone is run by test_real_text.py."""
+"""The examples run and do what they say."""
 
 import json
 import math
@@ -106,6 +106,19 @@ def test_adapters_by_other_libraries(run, name, package):
     assert len(found) == 2 and all(map(math.isfinite, found)), output
     assert all(0.5 <= share < 0.9 for share in kept)
     assert loss(PeftModel.from_pretrained(load(), "out")) < loss(load())
+
+
+def test_documents_cut_into_rows(run, tmp_path):
+    text = (EXAMPLES / "demo/text/train-alice-adams.txt").read_text(encoding="utf-8")
+    rows = [json.dumps({"text": text[i : i + 9000]}) for i in range(0, 90000, 9000)]
+    (tmp_path / "books.jsonl").write_text("\n".join(rows))
+    small = ["--data", tmp_path / "books.jsonl", "--tokens", 512, "--steps", 2]
+    output = run("train_lora.py", "--model", MODEL, *small)
+    assert "LeMo: 10 of 10 layers" in output
+    assert LeMoConfig.from_pretrained("out").retention == 0.5
+    adapted = PeftModel.from_pretrained(load(), "out")
+    weights = {n: p for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert weights and all(p.abs().max() > 0 for p in weights.values())
 
 
 def test_preferences(run):

@@ -1,20 +1,12 @@
 """A real model on real text: the demo's, and the example script as a user starts it."""
 
-import json
-import os
-import runpy
-import subprocess
-import sys
-
 import pytest
 import torch
-from peft import PeftModel
 from support.models import loss_and_gradients, relative_error, with_lora
-from support.paths import DEMO, ROOT
+from support.paths import DEMO
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
-from lemo_hf.tune.recall import recall_table
+from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
 
 TOKENS = 1024
 
@@ -73,47 +65,3 @@ def test_sparse_training_extends_the_context_of_the_dense_model(tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.1
-
-
-def test_the_example_script(tmp_path):
-    text = (DEMO / "text" / "train-alice-adams.txt").read_text(encoding="utf-8")
-    data = tmp_path / "books.jsonl"
-    data.write_text(
-        "".join(json.dumps({"text": text[i : i + 9000]}) + "\n" for i in range(0, 90000, 9000))
-    )
-    command = [sys.executable, "examples/train_lora.py", "--model", str(DEMO / "model")]
-    options = {"--data": data, "--tokens": 512, "--steps": 2, "--output": tmp_path / "out"}
-    result = subprocess.run(
-        command + [str(part) for option in options.items() for part in option],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "LeMo: 10 of 10 layers" in result.stdout
-    assert LeMoConfig.from_pretrained(tmp_path / "out").retention == 0.5
-    adapted = PeftModel.from_pretrained(load(), tmp_path / "out")
-    weights = {n: p for n, p in adapted.named_parameters() if "lora_B" in n}
-    assert weights and all(p.abs().max() > 0 for p in weights.values())
-
-
-@pytest.mark.soak
-def test_the_demo_predictor_beats_what_needs_no_predictor():
-    """On held-out rows: the predictor that the demo uses against rankings without one."""
-    setting = runpy.run_path(DEMO / "setting.py")
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
-    rows = setting["rows"](tokenizer, "heldout-*.txt")
-    model = setting["load_model"]()
-    predictor = LeMoPredictor.from_pretrained(DEMO / "predictor")
-    table = recall_table(
-        model,
-        predictor,
-        {"book": [row["input_ids"] for row in rows]},
-        (0.3,),
-        ("pooled", "recent", "random"),
-    )
-    found = {row["policy"]: row["recall"] for row in table}
-    assert found["predictor"] > found.pop("untrained")  # it learned something
-    assert found.pop("predictor") > max(found.values()) + 0.02

@@ -99,14 +99,13 @@ def test_attention_with_sinks_is_the_one_that_is_planned(lemo, folder):
 
 
 def test_what_needs_least_time_is_taken(lemo, folder):
-    """Short rows are stored whole; longer ones computed again, then offloaded as well."""
-    found = [planned(lemo, "--memory-gib", "24", "--tokens", n) for n in (512, 16384, 40960)]
+    """Short rows are stored whole; the longest are computed again and offloaded."""
+    found = [planned(lemo, "--memory-gib", "24", "--tokens", n) for n in (512, 40960)]
     checkpointing = [run["training"]["activation_checkpointing"] for run, _, _ in found]
-    offload = [run["lemo"]["offload_gib"] for run, _, _ in found]
-    assert checkpointing == [False, True, True]
-    assert offload[:2] == [None, None] and offload[2] > 0
-    assert "nothing is computed again" in found[0][1] and "computed again" in found[1][1]
-    assert f"up to {offload[2]:g} GiB wait in pinned host memory" in found[2][1]
+    (none, offload) = [run["lemo"]["offload_gib"] for run, _, _ in found]
+    assert checkpointing == [False, True] and none is None and offload > 0
+    assert "nothing is computed again" in found[0][1]
+    assert f"up to {offload:g} GiB wait in pinned host memory" in found[1][1]
     assert all(peak <= 22 for _, _, peak in found)
 
 

@@ -150,15 +150,20 @@ def test_fewer_bits_leave_room_for_longer_rows():
     assert longest(LLAMA, lemo, 24, **NF4) < narrow  # an fp32 stream
 
 
-def test_the_command_line(lemo, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "kind", "more"),
+    [
+        ("--load-in-4bit", NF4, ()),
+        pytest.param("--load-in-8bit", INT8, ("--no-kbit-training",), marks=pytest.mark.soak),
+    ],
+)
+def test_the_command_line(lemo, tmp_path, flag, kind, more):
     LLAMA.save_pretrained(tmp_path)
     options = ("plan", "--model", tmp_path, "--tokens", 8192, "--json")
-    ways = (("--load-in-4bit", NF4, ()), ("--load-in-8bit", INT8, ("--no-kbit-training",)))
-    for flag, kind, more in ways:
-        code, out, err = lemo(*options, flag, *more)
-        assert code == 0, err
-        expected = plan(LLAMA, LeMoConfig(), 8192, kbit_training=not more, **kind)
-        assert json.loads(out)["LeMo"]["parts"] == expected.parts
+    code, out, err = lemo(*options, flag, *more)
+    assert code == 0, err
+    expected = plan(LLAMA, LeMoConfig(), 8192, kbit_training=not more, **kind)
+    assert json.loads(out)["LeMo"]["parts"] == expected.parts
     code, _, err = lemo(*options, "--load-in-4bit", "--load-in-8bit")
     assert code == 2 and "exclude each other" in err and "Traceback" not in err
 
