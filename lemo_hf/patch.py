@@ -204,6 +204,7 @@ class LeMo:
         """Undo everything but the attribute that `remove_lemo` deletes."""
         self.passes.remove()
         forget(self._in_fp8)
+        self._in_fp8 = []  # a trainer may still end its finish
         for layer in self._layers:
             make_stock(layer)
 

@@ -20,6 +20,10 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(fp8, "FEWEST_ROWS", 8)
 
 
+def in_fp8(model):
+    return any(fp8.has_fp8(weight) for weight in model.parameters())
+
+
 def test_a_linear_and_its_gradient():
     """Against products in fp64 with the numbers that FP8 holds."""
     torch.manual_seed(0)
@@ -98,12 +102,21 @@ def test_the_finish_is_in_bf16(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_end(self, *_, **__):
-            seen.append((trainer.lemo.passes.retention, bool(fp8._copies)))
+            seen.append((trainer.lemo.passes.retention, in_fp8(trainer.model)))
 
     trainer.add_callback(Look())
     trainer.train()
-    assert seen == [(None, True)] * 3 + [(1.0, False)] and fp8._copies
+    assert seen == [(None, True)] * 3 + [(1.0, False)] and in_fp8(trainer.model)
     assert "in FP8, in bf16 in the last 25% of the steps." in trainer.lemo.describe()
+
+
+def test_a_finish_that_ends_after_lemo_leaves_nothing_in_fp8():
+    model = with_lora(make_model("llama"))
+    lemo = apply_lemo(model, LeMoConfig(**HALF, fp8=True, dense_finish=0.5))
+    lemo.begin_step(3, 4)
+    remove_lemo(model)
+    lemo.set_finish(None)
+    assert not in_fp8(model)
 
 
 def test_refusals():
