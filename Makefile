@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
 
-# One process more than cores for a minute, since each of them waits for the disk at times.
+# Types, tables and pages are checked beside the tests, which leave a core idle at times.
 test: $(VENV)/ready $(VENV)/oldest/ready style
 	$(MAKE) -j 2 newest types tables docs
 	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak" $$(grep -rl "mark.oldest" tests)
