@@ -239,8 +239,10 @@ def scaling_table(header: dict, rows: list[dict]) -> str:
 
 
 def completion_table(header: dict, rows: list[dict], short: bool = False) -> str:
-    """Rows whose last tokens alone are labels; ``short``: rivals and the default policy,
-    whose options with CUDA graphs alone."""
+    """Rows whose last tokens alone are labels.
+
+    ``short`` leaves out other policies than the default, and options without CUDA graphs.
+    """
     columns = ["rows", "step", "ms", "tokens/s", "labels/s", "peak GiB", "of it choosing, ms"]
     lines = [columns]
     for row in rows:

@@ -49,8 +49,9 @@ def open_stream(x: Tensor) -> Tensor:
 
 
 def own_stream(x: Tensor) -> Tensor:
-    """The memory of ``x [B, T, H]`` as a tensor that may be updated in place, although autograd
-    takes ``x`` for a view of several outputs. The caller must read ``x`` no more."""
+    """A tensor in the memory of ``x [B, T, H]``, to be updated in place where autograd forbids it
+    for ``x`` itself, a view that a Function with several outputs returned. Nobody may read ``x``
+    after that."""
     return _OwnStream.apply(x)
 
 

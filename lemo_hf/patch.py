@@ -268,9 +268,12 @@ class LeMo:
 
         A finish has no products in FP8, so that adapters learn to fit the weights as they are.
         """
-        if self._in_fp8 and (retention is None) != (self.passes.retention is None):
-            keep_in_fp8(self._layers) if retention is None else forget(self._in_fp8)
+        begins, lasts = retention is not None, self.passes.retention is not None
         self.passes.retention = retention
+        if self._in_fp8 and begins and not lasts:
+            forget(self._in_fp8)
+        elif self._in_fp8 and lasts and not begins:
+            keep_in_fp8(self._layers)
 
     def end_step(self) -> None:
         """End the step: passes without labels are those of the plain model again."""

@@ -1,4 +1,6 @@
-"""A real model on real text: the demo's, and the example script as a user starts it."""
+"""A real model on real text: the demo's, and its predictor."""
+
+import runpy
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from support.models import loss_and_gradients, relative_error, with_lora
 from support.paths import DEMO
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
+from lemo_hf import LeMoConfig, LeMoPredictor, LeMoTrainer, apply_lemo, remove_lemo
+from lemo_hf.tune.recall import recall_table
 
 TOKENS = 1024
 
@@ -65,3 +68,23 @@ def test_sparse_training_extends_the_context_of_the_dense_model(tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.1
+
+
+@pytest.mark.soak
+def test_the_demo_predictor_beats_what_needs_no_predictor():
+    """On held-out rows: the predictor that the demo uses against rankings without one."""
+    setting = runpy.run_path(DEMO / "setting.py")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    rows = setting["rows"](tokenizer, "heldout-*.txt")
+    model = setting["load_model"]()
+    predictor = LeMoPredictor.from_pretrained(DEMO / "predictor")
+    table = recall_table(
+        model,
+        predictor,
+        {"book": [row["input_ids"] for row in rows]},
+        (0.3,),
+        ("pooled", "recent", "random"),
+    )
+    found = {row["policy"]: row["recall"] for row in table}
+    assert found["predictor"] > found.pop("untrained")  # it learned something
+    assert found.pop("predictor") > max(found.values()) + 0.02

@@ -41,7 +41,7 @@ from lemo_hf.predictors.block_predictor import BlockPredictor
 
 _SETUP = "_lemo_setup"
 _CACHES = ("past_key_values", "layer_past")
-_OF_FSDP2 = "RegisterPostBackwardFunctionBackward"  # through which it passes a layer's input
+_OF_FSDP2 = "RegisterPostBackwardFunctionBackward"  # makes a view of each layer's input
 
 
 @dataclass
@@ -257,12 +257,12 @@ def _sparse_forward(
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
     """The stream, in memory that may be updated in place."""
-    if setup.index > 0 and not x._is_view():
-        return x
-    if setup.index > 0 and type(x.grad_fn).__name__ == _OF_FSDP2 and x.is_contiguous():
-        return own_stream(x)  # what the layer before returned, which nobody else reads
     if x._is_view():
-        return open_stream(x)
+        # FSDP2's is what the layer before returned, which nobody else reads.
+        handed_on = setup.index > 0 and type(x.grad_fn).__name__ == _OF_FSDP2
+        return own_stream(x) if handed_on and x.is_contiguous() else open_stream(x)
+    if setup.index > 0:
+        return x
     if not sparse_pass.owns_embeddings or setup.family.layer_input:  # made of the embeddings too
         return open_stream(x)
     # With adapters, checkpointing makes the embeddings ask for a gradient that nobody reads.

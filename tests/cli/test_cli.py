@@ -183,7 +183,7 @@ def test_what_does_not_exist(lemo, tmp_path):
 
 
 def test_plan(lemo, tmp_path):
-    from lemo_hf.planning.plan import plan
+    from lemo_hf.planning.plan import longest, plan
 
     shape = {"hidden_size": 1024, "num_hidden_layers": 8, "vocab_size": 32000}
     config = make_model("llama", "sdpa", **{**shape, "num_hidden_layers": 1}).config
@@ -196,6 +196,8 @@ def test_plan(lemo, tmp_path):
     for name, what in (("LeMo", lemo_config), ("without", None)):
         expected = plan(config, what, 8192, memory_gib=3, reserve_gib=1)
         assert result[name]["peak"] == expected.peak == sum(result[name]["parts"].values())
+        alone = what and dataclasses.replace(what, dense_finish=0)
+        assert result[name]["longest"] == longest(config, alone, 3, reserve_gib=1)
         assert result[name]["fits"] == (result[name]["longest"] >= 8192)
     assert result["LeMo"]["longest"] > 2 * result["without"]["longest"] > 0
     code, out, _ = lemo(*options, "--gradient-checkpointing", "--lora-rank", 0)

@@ -109,6 +109,13 @@ def test_what_needs_least_time_is_taken(lemo, folder):
     assert all(peak <= 22 for _, _, peak in found)
 
 
+@pytest.mark.soak
+def test_rows_between_them_are_computed_again_alone(lemo, folder):
+    run, said, peak = planned(lemo, "--memory-gib", "24", "--tokens", 16384)
+    assert run["training"]["activation_checkpointing"] is True
+    assert run["lemo"]["offload_gib"] is None and "computed again" in said and peak <= 22
+
+
 def test_what_was_said_stays(lemo, folder):
     said = ("--training.gradient_checkpointing", "--lemo.offload_gib", 4, "--lora.r", 8)
     settings, _, _ = planned(lemo, "--memory-gib", "80", "--tokens", 4096, *said)

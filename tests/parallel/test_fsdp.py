@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lemo_hf import LeMoConfig, apply_lemo
-from lemo_hf.core import layer as layers
+from lemo_hf.core import layer as layer_module
 
 pytestmark = pytest.mark.oldest
 
@@ -56,8 +56,8 @@ def test_the_stream_is_not_copied_between_layers(mesh, monkeypatch):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     copied, places = [], []
-    open_stream = layers.open_stream
-    monkeypatch.setattr(layers, "open_stream", lambda x: copied.append(x) or open_stream(x))
+    open_stream = layer_module.open_stream
+    monkeypatch.setattr(layer_module, "open_stream", lambda x: copied.append(x) or open_stream(x))
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *hooked: places.append(hooked[-1].data_ptr()))
     model(**batch(2, 64)).loss.backward()

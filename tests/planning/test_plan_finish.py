@@ -99,6 +99,13 @@ def test_the_longest_row_is_that_of_the_phase_at_the_peak(share):
     assert not plan(LLAMA, lemo, tokens + 64, finish=peak == "finish").fits(24)
 
 
+def test_the_finish_has_no_copies_in_fp8():
+    eight = plans(LLAMA, LeMoConfig(fp8=True), 4096)
+    without = plans(LLAMA, LeMoConfig(), 4096)
+    assert eight["sparse"].peak > without["sparse"].peak
+    assert eight["finish"].peak == without["finish"].peak
+
+
 def test_the_finish_that_fits():
     lemo = LeMoConfig(retention=0.3, **FULL)
     alone = longest(LLAMA, dataclasses.replace(lemo, dense_finish=0), 24)
