@@ -128,7 +128,11 @@ def in_fp8() -> list[Job]:
     whole = replace(equal_steps(0), arm="chunks 0.5, dense finish, FP8", lemo=chunks(0.5, fp8=True))
     lemo = overlap(random_share=0.25, cuda_graphs=True, fp8=True)
     arm = "overlap 0.3, a quarter random, CUDA graphs, FP8"
-    return seeded([whole, completion(arm, batch=2, lemo=lemo)], SEEDS)
+    by_default = [
+        text(f"{name}, a tenth dense", steps=STEPS, about=36, finish=0.1, lemo=chunks(0.3, **fp8))
+        for name, fp8 in (("chunks 0.3", {}), ("chunks 0.3 in FP8", {"fp8": True}))
+    ]
+    return seeded([whole, completion(arm, batch=2, lemo=lemo), *by_default], SEEDS)
 
 
 def equal_steps(seed: int) -> Job:
