@@ -22,7 +22,7 @@ from quantized_base import BITS, Base
 from record import GIB, command_line, earlier_rows, environment, matmul_tflops, save, summary
 from steps import Bench, Dry, LeftBehind
 
-from lemo_hf.planning.plan import longest, plan
+from lemo_hf.planning.plan import Planner
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3 8B"
@@ -144,7 +144,10 @@ class Longest:
         if base.name:
             self.header["base"] = base.name
         slug = self.header["gpu"].lower().replace(" ", "-")
-        name = "_".join(filter(None, ("bench_longest", base.name)))
+        if args.labels is not None:
+            self.header["labels"] = args.labels
+        kind = "completion" if args.labels else ""
+        name = "_".join(filter(None, ("bench_longest", kind, base.name)))
         self.path = args.output or RESULTS / slug / f"{name}.json"
         self.kept: list[dict] = []
         if (args.append or args.resume) and self.path.exists():
@@ -153,7 +156,7 @@ class Longest:
         self.step = 64 if args.tiny else STEP
         self.verified_at = [tokens // 64 if args.tiny else tokens for tokens in VERIFIED_AT]
         most = 4096 if args.tiny else 2**21
-        self.bench = Bench(MODEL, most, device, args.tiny, args.lemo, base)
+        self.bench = Bench(MODEL, most, device, args.tiny, args.lemo, base, args.labels)
         self.total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GIB
         self.dry_peaks: dict[str, dict[int, float]] = {}
 
@@ -183,7 +186,7 @@ class Longest:
     def planned(self, name: str, tokens: int | None, cap_gib: float = 0.0) -> dict:
         """What the memory plan expects: a peak at ``tokens``, or the longest under the cap."""
         provider = provider_of(name)
-        if provider.kind not in ("hf", "lemo") or provider.equal_shares:
+        if provider.kind == "s2attn" or provider.equal_shares:
             return {}
         config = model_config(MODEL, tiny=self.args.tiny)
         lemo = lemo_config(provider, self.args.lemo)
@@ -192,10 +195,13 @@ class Longest:
             "lora_targets": self.args.lora["target_modules"],
             "gradient_checkpointing": provider.checkpointing,
             "stock_offload": provider.offload,
+            "labels": self.args.labels,
         }
+        planner, fused = Planner(config, **settings), provider.kind == "liger"
         if tokens is not None:
-            return {"planned_gib": round(plan(config, lemo, tokens, **settings).peak / GIB, 3)}
-        return {"planned_longest": longest(config, lemo, cap_gib, **settings)}
+            found = planner.plan(lemo, tokens, fused=fused)
+            return {"planned_gib": round(found.peak / GIB, 3)}
+        return {"planned_longest": planner.longest(lemo, cap_gib * GIB, fused)}
 
     def verify(self) -> None:
         """Peaks of dry steps beside those of real ones."""
@@ -334,6 +340,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--real", nargs="+", default=[], metavar="PROVIDER@TOKENS[@CAP]", help="for --parts real")
     add("--lemo", type=json.loads, default={}, help="fields of LeMoConfig for all LeMo providers")
     add("--time-budget", type=float, default=float("inf"), help="seconds; no trial begins after it")
+    add("--labels", type=int, help="on the last tokens of a row; default: on all")
     add("--commit", default="unknown", help="of lemo-hf, for the record")
     add("--output", type=Path, help="default: benchmarks/results/GPU/bench_longest.json")
     add("--append", action="store_true", help="keep the output's rows that are not measured again")

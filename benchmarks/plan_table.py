@@ -1,4 +1,4 @@
-"""The table of the plan: peaks and times that `bench_step.py` measured, and predictions.
+"""The tables of the plan: peaks and times of `bench_step.py` and `bench_completion.py`, predicted.
 
 Predicting them all takes minutes: as a script this writes results/plan.json, and the table is made
 of that. `make soak` predicts them again.
@@ -38,8 +38,19 @@ def plannable(row: dict) -> bool:
     return row["status"] == "ok" and known
 
 
+def completions() -> Iterator[tuple[dict, list[dict]]]:
+    """Header and rows of every ``bench_completion*.json`` but those of other policies, which keep
+    as much."""
+    for file in sorted(RESULTS.glob("*/bench_completion*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = (r for r in content["rows"] if r["status"] == "ok")
+        yield content["header"], [r for r in known if "policy" not in (r["lemo"] or {})]
+
+
 def planned(header: dict, row: dict) -> Plan:
     """The plan of what was measured as ``row``."""
+    if "labels" in header:
+        return _planned_completion(header, row)
     config = row["config"]
     checkpointing = row.get("checkpointing", row["provider"].endswith("+checkpointing"))
     # Without autocast, as the benchmark's step runs.
@@ -55,9 +66,23 @@ def planned(header: dict, row: dict) -> Plan:
     return planner.plan(lemo, row["tokens"], room, fused=row["provider"].startswith("liger"))
 
 
+def _planned_completion(header: dict, row: dict) -> Plan:
+    name = row["provider"]
+    how = {"batch_size": row.get("rows", 1), "labels": header["labels"]}
+    ways = "+checkpointing" in name, "+offload" in name
+    planner = _planner(row["model"], header["lora"]["r"], "bfloat16", *ways, **how)
+    lemo = None if row["lemo"] is None else LeMoConfig(**row["lemo"])
+    return planner.plan(lemo, row["tokens"], fused=name.startswith("liger"))
+
+
 @cache
 def _planner(
-    title: str, rank: int, adapter_dtype: str, checkpointing: bool, stock_offload: bool
+    title: str,
+    rank: int,
+    adapter_dtype: str,
+    checkpointing: bool,
+    stock_offload: bool,
+    **rows: int,
 ) -> Planner:
     return Planner(
         model_config(title),
@@ -67,6 +92,7 @@ def _planner(
         autocast=False,
         gradient_checkpointing=checkpointing,
         stock_offload=stock_offload,
+        **rows,
     )
 
 
@@ -77,9 +103,9 @@ def _as_it_is_now(config: dict) -> LeMoConfig:
 
 def key_of(header: dict, row: dict) -> str:
     """A measured step's name in `RECORD`."""
-    return ", ".join(
-        str(x) for x in (header["gpu"], row["group"], row["model"], row["tokens"], row["provider"])
-    )
+    group = f"{header['labels']} labels" if "labels" in header else row["group"]
+    parts = header["gpu"], group, row["model"], row["tokens"], row["provider"]
+    return ", ".join(str(x) for x in parts)
 
 
 def recorded() -> dict[str, dict[str, float]]:
@@ -91,35 +117,56 @@ def plan_table() -> str:
     """Markdown: a measured configuration a line, and by how much the plan is off at most."""
     parts, record = [], recorded()
     for header, rows in measured():
-        titles = ["model", "tokens", "step", "measured GiB", "predicted GiB", "difference"]
-        titles += ["measured ms", "predicted ms", "difference"]
-        lines = [titles, ["---"] * len(titles)]
-        memory, time = Counted(), Counted()
-        for row in rows:
-            expected = record[key_of(header, row)]
-            kind = next(KINDS[x] for x in KINDS if row["provider"].startswith(x))
-            gib, ms = expected["gib"], expected["ms_held_out"]
-            lines.append(
-                [
-                    row["model"],
-                    f"{row['tokens'] // 1024}K",
-                    row["provider"].replace("+", " + "),
-                    f"{row['peak_gib']:.2f}",
-                    f"{gib:.2f}",
-                    memory.off(kind, gib / row["peak_gib"] - 1),
-                    f"{row['ms_median']:,.0f}",
-                    f"{ms:,.0f}",
-                    time.off(kind, ms / row["ms_median"] - 1),
-                ]
-            )
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        parts.append(
-            f"Memory is off by at most {memory.worst()}. Time, each by constants that were fitted "
-            f"without the steps of that model and length, is off by {time.median()} in the median "
-            f"and by at most {time.worst()}. {header['gpu']}, torch {header['torch']}, from "
-            "`bench_step.json`; `benchmarks/plan_table.py`."
+        lines, memory, time = compared([(header, row) for row in rows], record, "ms_held_out")
+        parts += [
+            lines,
+            f"Memory is off by at most {memory.worst()}. Time, each by constants that ",
+        ]
+        parts[-1] += (
+            f"were fitted without the steps of that model and length, is off by {time.median()} in "
+            f"the median and by at most {time.worst()}. {header['gpu']}, torch {header['torch']}, "
+            "from `bench_step.json`; `benchmarks/plan_table.py`."
         )
+    several = [(header, row) for header, rows in completions() for row in rows]
+    lines, memory, time = compared(several, record, "ms")
+    parts += [f"Completion rows, {several[0][0]['labels']} labels each:", lines]
+    parts.append(
+        f"Memory is off by at most {memory.worst()}. Time, by constants fitted to none of "
+        f"these steps, is off by {time.median()} in the median and by at most {time.worst()}. From "
+        "`bench_completion*.json`."
+    )
     return "\n\n".join(parts)
+
+
+def compared(
+    steps: list[tuple[dict, dict]], record: dict[str, dict[str, float]], by: str
+) -> tuple[str, "Counted", "Counted"]:
+    """Markdown of measured steps beside the plan, and how far its memory and time are off.
+
+    ``by``: whose prediction of time in `RECORD`.
+    """
+    titles = ["model", "tokens", "step", "measured GiB", "predicted GiB", "difference"]
+    titles += ["measured ms", "predicted ms", "difference"]
+    lines = [titles, ["---"] * len(titles)]
+    memory, time = Counted(), Counted()
+    for header, row in steps:
+        expected = record[key_of(header, row)]
+        kind = next(KINDS[x] for x in KINDS if row["provider"].startswith(x))
+        rows = f"{row['rows']} × " if row.get("rows", 1) > 1 else ""
+        lines.append(
+            [
+                row["model"],
+                f"{rows}{row['tokens'] // 1024}K",
+                " + ".join(part.strip() for part in row["provider"].split("+")),
+                f"{row['peak_gib']:.2f}",
+                f"{expected['gib']:.2f}",
+                memory.off(kind, expected["gib"] / row["peak_gib"] - 1),
+                f"{row['ms_median']:,.0f}",
+                f"{expected[by]:,.0f}",
+                time.off(kind, expected[by] / row["ms_median"] - 1),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines), memory, time
 
 
 class Counted:
@@ -154,6 +201,11 @@ def main() -> None:
         own = 1e3 * step_seconds(plan, CARDS[FITTED_ON])
         expected = {"gib": plan.peak / GIB, "ms": own, "ms_held_out": ms}
         record[key_of(header, row)] = {name: round(x, 4) for name, x in expected.items()}
+    for header, rows in completions():
+        for row in rows:
+            plan = planned(header, row)
+            own = 1e3 * step_seconds(plan, CARDS[FITTED_ON])
+            record[key_of(header, row)] = {"gib": round(plan.peak / GIB, 4), "ms": round(own, 4)}
     RECORD.write_text(json.dumps(record, indent=0) + "\n", encoding="utf-8")
     print(plan_table())
     print("For lemo_hf/planning/speed.py:", *fitted(steps))

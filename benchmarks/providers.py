@@ -81,6 +81,12 @@ PROVIDERS = {
             dense_first_layers=0,
             retention=0.3,
         ),
+        # For rows of which a part is labelled: the default policy, and no dense layer.
+        *(
+            Provider(f"lemo {share:g}{way}", "lemo", True, lemo={"retention": share, **options})
+            for share in (0.3, 0.1)
+            for way, options in (("+checkpointing", {}), ("+offload", {"offload_gib": HOST_GIB}))
+        ),
         # On the compute stream, whatever a layer keeps.
         _lemo("+transformers-offload", checkpointing=True, offload=True),
     )

@@ -165,6 +165,8 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
     commands = "\n".join(header["commands"])
     note = f" Note: {header['note']}." if "note" in header else ""
     base = base_text(header)
+    if "labels" in header:
+        base += f", labels on the last {header['labels']} tokens of a row"
     parts.append(
         f"{header['model']} shapes{base}, {header['gpu']}, {versions}, "
         f"commit `{header['commit']}`, "

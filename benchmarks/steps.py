@@ -140,6 +140,7 @@ class Bench:
         tiny: Take a tiny model of the kind.
         options: Fields of `LeMoConfig` that replace those of every LeMo provider.
         base: How the weights are held.
+        labels: Number of labels, on the last tokens of each row; None: all tokens are labels.
 
     Attributes:
         beside: What attention takes beside its outputs, by operator.
@@ -153,7 +154,9 @@ class Bench:
         tiny: bool = False,
         options: dict | None = None,
         base: Base = Base(),  # noqa: B008 - it is frozen
+        labels: int | None = None,
     ):
+        self.labels = labels
         model = build_model(title, longest, device, tiny, base)
         self.models = Models(model, title)
         self.device, self.options = device, options or {}
@@ -196,7 +199,7 @@ class Bench:
             pin_ahead(dry.host_blocks)
         try:
             with provider_on(self.models, provider, self.options) as (model, lemo):
-                step = partial(train_step, model, self.optimizer, tokens)
+                step = partial(train_step, model, self.optimizer, tokens, self.labels)
                 result = take_turn(step, lemo, self.device, warm_up)
         except Exception as error:  # the provider itself: Liger missing, a model not supported
             result = why(error)
@@ -218,7 +221,7 @@ class Bench:
         with numbers_kept(self.optimizer), counted_host(self._rounding) as host:
             try:
                 with provider_on(self.models, provider, self.options) as (model, _), kernels:
-                    step = partial(train_step, model, self.optimizer, tokens)
+                    step = partial(train_step, model, self.optimizer, tokens, self.labels)
                     sample = measure(step, self.device)
                 status = "ok"
             except Exception as error:

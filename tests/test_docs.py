@@ -18,12 +18,12 @@ import pytest
 import typer
 from support.dry_models import _poison  # noqa: F401
 from support.paths import ROOT
+from support.plans import plan
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.app import app
 from lemo_hf.config import LEVELS
-from lemo_hf.planning.plan import plan
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]

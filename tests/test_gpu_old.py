@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from support.plans import plan
 from support.trainers import losses, make_trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer
@@ -74,3 +75,27 @@ def test_scores_are_not_stored_where_heads_share_keys():
     torch.cuda.reset_peak_memory_stats()
     model(**inputs).loss.backward()
     assert torch.cuda.max_memory_allocated() < 8 * 8192**2 * 2  # of one layer, in fp16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("labels", [None, 200])
+def test_the_plan_is_the_peak(checkpointing, labels):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "vocab_size": 8192}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 6}
+    model = with_lora(make_model("llama", "sdpa", **sizes)).cuda().half()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(8192, (1, 8192), device="cuda")
+    given = ids.clone()
+    given[:, : -(labels or 8192)] = -100
+    lemo = LeMoConfig(retention=0.5, dense_finish=0)
+    apply_lemo(model, lemo)
+    settings = {"dtype": "float16", "adapter_dtype": "float16", "autocast": False}
+    settings |= {"lora_rank": 4, "lora_targets": "all-linear", "triton": False, "labels": labels}
+    found = plan(model.config, lemo, 8192, gradient_checkpointing=checkpointing, **settings)
+    model(input_ids=ids, labels=given).loss.backward()  # cuBLAS takes its memory
+    model.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids=ids, labels=given).loss.backward()
+    states = found.parts["optimizer states"]  # there is no optimizer here
+    assert torch.cuda.max_memory_allocated() == pytest.approx(found.peak - states, rel=0.02)

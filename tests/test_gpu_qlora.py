@@ -15,8 +15,9 @@ from peft import (
     replace_lora_weights_loftq,
 )
 from support.models import make_model
+from support.paths import DEMO
 from support.trainers import adapter, losses, make_trainer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer
 
 from lemo_hf import LeMoConfig, remove_lemo
 
@@ -178,7 +179,8 @@ def test_lemo_merge_takes_the_16_bit_base(checkpoint, device, tmp_path, lemo, mo
     trainer = trainer_of(tmp_path, prepared(checkpoint, "nf4", device), HALF, device)
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", no_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     code, out, err = lemo(
         "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged", "--json"
     )
@@ -198,14 +200,6 @@ def adapters_of(model):
     """Name in the base model, and module, of every linear with LoRA."""
     base = model.get_base_model()
     return [(n, m) for n, m in base.named_modules() if hasattr(m, "get_delta_weight")]
-
-
-def no_tokenizer(*_, **__):
-    class Nothing:
-        def save_pretrained(self, folder):
-            pass
-
-    return Nothing()
 
 
 def test_loftq_starts_nearer_to_the_base_and_trains(checkpoint, device, tmp_path):

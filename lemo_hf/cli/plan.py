@@ -34,11 +34,18 @@ def plan(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Predict times on it: h200, h100, a100 or l40s. Default: the one here."),
+        typer.Option(
+            help="h200, h100, a100 or l40s, whose times are predicted too; v100 or t4, which have "
+            "no kernels of Triton. Default: the one here."
+        ),
     ] = None,
     reserve_gib: Annotated[
         float, typer.Option(help="Of that, for the CUDA context and fragmentation.")
     ] = RESERVE_GIB,
+    labels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a row with a label, the last ones. Default: all."),
+    ] = None,
     retention: Annotated[
         float | None, typer.Option(help="Share of the tokens each layer keeps. Default: 0.3.")
     ] = None,
@@ -104,21 +111,25 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    card = _card(gpu, load_in_4bit or load_in_8bit)
+    old, card = _gpu(gpu, load_in_4bit or load_in_8bit)
 
     from lemo_hf.planning.plan import LOOKS, Planner
     from lemo_hf.planning.speed import step_seconds
+
+    usual = "bfloat16" if old is None else "float16"
 
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,
         "lora_targets": lora_target,
-        "dtype": "bfloat16" if dtype is DType.auto else dtype.value,
+        "dtype": usual if dtype is DType.auto else dtype.value,
         "autocast": autocast and dtype is not DType.float32,
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
         "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
+        "labels": labels,
+        "triton": old is None,
     }
     prepared = prepared_config(model, trust_remote_code=trust_remote_code)
     planner = Planner(prepared, looked=lambda: bar.update(), **settings)
@@ -128,12 +139,13 @@ def plan(
     with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
         bar.expect(4 if room is None else 4 + 5 * LOOKS)
         found = planner.plans(lemo, tokens, room)
-        found["stock"] = planner.plan(None, tokens, room)
-        found["fused"] = planner.plan(None, tokens, room, fused=True)
+        if old is None:
+            found["stock"] = planner.plan(None, tokens, room)
+            found["fused"] = planner.plan(None, tokens, room, fused=True)
         result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
         result["attention"] = planner.attention
-        if card is not None:
-            result["gpu"] = card.title
+        if card is not None or old is not None:
+            result["gpu"] = old if card is None else card.title
         for number, (name, phase) in enumerate(found.items()):
             entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
             entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
@@ -164,23 +176,36 @@ def plan(
         )
     if card is not None:
         print(card.said)
+    if old is not None:
+        print(
+            f"An {old} has no kernels of Triton and no bfloat16: planned are PyTorch's operators, "
+            "and nothing was measured on such a card. The model without LeMo is not planned: where "
+            "heads share keys, PyTorch stores a score for each pair of tokens there."
+        )
     if "finish" in found:
         print(_on_phases(lemo, result))
 
 
-def _card(name: str | None, quantised: bool) -> "Card | None":
-    """Whose times are to be predicted: the one that was asked for, or the one here."""
+def _gpu(name: str | None, quantised: bool) -> "tuple[str | None, Card | None]":
+    """Of the GPU that was asked for, or the one here: its title if it is too old for Triton, and
+    the card whose times are predicted."""
     import torch
 
-    from lemo_hf.planning.speed import CARDS, card_of
+    from lemo_hf.kernels.launch import settle
+    from lemo_hf.planning.speed import CARDS, OLD, card_of
 
+    if name in OLD:
+        return OLD[name], None
     if name is not None and name not in CARDS:
-        raise ValueError(f"--gpu {name}: times are predicted of {', '.join(CARDS)}.")
+        raise ValueError(f"--gpu {name}: known are {', '.join((*CARDS, *OLD))}.")
     if name is not None and quantised:
         raise ValueError("--gpu: times of quantised weights are not predicted, none was measured.")
-    if name is None and torch.cuda.is_available() and not quantised:
-        name = card_of(torch.cuda.get_device_name())
-    return None if name is None else CARDS[name]
+    if name is None and torch.cuda.is_available():
+        here = torch.cuda.get_device_name()
+        if settle("cuda") is not None:
+            return here, None
+        name = None if quantised else card_of(here)
+    return None, None if name is None else CARDS[name]
 
 
 def _print_table(
@@ -197,7 +222,7 @@ def _print_table(
     lines.append(["recomputed", *("/".join(dict.fromkeys(x.levels)) or "-" for x in phases)])
     if any(phase.pinned for phase in phases):
         lines.append(["pinned host memory", *(f"{phase.pinned / GIB:.2f}" for phase in phases)])
-    if "gpu" in result:
+    if "step_ms" in result[names[0]]:
         for title, key in (("step, ms", "step_ms"), ("tokens a second", "tokens_per_s")):
             lines.append([title, *(f"{result[name][key]:,.0f}" for name in names)])
     if memory_gib is not None:
@@ -233,6 +258,6 @@ def _on_phases(lemo: LeMoConfig, result: dict[str, Any]) -> str:
     if result.get("fitting_finish") is not None:
         share, tokens = result["fitting_finish"], result["tokens"]
         said += f" With --finish-retention {share:g} the finish fits rows of {tokens:,} as well."
-    if lemo.dense_finish is None:
+    if lemo.dense_finish is None and result["labels"] is None:
         said += " Rows whose labels cover a part of them have no finish: --dense-finish 0."
     return said

@@ -5,11 +5,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from lemo_hf.cli.options import RESERVE_GIB
 from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import LeMoConfig
+from lemo_hf.kernels.launch import settle
 from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
 from lemo_hf.progress import Estimated
 
@@ -59,6 +62,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         "lora_rank": None if lora is None else lora.r,
         "lora_targets": None if lora is None else lora.target_modules,
         "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
+        "triton": not torch.cuda.is_available() or settle("cuda") is None,
         "autocast": args.bf16 or args.fp16,
     }
     room = (memory_gib - RESERVE_GIB) * GIB

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 from lemo_hf.altered import altering
+from lemo_hf.core import whole_heads
 from lemo_hf.kernels import launch, segment_cross_entropy
 from lemo_hf.memory import offload, recompute
 from lemo_hf.memory.recompute import by_tiles
@@ -34,10 +35,15 @@ LOSS, STREAM, GRADIENTS, IN_FLIGHT = "loss", "stream", "gradients", "offload in 
 
 
 class DryRun(FakeTensorMode):
-    """See the module's docstring. A model's tensors become its own by ``to_empty`` within it."""
+    """See the module's docstring. A model's tensors become its own by ``to_empty`` within it.
 
-    def __init__(self) -> None:
+    Args:
+        triton: Whether the GPU runs Triton's kernels; see `Trained`.
+    """
+
+    def __init__(self, triton: bool = True) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._triton = triton
         self._deep = self._counts = False
         self._named: str | None = None
 
@@ -245,11 +251,13 @@ class DryRun(FakeTensorMode):
             return None
 
         launched, ledger = KernelInterface.__getitem__, self._ledger
-        cpu, plain = {"cpu"}, launch.PLAIN | {FakeTensor}
+        gpus, plain = {"cpu"} if self._triton else set(), launch.PLAIN | {FakeTensor}
+        whole = whole_heads.are_needed if self._triton else _heads_share_keys
         try:
             KernelInterface.__getitem__ = launching(lambda args: ledger.launch(self._place, args))
             with (
-                altering(launch, DEVICES=cpu, WIDENING=cpu, PLAIN=plain),
+                altering(launch, DEVICES=gpus, WIDENING=gpus, PLAIN=plain),
+                altering(whole_heads, are_needed=whole),
                 altering(offload, _copy=nothing),
                 # From the second on they take as much memory.
                 altering(segment_cross_entropy, _starts=ledger.starts),
@@ -281,6 +289,11 @@ def _by_part(blocks: Iterable[list]) -> Counter[str]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _heads_share_keys(attention: Any, _: Any) -> bool:
+    """What `whole_heads.are_needed` says on a GPU without Triton."""
+    return getattr(attention, "num_key_value_groups", 1) > 1
 
 
 def _is_real(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:

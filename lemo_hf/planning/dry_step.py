@@ -1,6 +1,7 @@
 """One training step of a model as a dry run: which layers of it run, and how they are set up."""
 
 import copy
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from lemo_hf.config import UNITS, LeMoConfig
@@ -20,9 +20,11 @@ from lemo_hf.core.families import family_of
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.loss import shifted
 from lemo_hf.core.sparse_pass import SparsePass
-from lemo_hf.memory.offload import SLAB, HostMemory, Stored, leaving
+from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.memory.offload import SLAB, HostMemory, leaving
 from lemo_hf.patch import apply_lemo, remove_lemo, transformers_model
-from lemo_hf.planning.dry_run import GRADIENTS, IN_FLIGHT, DryRun
+from lemo_hf.planning.dry_host import DryHost
+from lemo_hf.planning.dry_run import GRADIENTS, DryRun
 from lemo_hf.planning.fused_rival import fused
 from lemo_hf.planning.quantized import gpu_autocast, quantize, quantized_bytes
 from lemo_hf.planning.trained import Trained
@@ -31,7 +33,6 @@ from lemo_hf.planning.work import Work
 # cuBLAS takes 32 MiB on Hopper (8 on other GPUs) for each thread that calls it: the forward's and
 # the backward's. Source: PyTorch's notes, "CUDA semantics", cuBLAS workspaces.
 WORKSPACES = 2 * 32 * 2**20
-LEAVING = 2  # tensors that are on their way to the host (`HostMemory`)
 # Policies that look at the batch alone. What the others look at is not counted.
 OF_BATCH = ("auto", "overlap", "chunks", "recent", "window", "random")
 ROWS, STORED = ("attention rows", "attention rows", "MLP rows"), ("stored rows",) * 3
@@ -50,7 +51,7 @@ class DryModel:
         self.trained, self.batch, self.family = trained, batch, family_of(config)
         self.config = copy.deepcopy(config)
         self.config.use_cache = False
-        dtype, self.run = getattr(torch, trained.dtype), DryRun()
+        dtype, self.run = getattr(torch, trained.dtype), DryRun(trained.triton)
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):
             model = _made(self.config, dtype)
             stack = cast(nn.ModuleList, model.get_submodule(self.family.layers))
@@ -131,9 +132,9 @@ class DryModel:
 
     def _fitting(self, lemo: LeMoConfig, tokens: int, room: float, later: bool) -> str:
         """What the first layer that asks decides: in a run's first step before optimizer states."""
-        ids = self._ids(tokens)
+        ids, labels = self._batch(tokens)
         shape = self.batch, tokens
-        facts: dict[str, Any] = {"input_ids": ids, "targets": shifted(ids)}
+        facts: dict[str, Any] = {"input_ids": ids, "targets": shifted(labels)}
         sparse = SparsePass(replace(lemo, recompute=None), shape, torch.device("cpu"), **facts)
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
         with self.run:
@@ -145,9 +146,14 @@ class DryModel:
         rows = list(sparse.stored_rows(count))
         return levels.fitting(x, rows, int(room - there))
 
-    def _ids(self, tokens: int) -> Tensor:
-        """A batch without padding, labelled throughout."""
-        return torch.randint(self.config.vocab_size, (self.batch, tokens))
+    def _batch(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Ids without padding, and their labels."""
+        ids = torch.randint(self.config.vocab_size, (self.batch, tokens))
+        if self.trained.labels is None:
+            return ids, ids
+        labels = ids.clone()
+        labels[:, : -self.trained.labels] = IGNORE_INDEX
+        return ids, labels
 
     def _phases(
         self, lemo: LeMoConfig | None, tokens: int, levels: tuple[str, ...], fused_rival: bool
@@ -160,15 +166,15 @@ class DryModel:
         first, host, step = 3 if slabs else 2, None, (lemo, tokens, levels, fused_rival)
         if slabs:  # what layers would store says what leaves
             chosen, _ = _few(kinds, first)
-            host = _Host(self.run, [None] * len(chosen), SLAB)
+            host = DryHost(self.run, [None] * len(chosen), SLAB)
             self._run(step, kinds, first, host, forth_alone=True)
             stored = {kinds[j]: host.offered[i] for i, j in enumerate(chosen)}
             named = [[(str(i), x) for i, x in enumerate(stored[kind])] for kind in kinds]
             gone = [tuple(int(i) for i, _ in some) for some in leaving(named, slabs)]
             kinds = list(zip(kinds, gone, strict=True))
-            host = _Host(self.run, [gone[i] for i in _few(kinds, first)[0]], SLAB)
+            host = DryHost(self.run, [gone[i] for i in _few(kinds, first)[0]], SLAB)
         elif self.trained.stock_offload and self.trained.gradient_checkpointing:
-            host = _Host(self.run, [None] * len(_few(kinds, first)[0]), 1)
+            host = DryHost(self.run, [None] * len(_few(kinds, first)[0]), 1)
         self._run(step, kinds, first, host)
         found = {phase: parts + self.static for phase, parts in self.run.phases().items()}
         found["optimizer"] = self.static + Counter({GRADIENTS: self.gradients})
@@ -183,7 +189,7 @@ class DryModel:
         step: tuple[LeMoConfig | None, int, tuple[str, ...], bool],
         kinds: Sequence[tuple],
         first: int,
-        host: "_Host | None",
+        host: DryHost | None,
         forth_alone: bool = False,
     ) -> None:
         """Run a step with some layers of each of ``kinds``, which the dry run counts."""
@@ -193,6 +199,8 @@ class DryModel:
         stores = [STORED if trained.gradient_checkpointing else ROWS] * len(chosen)
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)  # what LeMo says of a row is for those that train
             layers = stack.enter_context(self.only(chosen))
             if trained.gradient_checkpointing:
                 # Hooks that enabling adds and disabling leaves.
@@ -209,12 +217,12 @@ class DryModel:
                     vars(layer)["_gradient_checkpointing_func"] = host.checkpoint
             stack.callback(self.model.zero_grad)
             stack.enter_context(self.run.counted(self.model, layers, gaps, stores))
-            ids = self._ids(tokens)
-            if of_rival:
+            ids, labels = self._batch(tokens)
+            if of_rival:  # which makes logits of tokens without a label as well
                 stack.enter_context(fused(self.base, self.family, layers, ids))
             stack.enter_context(gpu_autocast(trained.autocast))
             with torch.autocast("cpu", kind, enabled=trained.autocast):
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = self.model(input_ids=ids, labels=labels, use_cache=False).loss
             if not forth_alone:
                 loss.backward()
 
@@ -269,63 +277,6 @@ def _config(lemo: LeMoConfig, chosen: list[int], levels: tuple[str, ...]) -> LeM
         offload_gib=None,
         cuda_graphs=False,
     )
-
-
-class _Host(HostMemory):
-    """Host memory of a dry run: takes what it is told to, and holds nothing.
-
-    Args:
-        run: The dry run.
-        told: By layer: places of the tensors to take among those that it stores; None: all.
-        slab: Bytes that memory is taken in multiples of; 1: as transformers' own offload does.
-
-    Attributes:
-        offered: By layer: bytes of each tensor that it stored.
-        taken: By layer: bytes of host memory.
-    """
-
-    def __init__(self, run: DryRun, told: list[tuple[int, ...] | None], slab: int):
-        super().__init__(0, last=-1)
-        self.run, self.told, self.slab = run, told, slab
-        self.offered: list[list[int]] = [[] for _ in told]
-        self.taken = [0] * len(told)
-
-    def put(self, tensor: Tensor, unit: int) -> Tensor | Stored:
-        self._unit, told = unit, self.told[unit]
-        self.offered[unit].append(tensor.nbytes)
-        if told is not None and len(self.offered[unit]) - 1 not in told:
-            return tensor
-        stored = super().put(tensor, unit)
-        if isinstance(stored, Stored):
-            self._leaving.append((tensor.detach(), cast(Any, None)))
-            self._let_go()
-        return stored
-
-    def checkpoint(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' with ``offload=True``: at once, and back when it is asked for."""
-
-        def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-            self.taken[self.run.layer] += tensor.nbytes
-            return tensor.shape, tensor.dtype
-
-        def unpack(packed: tuple[torch.Size, torch.dtype]) -> Tensor:
-            with self.run.named(IN_FLIGHT):
-                return torch.empty(packed[0], dtype=packed[1])
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return checkpoint(function, *args, **{"use_reentrant": False, **kwargs})
-
-    def _take(self, count: int, pinned: bool) -> list:
-        self.taken[self._unit] += count * self.slab
-        return []
-
-    def _let_go(self, all_of_them: bool = False) -> None:
-        while len(self._leaving) > (0 if all_of_them else LEAVING):
-            self._leaving.popleft()
-
-    def _fetch(self, stored: Stored) -> None:
-        with self.run.named(IN_FLIGHT):
-            super()._fetch(stored)
 
 
 def _few(kinds: Sequence[Any], first: int) -> tuple[list[int], dict[int, int]]:

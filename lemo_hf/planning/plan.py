@@ -59,11 +59,11 @@ class Plan:
 
 
 class Planner:
-    """Plans of one model and one way to train it.
+    """Plans of one model and one way to train it, on one GPU.
 
-    They are those of rows without padding and with a label on each token, attention by ``sdpa`` or
+    They are those of rows without padding, attention by ``sdpa`` or
     ``flash_attention_2`` (by ``lemo_sinks`` if it has sinks), LoRA without dropout, and fused
-    AdamW, on one GPU.
+    AdamW.
 
     Args:
         config: Config of a transformers causal LM.
@@ -72,6 +72,7 @@ class Planner:
         **trained: Fields of `Trained`.
 
     Attributes:
+        trained: What is trained, and how.
         targets: Names of the adapted linears, or ``["all-linear"]``.
         window: The longest row that no sliding window cuts, tokens, or None.
         attention: The ``attn_implementation`` that is planned, of the stock model too.
@@ -89,7 +90,7 @@ class Planner:
     ):
         check_count("batch_size", batch_size)
         self._looked = looked
-        how = Trained(**trained)
+        how = self.trained = Trained(**trained)
         _check_config(config)
         self.window, self.attention = _window(config), attention_of(config)
         self._model = DryModel(config, how, batch_size)
@@ -103,13 +104,32 @@ class Planner:
         finish: bool = False,
         fused: bool = False,
     ) -> Plan:
-        """See `plan`; ``room`` in bytes."""
+        """Predict the peak memory and the work of a training step.
+
+        Args:
+            lemo: Settings of what LeMo leaves out; None: the stock model.
+            tokens: Length of a row, tokens.
+            room: Memory that PyTorch can use, bytes. If the config leaves ``recompute`` to gradient
+                checkpointing, free memory decides between ``"selective"`` and ``"full"``. None:
+                there is enough.
+            finish: Whether it is a step of the finish, in which rows keep ``finish_retention``.
+            fused: Whether loss, norms and MLPs of the stock model are fused (see
+                `lemo_hf.planning.fused_rival`).
+
+        Raises:
+            ValueError: A value is wrong, or is one whose memory is not predicted.
+        """
         check_count("tokens", tokens)
         if self.window is not None and self.window < tokens:
             raise ValueError(
                 f"the config's sliding_window={self.window} is shorter than {tokens} tokens: "
                 "masks of tokens x tokens are not predicted. Plan for rows of at most "
                 f"{self.window} tokens, or {MEASURE}"
+            )
+        if lemo is None and not self.trained.triton:
+            raise ValueError(
+                "triton=False without a lemo_config is not predicted: where heads share keys, such "
+                f"a GPU's attention stores a score for each pair of tokens: {MEASURE}"
             )
         later = finish and lemo is not None and lemo.finish < 1
         lemo = _of_step(lemo, finish)
@@ -125,8 +145,15 @@ class Planner:
         return Plan(parts, peak, phases, levels, pinned, work, fused)
 
     def plans(self, lemo: LeMoConfig, tokens: int, room: float | None) -> dict[str, Plan]:
-        """See `plans`."""
-        phases = {"sparse": lemo.finish < 1, "finish": lemo.finish > 0}
+        """The plan of each phase of a run that has steps: of ``"sparse"`` and of ``"finish"``.
+
+        Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout
+        have a finish. Arguments are those of `plan`.
+        """
+        # Without a word from the user it is for rows that are labelled throughout.
+        spared = self.trained.labels is not None and lemo.policy == "auto"
+        finish = 0 if spared and lemo.dense_finish is None else lemo.finish
+        phases = {"sparse": finish < 1, "finish": finish > 0}
         return {
             name: self.plan(lemo, tokens, room, name == "finish")
             for name, there in phases.items()
@@ -134,7 +161,14 @@ class Planner:
         }
 
     def longest(self, lemo: LeMoConfig | None, room: float, fused: bool = False) -> int:
-        """See `longest`."""
+        """The longest row that fits into ``room`` bytes: both phases of a run, if it has two.
+
+        The model's ``max_position_embeddings`` is no limit. See `Plan` for what else needs memory.
+
+        Returns:
+            Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding
+            window or `FARTHEST`; 0 if not even one block fits.
+        """
         size = 64 if lemo is None else lemo.block_size
 
         def beyond(blocks: int) -> float:
@@ -147,108 +181,13 @@ class Planner:
         return size * _highest(beyond, most, first=(256, 1024))
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
-        """See `fitting_finish`."""
+        """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does."""
 
         def beyond(percent: int) -> float:
             config = replace(lemo, finish_retention=percent / 100)
             return self.plan(config, tokens, room, finish=True).peak - room
 
         return _highest(beyond, 100, first=(100, 50)) / 100 or None
-
-
-def plan(
-    model_config: Any,
-    lemo_config: LeMoConfig | None,
-    tokens: int,
-    *,
-    memory_gib: float | None = None,
-    reserve_gib: float = 0.0,
-    finish: bool = False,
-    fused: bool = False,
-    **settings: Any,
-) -> Plan:
-    """Predict the peak memory of a training step on one GPU: a sparse one, or one of the finish.
-
-    Args:
-        model_config: Config of a transformers causal LM.
-        lemo_config: Settings of what LeMo leaves out; None: the stock model.
-        tokens: Length of a row, tokens.
-        memory_gib: Memory of the card, GiB. If the config leaves ``recompute`` to gradient
-            checkpointing, free memory decides between ``"selective"`` and ``"full"``. None: there
-            is enough.
-        reserve_gib: Part of that memory that PyTorch cannot use, GiB.
-        finish: Whether it is a step of the finish, in which rows keep ``finish_retention``.
-        fused: Whether loss, norms and MLPs of the stock model are fused (see
-            `lemo_hf.planning.fused_rival`).
-        **settings: ``batch_size`` (rows, 1), and fields of `Trained`.
-
-    Raises:
-        ValueError: A value is wrong, or is one whose memory is not predicted.
-    """
-    room = _room(memory_gib, reserve_gib)
-    return Planner(model_config, **settings).plan(lemo_config, tokens, room, finish, fused)
-
-
-def plans(
-    model_config: Any,
-    lemo_config: LeMoConfig,
-    tokens: int,
-    *,
-    memory_gib: float | None = None,
-    reserve_gib: float = 0.0,
-    **settings: Any,
-) -> dict[str, Plan]:
-    """The plan of each phase of a run that has steps: of ``"sparse"`` and of ``"finish"``.
-
-    Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout, as
-    those of the plan are, have a finish. Arguments are those of `plan`.
-    """
-    room = _room(memory_gib, reserve_gib)
-    return Planner(model_config, **settings).plans(lemo_config, tokens, room)
-
-
-def longest(
-    model_config: Any,
-    lemo_config: LeMoConfig | None,
-    memory_gib: float,
-    *,
-    reserve_gib: float = 0.0,
-    **settings: Any,
-) -> int:
-    """The longest row that fits: both phases of a run, if it has two (see `plans`).
-
-    Arguments are those of `plan`; the model's ``max_position_embeddings`` is no limit. See `Plan`
-    for what else needs memory.
-
-    Returns:
-        Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding window
-        or `FARTHEST`; 0 if not even one block fits.
-    """
-    if not math.isfinite(memory_gib - reserve_gib):
-        raise ValueError(f"memory_gib={memory_gib} and reserve_gib={reserve_gib} must be finite.")
-    planner = Planner(model_config, **settings)
-    return planner.longest(lemo_config, (memory_gib - reserve_gib) * GIB)
-
-
-def fitting_finish(
-    model_config: Any,
-    lemo_config: LeMoConfig,
-    tokens: int,
-    memory_gib: float,
-    *,
-    reserve_gib: float = 0.0,
-    **settings: Any,
-) -> float | None:
-    """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does.
-
-    Arguments are those of `plan`.
-    """
-    planner = Planner(model_config, **settings)
-    return planner.fitting_finish(lemo_config, tokens, (memory_gib - reserve_gib) * GIB)
-
-
-def _room(memory_gib: float | None, reserve_gib: float) -> float | None:
-    return None if memory_gib is None else (memory_gib - reserve_gib) * GIB
 
 
 def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:

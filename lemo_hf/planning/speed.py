@@ -58,6 +58,10 @@ CARDS = {
 }
 
 
+# Those that Triton makes no code for, by what they are called in words. No times are told of them.
+OLD = {"v100": "NVIDIA V100", "t4": "NVIDIA T4"}
+
+
 def card_of(device: str) -> str | None:
     """The name of the card that CUDA calls ``device``, or None if it is none of `CARDS`."""
     return next((name for name, card in CARDS.items() if device in card.devices), None)

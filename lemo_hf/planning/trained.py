@@ -32,6 +32,9 @@ class Trained:
         gradient_checkpointing: Of the model.
         stock_offload: It is transformers' with ``offload=True``; the config's ``offload_gib`` comes
             first.
+        labels: Tokens with a label, the last of each row: a completion's. None: all have one.
+        triton: The GPU runs Triton's kernels. One older than Ampere (V100, T4) runs PyTorch's
+            operators, in fp16, and its attention takes as many key heads as query heads.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
@@ -47,10 +50,14 @@ class Trained:
     kbit_training: bool = True
     gradient_checkpointing: bool = False
     stock_offload: bool = False
+    labels: int | None = None
+    triton: bool = True
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None:
             check_count("lora_rank", self.lora_rank)
+        if self.labels is not None:
+            check_count("labels", self.labels)
         for name, kind in (("dtype", self.dtype), ("adapter_dtype", self.adapter_dtype)):
             if kind not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {kind!r}.")
@@ -59,6 +66,8 @@ class Trained:
                 "autocast of float32 weights is not predicted: load them in bfloat16, or set "
                 "autocast=False."
             )
+        if not self.triton and self.dtype == "bfloat16":
+            raise ValueError("a GPU without Triton has no bfloat16 either: give dtype='float16'.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: give one of them.")
         if self.bits and self.lora_rank is None:

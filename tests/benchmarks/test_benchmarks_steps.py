@@ -20,8 +20,7 @@ from providers import provider_of
 from quantized_base import Base
 from s2_attention import s2_attention_forward
 from steps import Bench
-
-from lemo_hf.planning.plan import plan
+from support.plans import plan
 
 CPU = torch.device("cpu")
 

@@ -183,7 +183,7 @@ def test_what_does_not_exist(lemo, tmp_path):
 
 
 def test_plan(lemo, tmp_path):
-    from lemo_hf.planning.plan import longest, plan
+    from support.plans import longest, plan
 
     shape = {"hidden_size": 1024, "num_hidden_layers": 8, "vocab_size": 32000}
     config = make_model("llama", "sdpa", **{**shape, "num_hidden_layers": 1}).config

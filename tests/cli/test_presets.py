@@ -9,11 +9,12 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from support.paths import DEMO, ROOT
+from support.plans import plans
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.cli.train_settings import PRESETS, find_config, read_settings
-from lemo_hf.planning.plan import GIB, plans
+from lemo_hf.planning.plan import GIB
 
 MODEL = str(DEMO / "model")
 TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()[:16_000]

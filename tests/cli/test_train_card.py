@@ -9,10 +9,11 @@ import yaml
 from support.dry_models import _poison, dry_models_are_shared  # noqa: F401
 from support.models import EXTRA, SIZES
 from support.paths import DEMO
+from support.plans import plans
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from lemo_hf.cli.train_settings import read_settings
-from lemo_hf.planning.plan import GIB, plans
+from lemo_hf.planning.plan import GIB
 
 TEXT = (DEMO / "text" / "train-alice-adams.txt").read_text()[:16_000]
 # One way to train is left to plan, which takes a part of the time.

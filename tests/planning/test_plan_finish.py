@@ -5,11 +5,11 @@ import json
 
 import pytest
 from support.allocations import LLAMA, peak_of_a_step, tiny
+from support.plans import fitting_finish, longest, plan, plans
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import WORKSPACES
-from lemo_hf.planning.plan import fitting_finish, longest, plan, plans
 
 FULL = {"recompute": "full"}
 

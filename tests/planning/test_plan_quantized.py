@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from support.allocations import LLAMA, QKVO, peak_of_a_step, tiny
+from support.plans import longest, plan
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
 from lemo_hf.planning.dry_step import UNIT
-from lemo_hf.planning.plan import longest, plan
 
 pytest.importorskip("bitsandbytes")
 

@@ -2,10 +2,10 @@
 
 import pytest
 from support.allocations import LLAMA
+from support.plans import plan
 from transformers import AutoConfig
 
 from lemo_hf import LeMoConfig
-from lemo_hf.planning.plan import longest, plan
 
 
 def test_steps_of_several_processes_are_refused():
@@ -65,6 +65,9 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
         ({"lora_targets": []}, "lora_targets"),
         ({"dtype": "int8"}, "dtype must be .* got 'int8'"),
         ({"dtype": "float32"}, "autocast of float32"),
+        ({"labels": 0}, "labels must be .* got 0"),
+        ({"triton": False}, "no bfloat16 either: give dtype='float16'"),
+        ({"triton": False, "dtype": "float16", "lemo_config": None}, "a score for each pair"),
         ({"lemo_config": LeMoConfig(threshold=1.0)}, "threshold=1.0.*retention"),
     ],
 )
@@ -72,5 +75,3 @@ def test_settings_that_are_refused(settings, message):
     values = {"lemo_config": LeMoConfig(), "tokens": 1024, **settings}
     with pytest.raises(ValueError, match=message):
         plan(LLAMA, values.pop("lemo_config"), values.pop("tokens"), **values)
-    with pytest.raises(ValueError, match="memory_gib=inf"):
-        longest(LLAMA, None, float("inf"))

@@ -12,13 +12,14 @@ import pytest
 import torch
 from support.allocations import LLAMA, PLANNED, QKVO, tiny
 from support.paths import ROOT
+from support.plans import plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.core import sink_attention
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.fused_rival import part_rows
-from lemo_hf.planning.plan import Planner, plan
+from lemo_hf.planning.plan import Planner
 from lemo_hf.planning.speed import CARDS, HOST, card_of, step_seconds
 
 sys.path.append(str(ROOT / "benchmarks"))
