@@ -16,6 +16,8 @@ NAMES = {
     "lemo": "LeMo",
     "lemo-all": "LeMo, no dense layer",
     "lemo-all-0.3": "LeMo, no dense layer",
+    "lemo 0.3": "LeMo",
+    "lemo 0.1": "LeMo",
     "graph": "CUDA graphs",
     "some-mlp": "MLPs of 14 layers again",
     "mlp": "MLPs again",

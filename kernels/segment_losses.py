@@ -25,10 +25,12 @@ def segment_reference(
     if softcap is not None:
         capped = torch.tanh(logits / softcap)
         logits = capped * softcap
-    log_z = logits.logsumexp(1)
-    nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
-    losses = nll * weights
-    grad = logits.sub_(log_z[:, None]).exp_()
+    # Not by logsumexp, which makes a tensor of this size.
+    highest = logits.amax(1, keepdim=True)
+    at_target = logits.sub_(highest).gather(1, targets[:, None])
+    total = logits.exp_().sum(1, keepdim=True)
+    losses = (total.log() - at_target).squeeze(1) * weights
+    grad = logits.div_(total)
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
     grad.mul_(weights[:, None]).div_(divisor)
     if softcap is not None:

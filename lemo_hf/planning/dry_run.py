@@ -138,6 +138,8 @@ class DryRun(FakeTensorMode):
             self._deep = True
             try:
                 out = super().__torch_dispatch__(func, types, args, kwargs)
+                if name == ATTENTION and not self._triton:
+                    out = _by_token(out[0]), *out[1:]
             finally:
                 self._deep = False
         if self._counts:
@@ -289,6 +291,12 @@ def _by_part(blocks: Iterable[list]) -> Counter[str]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Attention's output ``[B, heads, n, D]`` as the kernel of a GPU without Triton lays it out,
+    whatever the layout of the queries: token by token."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _heads_share_keys(attention: Any, _: Any) -> bool:

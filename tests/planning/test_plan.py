@@ -15,11 +15,11 @@ from triton.runtime.jit import KernelInterface
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.config import LEVELS
-from lemo_hf.core import sink_attention
+from lemo_hf.core import sink_attention, whole_heads
 from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
 from lemo_hf.memory.recompute import by_tiles
-from lemo_hf.planning.dry_run import _flash_buffers
+from lemo_hf.planning.dry_run import _by_token, _flash_buffers, _heads_share_keys
 from lemo_hf.planning.dry_step import WORKSPACES
 from lemo_hf.planning.plan import Planner
 from lemo_hf.planning.speed import CARDS, HOST, SHARES, step_seconds
@@ -111,6 +111,9 @@ def check_step(
     autocast=False,
     within=None,
     existing=0,
+    labels=None,
+    dtype=torch.bfloat16,
+    triton=True,
     **options,
 ):
     """The plan against all allocations of one forward and backward pass, but for ``existing``.
@@ -121,13 +124,14 @@ def check_step(
     casts = lemo is None or (options.get("adapter_dtype") == "float32" and not autocast)
     within = within or (0.035 if casts else 0.015)
     model, config, targets = tiny(family, **options)
+    model.to(dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lemo is not None:
         lemo = LeMoConfig(policy="recent", block_size=16, **lemo)
         apply_lemo(model, lemo)
     parameters = list(model.parameters())
-    peak = peak_of_a_step(model, rows, tokens, autocast)
+    peak = peak_of_a_step(model, rows, tokens, autocast, labels=labels)
     expected = plan(
         config,
         lemo,
@@ -138,6 +142,9 @@ def check_step(
         adapter_dtype=options.get("adapter_dtype", "bfloat16"),
         autocast=autocast,
         gradient_checkpointing=checkpointing,
+        labels=labels,
+        dtype=str(dtype).removeprefix("torch."),
+        triton=triton,
     )
     parts = expected.parts
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
@@ -168,6 +175,27 @@ def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
 def test_levels_of_attention_with_sinks(level, launched):
     lemo = {"retention": 0.5, "mlp_retention": 0.25, "recompute": level}
     check_step(lemo, "gpt_oss", targets=None, layers=7)
+
+
+@pytest.mark.parametrize("labels", [None, 40])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_allocation_without_triton(checkpointing, labels, alike, monkeypatch):
+    """As a GPU runs it for which Triton makes no code, but for the layout of attention's output."""
+    monkeypatch.setattr("lemo_hf.planning.dry_run._by_token", lambda x: x)
+    monkeypatch.setattr(whole_heads, "are_needed", _heads_share_keys)
+    settings = {"dtype": torch.float16, "adapter_dtype": "float16", "triton": False}
+    check_step({"retention": 0.5}, checkpointing=checkpointing, labels=labels, **settings)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_allocation_of_a_completion(level, launched):
+    """40 labels: the head reads no other rows."""
+    check_step({"retention": 0.25, "recompute": level}, layers=5, labels=40)
+
+
+def test_attention_without_triton_has_a_layout_of_its_own():
+    given = torch.empty(2, 8, 10, 4)
+    assert _by_token(given).stride() == (320, 4, 32, 1) and _by_token(given).shape == given.shape
 
 
 def test_buffers_of_a_gpus_attention():

@@ -73,7 +73,14 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def alike(monkeypatch):
+    """What the CPU has not: its attention takes no buffers, and no memory is rounded."""
+    monkeypatch.setattr("lemo_hf.planning.dry_run._flash_buffers", lambda *_: 0)
+    monkeypatch.setattr("lemo_hf.planning.dry_run.ROUNDED", 1)
+
+
+@pytest.fixture
+def launched(monkeypatch, alike):
     """The CPU takes the functions of the kernels, whose launches do nothing: sizes are what count.
 
     What is allocated around a launch is the same as on a GPU.
@@ -84,9 +91,6 @@ def launched(monkeypatch):
             return lambda *args, **kwargs: None
 
     monkeypatch.setattr("lemo_hf.kernels.launch.DEVICES", {"cpu"})
-    # What the CPU has not: its attention takes no buffers, and no memory is rounded.
-    monkeypatch.setattr("lemo_hf.planning.dry_run._flash_buffers", lambda *_: 0)
-    monkeypatch.setattr("lemo_hf.planning.dry_run.ROUNDED", 1)
     for kernel in KERNELS:
         monkeypatch.setattr(f"lemo_hf.kernels.{kernel}", Nothing())
 
@@ -123,12 +127,16 @@ def tiny(family="llama", layers=3, targets=QKVO, adapter_dtype="bfloat16", **opt
 LLAMA = AutoConfig.for_model("llama")
 
 
-def peak_of_a_step(model, rows=1, tokens=512, autocast=False, existing=()):
+def peak_of_a_step(model, rows=1, tokens=512, autocast=False, existing=(), labels=None):
     """The most bytes alive in a forward and a backward pass, but for the model's own."""
     ids = torch.randint(64, (rows, tokens))
     with Allocations([*model.parameters(), *model.buffers(), *existing]) as allocations:
         ids = ids.clone()
+        given = ids
+        if labels is not None:
+            given = ids.clone()
+            given[:, :-labels] = -100
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=given, use_cache=False).loss
         loss.backward()
     return allocations.peak
