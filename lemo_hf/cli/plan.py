@@ -259,5 +259,6 @@ def _on_phases(lemo: LeMoConfig, result: dict[str, Any]) -> str:
         share, tokens = result["fitting_finish"], result["tokens"]
         said += f" With --finish-retention {share:g} the finish fits rows of {tokens:,} as well."
     if lemo.dense_finish is None and result["labels"] is None:
-        said += " Rows whose labels cover a part of them have no finish: --dense-finish 0."
+        said += " Rows whose labels cover a part of them have none: "
+        said += "give the number of labels as --labels."
     return said

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
@@ -260,6 +261,7 @@ class DryRun(FakeTensorMode):
             with (
                 altering(launch, DEVICES=gpus, WIDENING=gpus, PLAIN=plain),
                 altering(whole_heads, are_needed=whole),
+                sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),  # whatever is set
                 altering(offload, _copy=nothing),
                 # From the second on they take as much memory.
                 altering(segment_cross_entropy, _starts=ledger.starts),

@@ -6,21 +6,20 @@ import sys
 
 import pytest
 import torch
-from support.allocations import LLAMA, PLANNED, QKVO, peak_of_a_step, tiny
+from support.allocations import LLAMA, PLANNED, QKVO, check_step, tiny
 from support.models import SIZES
 from support.paths import ROOT
 from support.plans import longest, plan
 from transformers import AutoConfig
 from triton.runtime.jit import KernelInterface
 
-from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf import LeMoConfig
 from lemo_hf.config import LEVELS
-from lemo_hf.core import sink_attention, whole_heads
+from lemo_hf.core import sink_attention
 from lemo_hf.kernels import launch
 from lemo_hf.memory.offload import GIB
 from lemo_hf.memory.recompute import by_tiles
-from lemo_hf.planning.dry_run import _by_token, _flash_buffers, _heads_share_keys
-from lemo_hf.planning.dry_step import WORKSPACES
+from lemo_hf.planning.dry_run import _flash_buffers
 from lemo_hf.planning.plan import Planner
 from lemo_hf.planning.speed import CARDS, HOST, SHARES, step_seconds
 
@@ -59,26 +58,6 @@ def test_measured_peaks_and_operations():
         check_case(*found[name])
 
 
-def check_completion(header, row):
-    """Small models' graphs hold up to 0.1 GiB more than is planned."""
-    found, expected = planned(header, row), recorded()[key_of(header, row)]
-    assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.005, abs=0.1)
-    assert found.peak / GIB == pytest.approx(expected["gib"], rel=1e-3)
-    assert 1e3 * step_seconds(found, CARDS["h200"]) == pytest.approx(expected["ms"], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("header", "row"),
-    [
-        pytest.param(*case, marks=() if i in (4, 16) else pytest.mark.soak)
-        for i, case in enumerate(COMPLETIONS)
-    ],
-    ids=[f"{row['provider']}, {row['tokens']}" for _, row in COMPLETIONS],
-)
-def test_measured_peaks_of_completions(header, row):
-    check_completion(header, row)
-
-
 @pytest.mark.soak
 def test_all_measured_steps_and_their_record():
     record, steps = recorded(), []
@@ -102,58 +81,6 @@ def test_their_table():
         assert f"| {row['peak_gib']:.2f} |" in line
 
 
-def check_step(
-    lemo,
-    family="llama",
-    tokens=512,
-    rows=1,
-    checkpointing=False,
-    autocast=False,
-    within=None,
-    existing=0,
-    labels=None,
-    dtype=torch.bfloat16,
-    triton=True,
-    **options,
-):
-    """The plan against all allocations of one forward and backward pass, but for ``existing``.
-
-    What is not planned: gradients of adapters inside a linear, scores, masks and counts of tokens.
-    """
-    # PEFT's own linears hold a few casts for a moment that are not planned.
-    casts = lemo is None or (options.get("adapter_dtype") == "float32" and not autocast)
-    within = within or (0.035 if casts else 0.015)
-    model, config, targets = tiny(family, **options)
-    model.to(dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lemo is not None:
-        lemo = LeMoConfig(policy="recent", block_size=16, **lemo)
-        apply_lemo(model, lemo)
-    parameters = list(model.parameters())
-    peak = peak_of_a_step(model, rows, tokens, autocast, labels=labels)
-    expected = plan(
-        config,
-        lemo,
-        tokens,
-        batch_size=rows,
-        lora_rank=None if targets is None else 8,
-        lora_targets=targets or (),
-        adapter_dtype=options.get("adapter_dtype", "bfloat16"),
-        autocast=autocast,
-        gradient_checkpointing=checkpointing,
-        labels=labels,
-        dtype=str(dtype).removeprefix("torch."),
-        triton=triton,
-    )
-    parts = expected.parts
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    assert parts["optimizer states"] == 2 * trained
-    before = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
-    assert expected.peak - before == pytest.approx(peak - existing, rel=within)
-    return expected
-
-
 KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "youtu")
 KINDS += sink_attention.MODELS
 # A sparse step as it is, a stock one with gradient checkpointing.
@@ -175,27 +102,6 @@ def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
 def test_levels_of_attention_with_sinks(level, launched):
     lemo = {"retention": 0.5, "mlp_retention": 0.25, "recompute": level}
     check_step(lemo, "gpt_oss", targets=None, layers=7)
-
-
-@pytest.mark.parametrize("labels", [None, 40])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_allocation_without_triton(checkpointing, labels, alike, monkeypatch):
-    """As a GPU runs it for which Triton makes no code, but for the layout of attention's output."""
-    monkeypatch.setattr("lemo_hf.planning.dry_run._by_token", lambda x: x)
-    monkeypatch.setattr(whole_heads, "are_needed", _heads_share_keys)
-    settings = {"dtype": torch.float16, "adapter_dtype": "float16", "triton": False}
-    check_step({"retention": 0.5}, checkpointing=checkpointing, labels=labels, **settings)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_allocation_of_a_completion(level, launched):
-    """40 labels: the head reads no other rows."""
-    check_step({"retention": 0.25, "recompute": level}, layers=5, labels=40)
-
-
-def test_attention_without_triton_has_a_layout_of_its_own():
-    given = torch.empty(2, 8, 10, 4)
-    assert _by_token(given).stride() == (320, 4, 32, 1) and _by_token(given).shape == given.shape
 
 
 def test_buffers_of_a_gpus_attention():

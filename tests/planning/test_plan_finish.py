@@ -156,7 +156,10 @@ def test_the_command_line(lemo, tmp_path):
     )
     assert f"Both fit with rows of up to {both:,} tokens." in out
     assert f"With --finish-retention {share:g} the finish fits rows of {tokens:,} as well." in out
-    assert "Rows whose labels cover a part of them have no finish: --dense-finish 0." in out
+    assert (
+        "Rows whose labels cover a part of them have none: give the number of labels as --labels."
+        in out
+    )
     code, out, _ = lemo(*command, *card, "--dense-finish", 0.2, "--finish-retention", share)
     assert f"The last 20% of the steps keep {share:.0%} of the blocks." in out
     assert "as well" not in out and "have no finish" not in out

@@ -196,7 +196,7 @@ def test_the_command_says_times(lemo, tmp_path):
     assert code == 0 and "step, ms" in out and "no step was measured on it" in out
     code, out, _ = lemo(*options)  # there is no GPU
     assert code == 0 and "step, ms" not in out and "measured on it" not in out
-    assert "--gpu tpu: times are predicted of h200, " in lemo(*options, "--gpu", "tpu")[2]
+    assert "--gpu tpu: known are h200, h100, " in lemo(*options, "--gpu", "tpu")[2]
     refused = lemo(*options, "--gpu", "h200", "--load-in-4bit")
     assert "times of quantised weights are not predicted" in refused[2]
 

@@ -1,0 +1,106 @@
+"""Plans of completions, and of GPUs without Triton."""
+
+import json
+import sys
+
+import pytest
+import torch
+from support.allocations import LLAMA, check_step, tiny
+from support.paths import ROOT
+from support.plans import plan, plans
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lemo_hf import LeMoConfig
+from lemo_hf.config import LEVELS
+from lemo_hf.core import whole_heads
+from lemo_hf.memory.offload import GIB
+from lemo_hf.planning.dry_run import _by_token, _heads_share_keys
+from lemo_hf.planning.speed import CARDS, step_seconds
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from plan_table import completions, key_of, planned, recorded
+
+COMPLETIONS = [(header, row) for header, rows in completions() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        pytest.param(*case, marks=() if i in (4, 16) else pytest.mark.soak)
+        for i, case in enumerate(COMPLETIONS)
+    ],
+    ids=[f"{row['provider']}, {row['tokens']}" for _, row in COMPLETIONS],
+)
+def test_measured_peaks_of_completions(header, row):
+    """Graphs hold up to 0.1 GiB more than is planned."""
+    found, expected = planned(header, row), recorded()[key_of(header, row)]
+    assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.005, abs=0.1)
+    assert found.peak / GIB == pytest.approx(expected["gib"], rel=1e-3)
+    assert 1e3 * step_seconds(found, CARDS["h200"]) == pytest.approx(expected["ms"], rel=1e-3)
+
+
+@pytest.mark.parametrize("labels", [None, 40])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_allocation_without_triton(checkpointing, labels, alike, monkeypatch):
+    """As a GPU runs it for which Triton makes no code, but for the layout of attention's output."""
+    monkeypatch.setattr("lemo_hf.planning.dry_run._by_token", lambda x: x)
+    monkeypatch.setattr(whole_heads, "are_needed", _heads_share_keys)
+    settings = {"dtype": torch.float16, "adapter_dtype": "float16", "triton": False}
+    check_step({"retention": 0.5}, checkpointing=checkpointing, labels=labels, **settings)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_allocation_of_a_completion(level, launched):
+    """40 labels: the head reads no other rows."""
+    check_step({"retention": 0.25, "recompute": level}, layers=5, labels=40)
+
+
+def test_attention_is_planned_whatever_is_set():
+    lemo = LeMoConfig(block_size=16)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        found = plan(tiny()[1], lemo, 512)
+    assert found == plan(tiny()[1], lemo, 512)
+
+
+def test_attention_without_triton_has_a_layout_of_its_own():
+    given = torch.empty(2, 8, 10, 4)
+    assert _by_token(given).stride() == (320, 4, 32, 1) and _by_token(given).shape == given.shape
+
+
+def test_a_completion_has_no_finish_that_was_not_asked_for():
+    assert list(plans(LLAMA, LeMoConfig(), 4096)) == ["sparse", "finish"]
+    assert list(plans(LLAMA, LeMoConfig(), 4096, labels=100)) == ["sparse"]
+    assert list(plans(LLAMA, LeMoConfig(dense_finish=0.1), 4096, labels=100)) == [
+        "sparse",
+        "finish",
+    ]
+
+
+def test_the_command_plans_completions(lemo, tmp_path):
+    config = tiny()[1]
+    config.save_pretrained(tmp_path)
+    options = ("plan", "--model", tmp_path, "--tokens", 1024, "--labels", 64)
+    code, out, err = lemo(*options, "--json")
+    assert code == 0, err
+    found, few = json.loads(out), plan(config, LeMoConfig(), 1024, labels=64)
+    assert found["LeMo"]["peak"] == few.peak
+    assert found["without"]["peak"] == plan(config, None, 1024, labels=64).peak
+    assert "finish" not in found
+    assert "keep" not in err  # what LeMo would say of such a row in training
+
+
+def test_the_command_plans_old_gpus(lemo, tmp_path):
+    config = tiny()[1]
+    config.save_pretrained(tmp_path)
+    options = ("plan", "--model", tmp_path, "--tokens", 1024, "--gpu", "t4")
+    code, out, err = lemo(*options, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    expected = plan(config, LeMoConfig(), 1024, dtype="float16", triton=False)
+    assert found["LeMo"]["peak"] == expected.peak and found["gpu"] == "NVIDIA T4"
+    assert "without" not in found and "step_ms" not in found["LeMo"]
+    code, out, _ = lemo(*options, "--load-in-4bit")
+    assert code == 0 and "nothing was measured on such a card" in out
+    assert out.splitlines()[0].split() == ["GiB", "LeMo", "finish"]
+    assert "no bfloat16 either: give dtype='float16'" in lemo(*options, "--dtype", "bfloat16")[2]
