@@ -130,6 +130,7 @@ class DryRun(FakeTensorMode):
             return args[0].fake_device  # asked for all the time
         if self._deep:  # what PyTorch does to find out a shape
             return super().__torch_dispatch__(func, types, args, kwargs)
+        out: Any
         name = func._schema.name
         if FakeTensor not in types and _is_real(name, args, kwargs):
             out = func(*args, **kwargs)
