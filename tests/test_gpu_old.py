@@ -1,5 +1,7 @@
 """On a CUDA GPU, as on one of Volta or Turing: no Triton, no bf16, no FlashAttention."""
 
+import gc
+
 import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
@@ -11,6 +13,7 @@ from transformers import Trainer
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo, remove_lemo
 from lemo_hf.core import attention
 from lemo_hf.kernels import launch
+from lemo_hf.planning.dry_step import WORKSPACES
 
 pytestmark = pytest.mark.gpu
 OLD = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -80,6 +83,10 @@ def test_scores_are_not_stored_where_heads_share_keys():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("labels", [None, 200])
 def test_the_plan_is_the_peak(checkpointing, labels):
+    gc.collect()
+    some = torch.ones(64, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    (some @ some).sum().backward()  # cuBLAS takes its memory, as other tests may have made it do
+    held = torch.cuda.memory_allocated()
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "vocab_size": 8192}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 6}
     model = with_lora(make_model("llama", "sdpa", **sizes)).cuda().half()
@@ -93,9 +100,8 @@ def test_the_plan_is_the_peak(checkpointing, labels):
     settings = {"dtype": "float16", "adapter_dtype": "float16", "autocast": False}
     settings |= {"lora_rank": 4, "lora_targets": "all-linear", "triton": False, "labels": labels}
     found = plan(model.config, lemo, 8192, gradient_checkpointing=checkpointing, **settings)
-    model(input_ids=ids, labels=given).loss.backward()  # cuBLAS takes its memory
-    model.zero_grad()
     torch.cuda.reset_peak_memory_stats()
     model(input_ids=ids, labels=given).loss.backward()
-    states = found.parts["optimizer states"]  # there is no optimizer here
-    assert torch.cuda.max_memory_allocated() == pytest.approx(found.peak - states, rel=0.02)
+    there = found.parts["optimizer states"] + WORKSPACES  # no optimizer, and held already
+    peak = torch.cuda.max_memory_allocated() - held
+    assert peak == pytest.approx(found.peak - there, rel=0.01)
