@@ -24,9 +24,8 @@ from lemo_hf.batch import row_counts
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import transformers_model
 
-pytestmark = pytest.mark.oldest
 
-
+@pytest.mark.oldest
 def test_no_config_is_trainer_to_the_bit(tmp_path):
     plain = make_trainer(tmp_path, None, cls=Trainer)
     ours = make_trainer(tmp_path, None)
@@ -36,6 +35,7 @@ def test_no_config_is_trainer_to_the_bit(tmp_path):
     assert [type(m) for m in ours.model.modules()] == [type(m) for m in plain.model.modules()]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_retention_1_trains_as_trainer_does(tmp_path, arguments):
     plain = make_trainer(tmp_path, None, cls=Trainer, **arguments)
@@ -46,6 +46,7 @@ def test_retention_1_trains_as_trainer_does(tmp_path, arguments):
         assert_same_weights(ours, plain, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}])
 @pytest.mark.parametrize("dense_first_layers", [0, 2])
 def test_gradient_checkpointing_changes_nothing(tmp_path, kwargs, dense_first_layers):
@@ -82,6 +83,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path, supervise, answers):
     assert_same_weights(four, one, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_resumed_training_goes_on_as_if_nothing_happened(tmp_path, checkpointing):
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -104,6 +106,7 @@ def test_resuming_with_another_config_is_said(tmp_path, caplog):
         assert "block_size=16 (was 8)" in caplog.text
 
 
+@pytest.mark.oldest
 def test_adapter_loads_without_lemo(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE)
     trainer.train()
@@ -118,6 +121,7 @@ def test_adapter_loads_without_lemo(tmp_path):
         torch.testing.assert_close(merged(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.oldest
 def test_full_model_loads_without_lemo(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
     trainer.train()
@@ -129,6 +133,7 @@ def test_full_model_loads_without_lemo(tmp_path):
         torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, ours)
 
 
+@pytest.mark.oldest
 def test_evaluation_is_dense(tmp_path):
     data = dataset(8)
     plain = make_trainer(tmp_path, None, cls=Trainer, eval_dataset=data)
@@ -141,6 +146,7 @@ def test_evaluation_is_dense(tmp_path):
     assert ours.lemo.passes.tally.counts == before
 
 
+@pytest.mark.oldest
 def test_logs_say_what_was_kept(tmp_path, capsys):
     config = replace(SPARSE, dense_first_layers=2, mlp_retention=0.25)
     trainer = make_trainer(tmp_path, config)
@@ -214,6 +220,7 @@ def test_peak_memory_is_logged_on_cuda_alone(tmp_path):
     assert logged == torch.cuda.is_available()
 
 
+@pytest.mark.oldest
 def test_callbacks_collators_and_packing(tmp_path):
     class Count(TrainerCallback):
         steps = 0
@@ -232,6 +239,7 @@ def test_callbacks_collators_and_packing(tmp_path):
     assert full == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.oldest
 def test_a_users_own_loss_is_respected(tmp_path):
     """It gets logits and labels as from Trainer; eliminated tokens' labels are struck."""
     calls = []
@@ -258,12 +266,14 @@ def test_a_users_own_loss_is_respected(tmp_path):
     assert kept == pytest.approx(losses(make_trainer(tmp_path, SPARSE)), rel=1e-5)
 
 
+@pytest.mark.oldest
 def test_label_smoothing_is_trainers(tmp_path):
     full = losses(make_trainer(tmp_path, FULL, label_smoothing_factor=0.1))
     plain = losses(make_trainer(tmp_path, None, cls=Trainer, label_smoothing_factor=0.1))
     assert full == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.oldest
 def test_a_forward_on_the_instance_keeps_its_loss(tmp_path):
     """As Liger and TRL do: the loss is theirs, and gets the labels of kept tokens."""
     model = make_model("llama")
@@ -317,12 +327,14 @@ def test_any_head_trains(tmp_path, lora, tied):
     assert_same_weights(full, plain, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.oldest
 def test_model_init(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE, model_init=lambda: make_model("llama"))
     direct = make_trainer(tmp_path, SPARSE, model=make_model("llama"))
     assert losses(trainer) == losses(direct)
 
 
+@pytest.mark.oldest
 def test_pushes_carry_the_config(tmp_path, monkeypatch):
     pushed = []
 
@@ -350,6 +362,7 @@ def test_pushes_carry_the_config(tmp_path, monkeypatch):
     assert "lemo-hf" in transformers_model(trainer.model).model_tags
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("lora", [False, True])
 def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
     """Accelerate then puts a forward on the model, which is still the model's own."""
@@ -365,6 +378,7 @@ def test_no_logits_are_made_in_mixed_precision(tmp_path, lora):
     assert isinstance(trainer.model_wrapped.forward, MethodType)
 
 
+@pytest.mark.oldest
 def test_a_forward_on_the_class_keeps_its_loss(tmp_path, monkeypatch):
     """As cut cross-entropy does: no instance is touched."""
     stock, seen = LlamaForCausalLM.forward, []

@@ -292,11 +292,10 @@ def test_what_free_memory_chooses_fits(mlp_retention, offload_gib):
         config = LeMoConfig(
             retention=retention, dense_first_layers=dense, agree_across_layers=False, **options
         )
-        for memory in (24, 80):
-            for tokens in (16000, 131072):
-                found = planner.plan(config, tokens, memory * GIB)
-                chosen.add(found.levels[-1])
-                assert found.levels[-1] == "full" or found.peak <= memory * GIB
+        for memory, tokens in ((24, 16000), (24, 131072), (80, 131072)):
+            found = planner.plan(config, tokens, memory * GIB)
+            chosen.add(found.levels[-1])
+            assert found.levels[-1] == "full" or found.peak <= memory * GIB
     assert {"selective", "full"} <= chosen
 
 
