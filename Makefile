@@ -6,18 +6,20 @@ RUN := $(VENV)/bin/python
 # The order of files is tests/conftest.py's.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test newest soak crash lint style types tables docs bench sanitize
+.PHONY: demo test newest oldest soak crash lint style types tables docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
 
-# Types, tables and pages are checked beside the tests, which leave a core idle at times.
+# What takes one process runs beside the tests that take two, which leave a core idle at times.
 test: $(VENV)/ready $(VENV)/oldest/ready style
-	$(MAKE) -j 2 newest types tables docs
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -m "oldest and not soak" $$(grep -rl "mark.oldest" tests)
+	$(MAKE) -j 2 newest types tables docs oldest
 
 newest: $(VENV)/ready
 	$(PYTEST)
+
+oldest: $(VENV)/oldest/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(RUN) -m pytest -m "oldest and not soak" $$(grep -rl "mark.oldest" tests)
 
 # The same tests with many more cases, and many more steps (minutes).
 soak: $(VENV)/ready

@@ -108,6 +108,8 @@ def plan(
         "recompute": recompute,
         "offload_gib": offload_gib,
     }
+    if labels is not None and labels > tokens:
+        raise ValueError(f"--labels {labels}: a row has {tokens} tokens, by --tokens.")
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
@@ -117,7 +119,6 @@ def plan(
     from lemo_hf.planning.speed import step_seconds
 
     usual = "bfloat16" if old is None else "float16"
-
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,

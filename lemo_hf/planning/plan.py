@@ -131,6 +131,8 @@ class Planner:
                 "triton=False without a lemo_config is not predicted: where heads share keys, such "
                 f"a GPU's attention stores a score for each pair of tokens: {MEASURE}"
             )
+        if lemo is not None and lemo.fp8 and not self.trained.triton:
+            raise ValueError("fp8=True: a GPU without Triton has no products in FP8: plan without.")
         later = finish and lemo is not None and lemo.finish < 1
         lemo = _of_step(lemo, finish)
         levels = self._model.levels(lemo, tokens, room, later)

@@ -28,7 +28,7 @@ def commands(text, folder):
     return {
         "perplexity": ("eval", "perplexity", *model, "--dataset", text, "--max-length", 256),
         "passes over the rows": ("calibrate", *model, *rows, *thresholds),
-        "planned steps": ("plan", *model, "--tokens", 256, "--memory-gib", 3),
+        "planned steps": ("plan", *model, "--tokens", 256),
     }
 
 

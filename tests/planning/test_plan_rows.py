@@ -86,6 +86,7 @@ def test_the_command_plans_completions(lemo, tmp_path):
     assert found["LeMo"]["peak"] == few.peak
     assert found["without"]["peak"] == plan(config, None, 1024, labels=64).peak
     assert "finish" not in found
+    assert "--labels 2000: a row has 1024" in lemo(*options, "--labels", 2000)[2]
     assert "keep" not in err  # what LeMo would say of such a row in training
 
 
