@@ -26,7 +26,7 @@ from lemo_hf.patch import apply_lemo, remove_lemo, transformers_model
 from lemo_hf.planning.dry_host import DryHost
 from lemo_hf.planning.dry_run import GRADIENTS, DryRun
 from lemo_hf.planning.fused_rival import fused
-from lemo_hf.planning.quantized import gpu_autocast, quantize, quantized_bytes
+from lemo_hf.planning.quantized import check_experts, gpu_autocast, quantize, quantized_bytes
 from lemo_hf.planning.trained import Trained
 from lemo_hf.planning.work import Work
 
@@ -58,6 +58,8 @@ class DryModel:
             self.targets = trained.targets_in(stack[0], self.family)
             if trained.bits is not None:
                 quantize(model, stack, trained.bits, dtype)
+                if trained.kbit_training:
+                    check_experts(stack)
             if trained.lora_rank is not None:
                 model = trained.with_adapters(model, self.targets)
         self.model, self.base = model.train(), transformers_model(model)

@@ -52,6 +52,20 @@ def quantize(model: Any, layers: nn.ModuleList, bits: int, dtype: torch.dtype) -
     setattr(model, f"is_loaded_in_{bits}bit", True)
 
 
+def check_experts(layers: nn.ModuleList) -> None:
+    """Raise a ValueError if layers have experts, whose product takes no fp32 weights.
+
+    They are one weight of three dimensions, which bitsandbytes leaves as it is, and PEFT's
+    preparation makes fp32.
+    """
+    if any(weight.dim() == 3 for weight in layers.parameters()):
+        raise ValueError(
+            "kbit_training=True of experts is not predicted: bitsandbytes leaves their weights, "
+            "PEFT's preparation makes them fp32, and PyTorch's grouped product takes bf16 alone. "
+            "Plan and train without it: kbit_training=False (--no-kbit-training)."
+        )
+
+
 def quantized_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Give the quantised linears of ``model`` their scales; bytes of these and of the weights."""
     import bitsandbytes as bnb

@@ -179,3 +179,10 @@ def test_the_command_line(lemo, tmp_path, flag, kind, more):
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         plan(LLAMA, None, 1024, **settings)
+
+
+def test_experts_that_peft_has_made_fp32_are_refused():
+    config = tiny("mixtral")[1]
+    with pytest.raises(ValueError, match="grouped product takes bf16 alone.*--no-kbit-training"):
+        plan(config, None, 512, **NF4)
+    assert plan(config, None, 512, kbit_training=False, **NF4).peak
