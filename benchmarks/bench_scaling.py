@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from bench_longest import MOST_TRIALS, STEP, Search
+from longest_search import MOST_TRIALS, STEP, Search
 from model_shapes import LORA
 from providers import provider_of
 from record import command_line, earlier_rows, environment, save, summary

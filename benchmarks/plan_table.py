@@ -118,14 +118,12 @@ def plan_table() -> str:
     parts, record = [], recorded()
     for header, rows in measured():
         lines, memory, time = compared([(header, row) for row in rows], record, "ms_held_out")
-        parts += [
-            lines,
-            f"Memory is off by at most {memory.worst()}. Time, each by constants that ",
-        ]
-        parts[-1] += (
-            f"were fitted without the steps of that model and length, is off by {time.median()} in "
-            f"the median and by at most {time.worst()}. {header['gpu']}, torch {header['torch']}, "
-            "from `bench_step.json`; `benchmarks/plan_table.py`."
+        parts.append(lines)
+        parts.append(
+            f"Memory is off by at most {memory.worst()}. Time, each by constants that were fitted "
+            f"without the steps of that model and length, is off by {time.median()} in the median "
+            f"and by at most {time.worst()}. {header['gpu']}, torch {header['torch']}, from "
+            "`bench_step.json`; `benchmarks/plan_table.py`."
         )
     several = [(header, row) for header, rows in completions() for row in rows]
     lines, memory, time = compared(several, record, "ms")

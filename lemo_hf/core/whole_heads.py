@@ -21,9 +21,14 @@ _NAME = "lemo_whole_heads"
 
 def are_needed(attention: nn.Module, device: torch.device) -> bool:
     """Whether keys must be repeated for ``attention`` on ``device``."""
-    if device.type != "cuda" or not by_sdpa(implementation_of(attention)):
-        return False
-    return launch.settle("cuda") is not None and getattr(attention, "num_key_value_groups", 1) > 1
+    return device.type == "cuda" and share_keys(attention) and launch.settle("cuda") is not None
+
+
+def share_keys(attention: nn.Module) -> bool:
+    """Whether ``attention`` gives PyTorch's `scaled_dot_product_attention` fewer key heads than
+    query heads."""
+    by = by_sdpa(implementation_of(attention))
+    return by and getattr(attention, "num_key_value_groups", 1) > 1
 
 
 def repeating_config(config: Any) -> Any:

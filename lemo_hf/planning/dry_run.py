@@ -256,12 +256,11 @@ class DryRun(FakeTensorMode):
 
         launched, ledger = KernelInterface.__getitem__, self._ledger
         gpus, plain = {"cpu"} if self._triton else set(), launch.PLAIN | {FakeTensor}
-        whole = whole_heads.are_needed if self._triton else _heads_share_keys
         try:
             KernelInterface.__getitem__ = launching(lambda args: ledger.launch(self._place, args))
             with (
                 altering(launch, DEVICES=gpus, WIDENING=gpus, PLAIN=plain),
-                altering(whole_heads, are_needed=whole),
+                altering(whole_heads, are_needed=self._needs_whole_heads),
                 sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),  # whatever is set
                 altering(offload, _copy=nothing),
                 # From the second on they take as much memory.
@@ -271,6 +270,10 @@ class DryRun(FakeTensorMode):
                 yield
         finally:
             KernelInterface.__getitem__ = launched
+
+    def _needs_whole_heads(self, attention: nn.Module, _: torch.device) -> bool:
+        """What `whole_heads.are_needed` says on the GPU."""
+        return not self._triton and whole_heads.share_keys(attention)
 
     def _some_tiles(self, run: Callable, flat: Tensor, tile: int, which: int) -> list[Tensor]:
         """`by_tiles`, of which those between the first and the last take what their results do."""
@@ -300,11 +303,6 @@ def _by_token(x: Tensor) -> Tensor:
     """Attention's output ``[B, heads, n, D]`` as the kernel of a GPU without Triton lays it out,
     whatever the layout of the queries: token by token."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
-
-
-def _heads_share_keys(attention: Any, _: Any) -> bool:
-    """What `whole_heads.are_needed` says on a GPU without Triton."""
-    return getattr(attention, "num_key_value_groups", 1) > 1
 
 
 def _is_real(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:

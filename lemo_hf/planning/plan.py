@@ -72,7 +72,6 @@ class Planner:
         **trained: Fields of `Trained`.
 
     Attributes:
-        trained: What is trained, and how.
         targets: Names of the adapted linears, or ``["all-linear"]``.
         window: The longest row that no sliding window cuts, tokens, or None.
         attention: The ``attn_implementation`` that is planned, of the stock model too.
@@ -90,7 +89,7 @@ class Planner:
     ):
         check_count("batch_size", batch_size)
         self._looked = looked
-        how = self.trained = Trained(**trained)
+        how = self._trained = Trained(**trained)
         _check_config(config)
         self.window, self.attention = _window(config), attention_of(config)
         self._model = DryModel(config, how, batch_size)
@@ -126,12 +125,12 @@ class Planner:
                 "masks of tokens x tokens are not predicted. Plan for rows of at most "
                 f"{self.window} tokens, or {MEASURE}"
             )
-        if lemo is None and not self.trained.triton:
+        if lemo is None and not self._trained.triton:
             raise ValueError(
                 "triton=False without a lemo_config is not predicted: where heads share keys, such "
                 f"a GPU's attention stores a score for each pair of tokens: {MEASURE}"
             )
-        if lemo is not None and lemo.fp8 and not self.trained.triton:
+        if lemo is not None and lemo.fp8 and not self._trained.triton:
             raise ValueError("fp8=True: a GPU without Triton has no products in FP8: plan without.")
         later = finish and lemo is not None and lemo.finish < 1
         lemo = _of_step(lemo, finish)
@@ -153,7 +152,7 @@ class Planner:
         have a finish. Arguments are those of `plan`.
         """
         # Without a word from the user it is for rows that are labelled throughout.
-        spared = self.trained.labels is not None and lemo.policy == "auto"
+        spared = self._trained.labels is not None and lemo.policy == "auto"
         finish = 0 if spared and lemo.dense_finish is None else lemo.finish
         phases = {"sparse": finish < 1, "finish": finish > 0}
         return {

@@ -13,8 +13,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import dry_steps
 import timeline
-from bench_longest import Search, parse_args, search_longest
+from bench_longest import parse_args
 from dry_host import counted_host
+from longest_search import Search, search_longest
 from model_shapes import LORA, model_config
 from providers import provider_of
 from quantized_base import Base

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -167,3 +168,12 @@ def test_it_trains(lemo, folder):
     assert code == 0, err
     assert "rows of 512 tokens; nothing is computed again" in out  # its positions
     assert "rows of 512 tokens, 1 a step" in out and "Wrote out" in out
+
+
+def test_an_old_gpu_asks_for_float16(lemo, folder, monkeypatch):
+    cuda = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr("lemo_hf.cli.train_card.torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr("lemo_hf.cli.train_card.settle", lambda _: "compute capability 7.5")
+    flags = ("--model", "8b", "--dataset", "book.txt", "--dry-run", "--memory-gib", "16")
+    code, _, err = lemo(*FLAGS, *flags)
+    assert code == 2 and "no bfloat16 either: give dtype='float16'" in err

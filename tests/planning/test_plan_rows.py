@@ -6,14 +6,15 @@ import sys
 import pytest
 import torch
 from support.allocations import LLAMA, check_step, tiny
+from support.models import make_model
 from support.paths import ROOT
 from support.plans import plan, plans
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lemo_hf import LeMoConfig
+from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.core import whole_heads
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.dry_run import _by_token, _heads_share_keys
+from lemo_hf.planning.dry_run import _by_token
 from lemo_hf.planning.speed import CARDS, step_seconds
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -44,7 +45,7 @@ def test_measured_peaks_of_completions(header, row):
 def test_every_allocation_without_triton(checkpointing, labels, alike, monkeypatch):
     """As a GPU runs it for which Triton makes no code, but for the layout of attention's output."""
     monkeypatch.setattr("lemo_hf.planning.dry_run._by_token", lambda x: x)
-    monkeypatch.setattr(whole_heads, "are_needed", _heads_share_keys)
+    monkeypatch.setattr(whole_heads, "are_needed", lambda x, _: whole_heads.share_keys(x))
     settings = {"dtype": torch.float16, "adapter_dtype": "float16", "triton": False}
     check_step({"retention": 0.5}, checkpointing=checkpointing, labels=labels, **settings)
 
@@ -87,7 +88,31 @@ def test_the_command_plans_completions(lemo, tmp_path):
     assert found["without"]["peak"] == plan(config, None, 1024, labels=64).peak
     assert "finish" not in found
     assert "--labels 2000: a row has 1024" in lemo(*options, "--labels", 2000)[2]
-    assert "keep" not in err  # what LeMo would say of such a row in training
+
+
+def test_nothing_is_said_of_a_planned_row(caplog):
+    """In training it is: more of its blocks have labels than are to be kept."""
+    lemo, config = LeMoConfig(retention=0.1, block_size=16), tiny()[1]
+    plan(config, lemo, 512, labels=256)
+    assert not caplog.records
+    model = make_model("llama", "sdpa")
+    apply_lemo(model, lemo)
+    ids = torch.randint(97, (1, 512))
+    labels = ids.clone()
+    labels[:, :256] = -100
+    model(input_ids=ids, labels=labels)
+    assert "more than retention 0.1 allows" in caplog.text
+
+
+def test_the_gpu_here_may_be_an_old_one(lemo, tmp_path, monkeypatch):
+    tiny()[1].save_pretrained(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr("lemo_hf.kernels.launch.settle", lambda _: "compute capability 7.5")
+    code, out, err = lemo("plan", "--model", tmp_path, "--tokens", 1024, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["gpu"] == "Tesla T4" and found["dtype"] == "float16" and not found["triton"]
 
 
 def test_the_command_plans_old_gpus(lemo, tmp_path):
