@@ -123,6 +123,29 @@ def graphed() -> list[Job]:
     ]
 
 
+def low() -> list[Job]:
+    """Completions that keep a tenth or a twentieth, beside rows cut to about as much."""
+
+    def kept(retention: float, batch: int, **fields: Any) -> Job:
+        lemo = overlap(retention, random_share=0.25, cuda_graphs=True)
+        arm = f"overlap {retention:g}, a quarter random, CUDA graphs"
+        arm += ", dense finish" if "finish" in fields else ""
+        arm += "" if batch == 2 else f", {batch} rows a step"
+        return completion(arm, lemo=lemo, batch=batch, **fields)
+
+    return [
+        *(kept(0.1, batch) for batch in (2, 8, 4)),
+        kept(0.05, 8),
+        kept(0.3, 2),
+        completion("rows cut to 1/8", cut=8, batch=8),
+        completion("rows cut to 1/8, dense finish", cut=8, batch=8, finish=FINISH),
+        kept(0.1, 4, finish=FINISH),
+        *seeded([kept(0.1, 4), kept(0.05, 8), kept(0.1, 2), kept(0.1, 8)], SEEDS[1:]),
+        *seeded([completion("rows cut to 1/8", cut=8, batch=8)], SEEDS[1:]),
+        *seeded([completion("dense, rate 0.002", learning_rate=2e-3)], SEEDS[2:]),
+    ]
+
+
 def in_fp8() -> list[Job]:
     """Products with frozen weights in FP8, beside the same steps and the same time without."""
     whole = replace(equal_steps(0), arm="chunks 0.5, dense finish, FP8", lemo=chunks(0.5, fp8=True))
@@ -248,6 +271,7 @@ GROUPS = {
     "fp8": in_fp8,
     "graphed": graphed,
     "headline": headline,
+    "low": low,
     "more": more,
     "tuning": tuning,
 }
