@@ -125,24 +125,29 @@ def graphed() -> list[Job]:
 
 def low() -> list[Job]:
     """Completions that keep a tenth or a twentieth, beside rows cut to about as much."""
+    named = {0.0: "", FINISH: ", dense finish", FINISH / 2: f", dense finish {FINISH / 2:g}"}
 
-    def kept(retention: float, batch: int, **fields: Any) -> Job:
+    def kept(retention: float, batch: int, task: str = "lexical", finish: float = 0.0) -> Job:
         lemo = overlap(retention, random_share=0.25, cuda_graphs=True)
-        arm = f"overlap {retention:g}, a quarter random, CUDA graphs"
-        arm += ", dense finish" if "finish" in fields else ""
+        arm = f"overlap {retention:g}, a quarter random, CUDA graphs{named[finish]}"
         arm += "" if batch == 2 else f", {batch} rows a step"
-        return completion(arm, lemo=lemo, batch=batch, **fields)
+        return completion(arm, task, lemo=lemo, batch=batch, finish=finish)
 
+    cut = completion("rows cut to 1/8", cut=8, batch=8)
     return [
         *(kept(0.1, batch) for batch in (2, 8, 4)),
         kept(0.05, 8),
         kept(0.3, 2),
-        completion("rows cut to 1/8", cut=8, batch=8),
-        completion("rows cut to 1/8, dense finish", cut=8, batch=8, finish=FINISH),
+        cut,
+        replace(cut, arm=f"{cut.arm}, dense finish", finish=FINISH),
         kept(0.1, 4, finish=FINISH),
-        *seeded([kept(0.1, 4), kept(0.05, 8), kept(0.1, 2), kept(0.1, 8)], SEEDS[1:]),
-        *seeded([completion("rows cut to 1/8", cut=8, batch=8)], SEEDS[1:]),
+        *seeded([kept(0.1, 4), kept(0.05, 8), kept(0.1, 2), kept(0.1, 8), cut], SEEDS[1:]),
         *seeded([completion("dense, rate 0.002", learning_rate=2e-3)], SEEDS[2:]),
+        *seeded([kept(0.1, 4, finish=FINISH)], SEEDS[1:]),
+        *seeded([kept(0.3, 2, finish=FINISH)], SEEDS),
+        kept(0.1, 4, finish=FINISH / 2),
+        kept(0.1, 4, "hidden", finish=FINISH),
+        kept(0.05, 8, finish=FINISH),
     ]
 
 
