@@ -51,20 +51,23 @@ def panels(task: str, last: str) -> dict[str, Figures]:
 
 
 def plot(rows: list[dict], path: Path, tokens: int, title: str) -> int:
-    """Draw ``path``: a line a setting, its seeds and their mean; how many settings it shows."""
+    """Draw ``path``: a line a setting, its seeds and their mean; how many settings it shows.
+
+    Runs of as many steps are not comparable with runs of as much time, and are in the tables alone.
+    """
     settings = [
         setting
         for setting in settings_of(rows)
-        if setting.first["tokens"] == tokens and setting.first["arm"] != "base"
+        if setting.first["tokens"] == tokens and setting.first["seconds"]
     ]
     if not settings:
-        raise SystemExit(f"no job with rows of {tokens} tokens ended well")
+        raise SystemExit(f"no job with rows of {tokens} tokens and a time ended well")
     tasks = list(dict.fromkeys(setting.first["task"] for setting in settings))
     drawn = [(t, *panel) for t in tasks for panel in panels(t, str(tokens)).items()]
     counts = [sum(s.first["task"] == task for s in settings) for task, _, _ in drawn]
     figure, axes = pyplot.subplots(
         len(drawn),
-        figsize=(9, 0.27 * sum(counts) + 0.9 * len(drawn)),
+        figsize=(11, 0.27 * sum(counts) + 0.9 * len(drawn)),
         height_ratios=[count + 1 for count in counts],
         squeeze=False,
         constrained_layout=True,
@@ -83,6 +86,13 @@ def plot(rows: list[dict], path: Path, tokens: int, title: str) -> int:
         axis.set_title(label, fontsize=9, loc="left")
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.3)
+    shown = {kind_of(s) for s in settings}
+    dots = {
+        kind: pyplot.Line2D([], [], marker="o", linestyle="", color=colour)
+        for kind, colour in COLOURS.items()
+        if kind in shown
+    }
+    figure.legend(dots.values(), dots.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -104,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     header, rows = load(args.results)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    title = f"rows of {args.tokens:,} tokens, {header['gpu']}, commit {header['commit']}"
+    title = f"rows of {args.tokens:,} tokens, {header['gpu']}: mean (dot) and seeds (bars)"
     plot(rows, args.output, args.tokens, title)
 
 
