@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from model_shapes import LORA
-from providers import Provider, provider_on
+from providers import Provider, provider_on, rivals
 from record import command_line, environment, matmul_tflops, measure, save, summary
 from steps import Bench, empty_memory, train_step, why
 
@@ -42,17 +42,13 @@ CHOOSING = tuple(name for name in POLICIES if name != "predictor")
 def providers(retentions: tuple[float, ...], policies: tuple[str, ...]) -> list[Provider]:
     """The rivals, the default at each retention, and the other policies at the first."""
     kinds = ["hf", "liger"] if find_spec("liger_kernel") else ["hf"]
-    rivals = [
-        Provider(f"{kind}+checkpointing{'+offload' * offload}", kind, True, offload)
-        for kind in kinds
-        for offload in (False, True)
-    ]
+    others = [rival for kind in kinds for rival in rivals(kind) if rival.checkpointing]
     keep = [
         Provider(f"lemo {share:g}{graph}", "lemo", lemo={"retention": share, **options})
         for graph, options in VARIANTS.items()
         for share in retentions
     ]
-    others = [
+    choosing = [
         Provider(
             f"lemo {retentions[0]:g} {name}",
             "lemo",
@@ -60,7 +56,7 @@ def providers(retentions: tuple[float, ...], policies: tuple[str, ...]) -> list[
         )
         for name in policies
     ]
-    return rivals + keep + others
+    return others + keep + choosing
 
 
 def step_samples(

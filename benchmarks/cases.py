@@ -28,6 +28,11 @@ PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp", "lemo+selective")
 GROUPS = {
     "plain": [Case("plain", "Llama-3 8B", 16 * K, ("hf", "liger", "lemo", "lemo+some-mlp"))],
     "checkpointing": [Case("checkpointing", "Llama-3 8B", 64 * K, CHECKPOINTED)],
+    "axolotl": [
+        Case(
+            "axolotl", "Llama-3 8B", 64 * K, ("liger+checkpointing", "liger+axolotl", "hf+axolotl")
+        )
+    ],
     "offload": [Case("offload", "Llama-3 8B", 64 * K, OFFLOAD)],
     "growth": [Case("growth", "Llama-3 8B", tokens, CHECKPOINTED, rounds=1) for tokens in GROWTH],
     "fp8": [

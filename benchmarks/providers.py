@@ -1,8 +1,10 @@
 """Who takes a step: Hugging Face, Liger, S2-Attn, LeMo, each with its options; one row each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import s2_attention
@@ -28,6 +30,7 @@ class Provider:
         kind: "hf", "liger", "s2attn" or "lemo".
         checkpointing: Of transformers, as ``TrainingArguments`` turns it on.
         offload: Of transformers' checkpointing.
+        selective: Of Axolotl: checkpointing that stores what attention returns.
         lemo: Fields of `LeMoConfig`.
         equal_shares: LeMo's offload gives each layer the same part of its budget.
     """
@@ -38,14 +41,19 @@ class Provider:
     offload: bool = False
     lemo: dict = field(default_factory=dict)
     equal_shares: bool = False
+    selective: bool = False
 
 
-def _rival(kind: str) -> list[Provider]:
-    return [
+def rivals(kind: str) -> list[Provider]:
+    """Without checkpointing, and with each kind of it; Axolotl's where it is installed."""
+    found = [
         Provider(kind, kind),
         Provider(f"{kind}+checkpointing", kind, True),
         Provider(f"{kind}+checkpointing+offload", kind, True, True),
     ]
+    if find_spec("axolotl"):
+        found.append(Provider(f"{kind}+axolotl", kind, True, selective=True))
+    return found
 
 
 def _lemo(suffix: str, *, checkpointing: bool = False, **options) -> Provider:
@@ -56,8 +64,8 @@ def _lemo(suffix: str, *, checkpointing: bool = False, **options) -> Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        *_rival("hf"),
-        *_rival("liger"),
+        *rivals("hf"),
+        *rivals("liger"),
         Provider("s2attn", "s2attn"),
         _lemo(""),
         _lemo("+graph", cuda_graphs=True),
@@ -143,12 +151,22 @@ def provider_on(
             stack.enter_context(equal_shares())
         if provider.checkpointing:
             stack.callback(_checkpointing_off, base)
-            base.gradient_checkpointing_enable({"use_reentrant": False}, offload=provider.offload)
+            how: dict[str, Any] = {"use_reentrant": False}
+            if provider.selective:
+                how["context_fn"] = _storing_attention()
+            base.gradient_checkpointing_enable(how, offload=provider.offload)
         lemo = None
         if config is not None:
             stack.callback(remove_lemo, model)
             lemo = apply_lemo(model, config)
         yield model, lemo
+
+
+def _storing_attention() -> Callable:
+    """What Axolotl's ``selective_checkpointing: true`` gives to transformers' checkpointing."""
+    from axolotl.monkeypatch.selective_checkpointing import build_sac_context_fn
+
+    return build_sac_context_fn()
 
 
 def _checkpointing_off(base: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """Tables of whole steps and of the longest sequences."""
 
+from providers import LEMO
+
 GROUPS = {
     "plain": "No checkpointing",
     "checkpointing": "Checkpointing",
@@ -25,6 +27,7 @@ NAMES = {
     "some-offload": "offload of 8 GiB",
     "some-offload-uniform": "offload of 8 GiB, as much from each layer",
     "transformers-offload": "transformers' own offload",
+    "axolotl": "Axolotl's selective checkpointing",
 }
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
@@ -46,6 +49,16 @@ def length(tokens: int) -> str:
     return f"{tokens:,}" if tokens % 1024 else f"{tokens // 1024:,}K"
 
 
+def labels_of(row: dict, labels: int | None = None) -> float:
+    """Tokens of a row that have a loss: ``labels``, or without them all that are kept."""
+    return labels or row["tokens"] * (row["retention"] or 1)
+
+
+def rate(count: float, ms: float) -> str:
+    """A second."""
+    return f"{count / ms * 1e3:,.0f}"
+
+
 def status_of(row: dict) -> str:
     """Why there is no number."""
     status = row["status"]
@@ -64,20 +77,24 @@ def step_row(row: dict, lemo: dict | None) -> list[str]:
     cells = [row["model"], length(row["tokens"]), name_of(row["provider"]), retention]
     if row["status"] != "ok":
         peak = f"*{row['dry_peak_gib']:.1f}*" if "dry_peak_gib" in row else ""
-        return [*cells, status_of(row), peak, "", "", "", ""]
+        return [*cells, status_of(row), "", "", peak, "", "", "", "", ""]
     pinned = f"{row['dry_host_gib']:.1f}" if row.get("dry_host_gib") else ""
     # Operations in FP8 are not counted.
     counted = "share_of_matmul" in row and not (row["config"] or {}).get("fp8")
     share = f"{row['share_of_matmul']:.0%}" if counted else ""
-    ahead = ["", ""]
+    ahead = ["", "", ""]
     if lemo is not None and row is not lemo:
+        faster = row["ms_median"] / lemo["ms_median"]
         ahead = [
-            f"{row['ms_median'] / lemo['ms_median']:.2f}×",
+            f"{faster:.2f}×",
+            f"{faster * labels_of(lemo) / labels_of(row):.2f}×",
             f"{row['peak_gib'] / lemo['peak_gib']:.2f}×",
         ]
     return [
         *cells,
         f"{row['ms_median']:,.0f}",
+        rate(row["tokens"], row["ms_median"]),
+        rate(labels_of(row), row["ms_median"]),
         f"{row['peak_gib']:.1f}",
         pinned,
         share,
@@ -90,8 +107,9 @@ def step_tables(header: dict, rows: list[dict]) -> str:
     parts = []
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        lines = [["model", "tokens", "step", "retention", "ms", "peak GiB", "pinned GiB"]]
-        lines[0] += ["of matmul peak", "LeMo is faster", "LeMo is smaller"]
+        lines = [["model", "tokens", "step", "retention", "ms", "tokens/s", "labels/s"]]
+        lines[0] += ["peak GiB", "pinned GiB", "of matmul peak"]
+        lines[0] += ["LeMo is faster", "in labels/s", "LeMo is smaller"]
         for row in own:
             same = [x for x in own if (x["model"], x["tokens"]) == (row["model"], row["tokens"])]
             lemo = [x for x in same if x["provider"].startswith("lemo") and x["status"] == "ok"]
@@ -116,7 +134,9 @@ def step_conditions(header: dict, rows: list[dict]) -> str:
         f"{header['lora_dtype']} on q, k, v and o, AdamW fused. *Of matmul peak*: operations of "
         "the step's matrix products and attention (recomputation counted, the half of a causal "
         f"square) by its time, against {header['matmul_tflops']:.0f} TFLOP/s of an 8192³ bf16 "
-        f"product in the same run. *LeMo is*: against the first LeMo row of that length.{dry}"
+        "product in the same run. *Tokens/s* counts all tokens of a row, *labels/s* those with a "
+        "loss, which are LeMo's kept ones. *LeMo is*: the first LeMo row of that length against "
+        f"this one, by time, by labels/s, by memory.{dry}"
     )
 
 
@@ -144,8 +164,9 @@ def longest_tables(header: dict, rows: list[dict]) -> str:
     parts = [longest_table(rows)]
     real = [row for row in rows if row["part"] == "real"]
     if real:
-        lines = [["real step", "retention", "tokens", "cap", "s", "peak GiB"]]
-        lines += [real_row(row) for row in real]
+        lines = [["real step", "retention", "tokens", "cap", "s", "tokens/s", "labels/s"]]
+        lines[0].append("peak GiB")
+        lines += [real_row(row, header.get("labels")) for row in real]
         parts.append(markdown(lines))
     off = [abs(row["off"]) for row in rows if row["part"] == "verify" and "off" in row]
     if off:
@@ -199,31 +220,35 @@ def longest_cell(row: dict) -> str:
     return f"{fits} ({why} at {length(row['too_long'])})"
 
 
-def real_row(row: dict) -> list[str]:
-    """One real step."""
+def real_row(row: dict, labels: int | None) -> list[str]:
+    """One real step; ``labels`` as for `labels_of`."""
     head = [name_of(row["provider"]), f"{row['retention'] or 1:g}", length(row["tokens"])]
     head.append("whole card" if row["cap"] == "whole" else f"{row['cap']} GiB")
     if row["status"] != "ok":
-        return [*head, status_of(row), ""]
-    return [*head, f"{row['ms_median'] / 1e3:,.1f}", f"{row['peak_gib']:.1f}"]
+        return [*head, status_of(row), "", "", ""]
+    ms = row["ms_median"]
+    speed = [rate(row["tokens"], ms), rate(labels_of(row, labels), ms)]
+    return [*head, f"{ms / 1e3:,.1f}", *speed, f"{row['peak_gib']:.1f}"]
 
 
 def scaling_table(header: dict, rows: list[dict]) -> str:
     """Markdown: steps by Trainer and LeMoTrainer on one and more GPUs, and longest sequences."""
     names = {"hf": "Trainer", "lemo": "LeMoTrainer"}
-    titles = ["engine", "tokens a row", "GPUs", "by", "ms", "tokens/s", "efficiency", "NCCL ms"]
-    lines = [[*titles, "peak GiB"]]
+    titles = ["engine", "tokens a row", "GPUs", "by", "ms", "tokens/s", "labels/s"]
+    lines = [[*titles, "efficiency", "NCCL ms", "peak GiB"]]
     timed = [row for row in rows if row["group"] != "longest"]
     for row in sorted(timed, key=lambda r: (r["engine"], r["tokens"], r["provider"], r["gpus"])):
         engine = "shared sequence" if row["engine"] == "sequence" else row["engine"].upper()
         line = [engine, f"{row['tokens']:,}", str(row["gpus"]), names[row["provider"]]]
         if row["status"] == "ok":
-            line += [f"{row['ms_median']:,.0f}", f"{row['tokens_per_s']:,.0f}"]
+            trained = LEMO["retention"] if row["provider"] == "lemo" else 1
+            speed = row["tokens_per_s"], row["tokens_per_s"] * trained
+            line += [f"{row['ms_median']:,.0f}", *(f"{x:,.0f}" for x in speed)]
             line.append(f"{row['efficiency']:.1%}" if "efficiency" in row else "")
             line += ["" if row["nccl_ms"] is None else f"{row['nccl_ms']:.0f}"]
             line.append(f"{row['peak_gib']:.1f}")
         else:
-            line += [row["status"], "", "", "", ""]
+            line += [row["status"], "", "", "", "", ""]
         lines.append(line)
     parts = [markdown(lines)]
     longest = [row for row in rows if row["group"] == "longest"]

@@ -20,6 +20,7 @@ from model_shapes import LORA, model_config
 from providers import provider_of
 from quantized_base import Base
 from s2_attention import s2_attention_forward
+from step_table import labels_of, step_row
 from steps import Bench
 from support.plans import plan
 
@@ -105,6 +106,14 @@ def test_a_dry_step_changes_nothing_and_counts_operations(bench, name):
     if name != "hf+checkpointing+offload":  # pinned memory needs a GPU
         with dry_steps.numbers_kept(bench.optimizer):
             assert isinstance(bench.real(provider_of(name), 256), dict)
+
+
+def test_axolotls_checkpointing_computes_all_but_attention_again(bench):
+    pytest.importorskip("axolotl")
+    counted = {name: bench.dry(provider_of(f"hf{name}"), 256) for name in ("", "+checkpointing")}
+    selective = bench.dry(provider_of("hf+axolotl"), 256)
+    assert selective.status == "ok"
+    assert counted[""].flops < selective.flops < counted["+checkpointing"].flops
 
 
 @pytest.mark.parametrize("kbit_training", [False, True])
@@ -229,3 +238,13 @@ def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(line, 
     assert found.fits <= expected < found.too_long
     assert found.too_long <= max(1.04 * found.fits + 4096, found.fits + 4096)
     assert found.limit == ("oom" if limit is None else "host memory")
+
+
+def test_a_step_that_trains_half_of_the_labels_is_not_taken_for_one_that_trains_all():
+    shared = {"model": "M", "tokens": 1024, "status": "ok", "peak_gib": 1.0, "config": None}
+    lemo = {**shared, "provider": "lemo", "retention": 0.5, "ms_median": 100.0}
+    rival = {**shared, "provider": "hf", "retention": None, "ms_median": 250.0}
+    assert step_row(rival, lemo)[4:7] == ["250", "4,096", "4,096"]
+    assert step_row(rival, lemo)[-3:] == ["2.50×", "1.25×", "1.00×"]
+    assert step_row(lemo, lemo)[4:7] == ["100", "10,240", "5,120"]
+    assert labels_of(lemo, 512) == labels_of(rival, 512) == 512
