@@ -31,7 +31,8 @@ from lemo_hf.planning import quantized
 from lemo_hf.planning.work import ATTENTION, ATTENTION_BACKWARD, Ledger, Work, launching
 
 ROUNDED = 512  # bytes: PyTorch's allocator hands out no less
-INTEGERS = ("aten::arange", "aten::full", "aten::randint")  # are made if no dtype is given
+# Are integers if no dtype is given, or a mask of ones (OPT's in transformers 5.17).
+INTEGERS = ("aten::arange", "aten::full", "aten::randint", "aten::ones")
 LOSS, STREAM, GRADIENTS, IN_FLIGHT = "loss", "stream", "gradients", "offload in flight"
 
 
@@ -310,6 +311,8 @@ def _is_real(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if tensors:
         return not any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
+    if name == "aten::rand" and not args[0]:  # one number, which a model compares with another
+        return True
     dtype = kwargs.get("dtype")
     return name in INTEGERS if dtype is None else not dtype.is_floating_point
 
