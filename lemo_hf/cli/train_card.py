@@ -5,14 +5,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from lemo_hf.cli.gpu import gpu_here
 from lemo_hf.cli.options import RESERVE_GIB
 from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import LeMoConfig
-from lemo_hf.kernels.launch import settle
 from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
 from lemo_hf.progress import Estimated
 
@@ -56,13 +54,14 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     config._attn_implementation = run.model.attn_implementation  # plans refuse some
     if start is not None and start.dense_finish is None and found.form and run.data.answers_only:
         start = dataclasses.replace(start, dense_finish=0)  # rows that ask have none
-    lora, args = run.lora, run.training
+    gpu, lora, args = gpu_here(), run.lora, run.training
     common: dict[str, Any] = {
         "batch_size": args.per_device_train_batch_size,
         "lora_rank": None if lora is None else lora.r,
         "lora_targets": None if lora is None else lora.target_modules,
         "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
-        "triton": not torch.cuda.is_available() or settle("cuda") is None,
+        "triton": gpu.triton,
+        "capability": gpu.capability,
         "autocast": args.bf16 or args.fp16,
     }
     room = (memory_gib - RESERVE_GIB) * GIB

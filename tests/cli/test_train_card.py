@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from support.paths import DEMO
 from support.plans import plans
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from lemo_hf.cli.gpu import Gpu
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.planning.plan import GIB
 
@@ -171,9 +171,8 @@ def test_it_trains(lemo, folder):
 
 
 def test_an_old_gpu_asks_for_float16(lemo, folder, monkeypatch):
-    cuda = SimpleNamespace(is_available=lambda: True)
-    monkeypatch.setattr("lemo_hf.cli.train_card.torch", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr("lemo_hf.cli.train_card.settle", lambda _: "compute capability 7.5")
+    old = Gpu("Tesla T4", 7, triton=False)
+    monkeypatch.setattr("lemo_hf.cli.train_card.gpu_here", lambda: old)
     flags = ("--model", "8b", "--dataset", "book.txt", "--dry-run", "--memory-gib", "16")
     code, _, err = lemo(*FLAGS, *flags)
     assert code == 2 and "no bfloat16 either: give dtype='float16'" in err

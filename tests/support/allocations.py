@@ -13,7 +13,7 @@ from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.core import sink_attention
 from lemo_hf.core.families import FAMILIES
 from lemo_hf.core.hybrids import HYBRIDS
-from lemo_hf.planning.dry_step import WORKSPACES
+from lemo_hf.planning.dry_step import workspaces
 from support.models import EAGER, EXTRA, make_model
 from support.plans import plan
 
@@ -194,6 +194,6 @@ def check_step(
     parts = expected.parts
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     assert parts["optimizer states"] == 2 * trained
-    before = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
+    before = sum(p.nbytes for p in parameters) + 2 * trained + workspaces(9)
     assert expected.peak - before == pytest.approx(peak - existing, rel=within)
     return expected
