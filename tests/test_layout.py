@@ -32,7 +32,7 @@ IMPORTS = {
     "load_predictor": "config predictors",
     "check": "config core",
     "patch": "check config core describe graphs kernels load_predictor memory predictors",
-    "integrations.callback": "announce config core kernels patch",
+    "integrations.callback": "announce config core kernels patch run_card",
     "trainer": "announce config core integrations.callback parallel patch predictors "
     "run_card storage",
     "integrations": "altered config core integrations.callback kernels patch predictors trainer",

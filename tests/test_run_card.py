@@ -8,9 +8,11 @@ import torch
 from huggingface_hub import ModelCard
 from support.models import batch, make_model, with_lora
 from support.trainers import SPARSE, dataset, make_trainer
+from transformers import Trainer
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.train_folder import clear
+from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.report.callback import ReportCallback
 from lemo_hf.run_card import _duration
 
@@ -116,6 +118,32 @@ def test_all_parameters_of_a_model_from_a_directory(tmp_path):
     trainer.model.config._name_or_path = "me/base"
     trainer.save_model(str(tmp_path / "other"))
     assert ModelCard.load(tmp_path / "other" / "README.md").data.base_model == "me/base"
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_callback_writes_it_too(tmp_path, lora):
+    """As `LeMoTrainer` does, before others write a card: PEFT adds to it, Trainer makes it anew."""
+    callback, tables = LeMoCallback(SPARSE), []
+    for folder, config, options in (
+        (tmp_path / "ours", SPARSE, {}),
+        (tmp_path / "theirs", None, {"cls": Trainer, "callbacks": [callback]}),
+    ):
+        model = named("me/base") if lora else make_model("llama")
+        how = {"gradient_accumulation_steps": 2, "logging_steps": 2, **options}
+        trainer = make_trainer(folder, config, model=model, **how)
+        trainer.train()
+        trainer.save_model()
+        tables.append(facts(folder))
+    times = [table.pop("time") for table in tables]
+    assert all(times) and tables[0] == tables[1]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == ("peft" if lora else "transformers")
+    trainer.create_model_card()
+    assert "LeMo" not in (folder / "README.md").read_text()
+    evaluated = trainer.evaluate(dataset(4))["eval_loss"]
+    callback.add_to_card(folder)
+    assert facts(folder)["evaluation loss"] == f"{evaluated:.4g}"
+    assert "### Training hyperparameters" in (folder / "README.md").read_text()
 
 
 def test_no_lemo_no_section(tmp_path):

@@ -20,7 +20,6 @@ from lemo_hf.progress import Estimated
 
 if TYPE_CHECKING:
     from lemo_hf.planning.plan import Plan
-    from lemo_hf.planning.speed import Card
 
 GIB = 2**30
 COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without", "fused": "fused"}
@@ -113,12 +112,19 @@ def plan(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
 
-    old, card = _gpu(gpu, load_in_4bit or load_in_8bit)
-
+    from lemo_hf.cli.gpu import gpu_called, gpu_here
     from lemo_hf.planning.plan import LOOKS, Planner
     from lemo_hf.planning.speed import step_seconds
 
-    usual = "bfloat16" if old is None else "float16"
+    of = gpu_here() if gpu is None else gpu_called(gpu)
+    card = of.card
+    if card is not None and (load_in_4bit or load_in_8bit):
+        if gpu is not None:
+            raise ValueError(
+                "--gpu: times of quantised weights are not predicted, none was measured."
+            )
+        card = None
+    usual = "bfloat16" if of.triton else "float16"
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,
@@ -130,7 +136,8 @@ def plan(
         "kbit_training": kbit_training,
         "gradient_checkpointing": gradient_checkpointing,
         "labels": labels,
-        "triton": old is None,
+        "triton": of.triton,
+        "capability": of.capability,
     }
     prepared = prepared_config(model, trust_remote_code=trust_remote_code)
     planner = Planner(prepared, looked=lambda: bar.update(), **settings)
@@ -140,13 +147,13 @@ def plan(
     with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
         bar.expect(4 if room is None else 4 + 5 * LOOKS)
         found = planner.plans(lemo, tokens, room)
-        if old is None:
+        if of.triton:
             found["stock"] = planner.plan(None, tokens, room)
             found["fused"] = planner.plan(None, tokens, room, fused=True)
         result: dict[str, Any] = {"model": model, "tokens": tokens, **settings}
         result["attention"] = planner.attention
-        if card is not None or old is not None:
-            result["gpu"] = old if card is None else card.title
+        if of.title is not None:
+            result["gpu"] = of.title
         for number, (name, phase) in enumerate(found.items()):
             entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
             entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
@@ -177,36 +184,14 @@ def plan(
         )
     if card is not None:
         print(card.said)
-    if old is not None:
+    if not of.triton:
         print(
-            f"An {old} has no kernels of Triton and no bfloat16: planned are PyTorch's operators, "
-            "and nothing was measured on such a card. The model without LeMo is not planned: where "
-            "heads share keys, PyTorch stores a score for each pair of tokens there."
+            f"An {of.title} has no kernels of Triton and no bfloat16: planned are PyTorch's "
+            "operators, and nothing was measured on such a card. The model without LeMo is not "
+            "planned: where heads share keys, PyTorch stores a score for each pair of tokens there."
         )
     if "finish" in found:
         print(_on_phases(lemo, result))
-
-
-def _gpu(name: str | None, quantised: bool) -> "tuple[str | None, Card | None]":
-    """Of the GPU that was asked for, or the one here: its title if it is too old for Triton, and
-    the card whose times are predicted."""
-    import torch
-
-    from lemo_hf.kernels.launch import settle
-    from lemo_hf.planning.speed import CARDS, OLD, card_of
-
-    if name in OLD:
-        return OLD[name], None
-    if name is not None and name not in CARDS:
-        raise ValueError(f"--gpu {name}: known are {', '.join((*CARDS, *OLD))}.")
-    if name is not None and quantised:
-        raise ValueError("--gpu: times of quantised weights are not predicted, none was measured.")
-    if name is None and torch.cuda.is_available():
-        here = torch.cuda.get_device_name()
-        if settle("cuda") is not None:
-            return here, None
-        name = None if quantised else card_of(here)
-    return None, None if name is None else CARDS[name]
 
 
 def _print_table(

@@ -5,19 +5,19 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from lemo_hf.cli.gpu import gpu_here
 from lemo_hf.cli.options import RESERVE_GIB
 from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import LeMoConfig
-from lemo_hf.kernels.launch import settle
 from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
+from lemo_hf.planning.speed import Card, step_seconds
 from lemo_hf.progress import Estimated
 
 PRESET = "card"  # which holds what a card does not decide
 OFFLOADS = (8, 16, 32, 64, 128)  # GiB to pin, at most half of the host's memory
+IN = {"finish": " in the finish"}
 WORDS = {
     "none": "nothing is computed again",
     "mlp": "MLPs are computed again",
@@ -54,15 +54,17 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     found = look(run)
     config, start = found.config, run.lemo
     config._attn_implementation = run.model.attn_implementation  # plans refuse some
-    if start is not None and start.dense_finish is None and found.form and run.data.answers_only:
+    asks = start is not None and bool(found.form) and run.data.answers_only
+    if start is not None and asks and start.dense_finish is None:
         start = dataclasses.replace(start, dense_finish=0)  # rows that ask have none
-    lora, args = run.lora, run.training
+    gpu, lora, args = gpu_here(), run.lora, run.training
     common: dict[str, Any] = {
         "batch_size": args.per_device_train_batch_size,
         "lora_rank": None if lora is None else lora.r,
         "lora_targets": None if lora is None else lora.target_modules,
         "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
-        "triton": not torch.cuda.is_available() or settle("cuda") is None,
+        "triton": gpu.triton,
+        "capability": gpu.capability,
         "autocast": args.bf16 or args.fp16,
     }
     room = (memory_gib - RESERVE_GIB) * GIB
@@ -74,15 +76,15 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in ways)
     }
 
-    def phases_of(way: tuple[bool, float | None], length: int) -> list[Plan]:
+    def phases_of(way: tuple[bool, float | None], length: int) -> dict[str, Plan]:
         if start is None:
-            return [planners[way[0]].plan(None, length, room)]
-        return list(planners[way[0]].plans(_offloading(start, way[1]), length, room).values())
+            return {"stock": planners[way[0]].plan(None, length, room)}
+        return planners[way[0]].plans(_offloading(start, way[1]), length, room)
 
-    def fits(phases: list[Plan]) -> bool:
-        return all(phase.peak <= room for phase in phases)
+    def fits(phases: dict[str, Plan]) -> bool:
+        return all(phase.peak <= room for phase in phases.values())
 
-    def fitting(length: int) -> tuple[tuple[bool, float | None], list[Plan]] | None:
+    def fitting(length: int) -> tuple[tuple[bool, float | None], dict[str, Plan]] | None:
         """The first way with which rows of ``length`` tokens fit, and its phases."""
         if not fits(last := phases_of(ways[-1], length)):
             return None  # nor by any other, which all store more
@@ -118,7 +120,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         settings.set("model", "attn_implementation", planner.attention, "--memory-gib")
     if offload is not None:
         settings.set("lemo", "offload_gib", offload, "--memory-gib")
-    highest = max(phases, key=lambda phase: phase.peak)
+    highest = max(phases.values(), key=lambda phase: phase.peak)
     levels = " and ".join(WORDS[level] for level in dict.fromkeys(highest.levels))
     levels = levels or ("layers are computed again" if checkpointing else WORDS["none"])
     pinned = "" if offload is None else f", up to {offload:g} GiB wait in pinned host memory"
@@ -128,8 +130,24 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         f"Planned for {memory_gib:g} GiB, {RESERVE_GIB:g} of them left to CUDA: rows of {tokens:,} "
         f"tokens{why}; {levels}{pinned}{by}. The predicted peak is {highest.peak / GIB:.1f} GiB."
     )
+    if asks:  # their lengths are not known before TRL has tokenised all rows
+        said += (
+            " Answers that are a larger share of their row than lemo.retention are kept whole, "
+            "which takes more memory and time than planned."
+        )
+    if gpu.card is not None:
+        said += f" {_times(phases, gpu.card, args.gradient_accumulation_steps)}"
     longer = load_config(settings.build().model, tokens)
     return dataclasses.replace(found, config=longer), said
+
+
+def _times(phases: dict[str, Plan], card: Card, passes: int) -> str:
+    """How long optimizer steps of so many passes take."""
+    times = [
+        f"{1e3 * passes * step_seconds(phase, card):,.0f} ms{IN.get(name, '')}"
+        for name, phase in phases.items()
+    ]
+    return f"An optimizer step takes about {', '.join(times)}. {card.said}"
 
 
 def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:

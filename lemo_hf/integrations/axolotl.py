@@ -43,6 +43,8 @@ class LeMoArgs(BaseModel):
 class LeMoPlugin(BasePlugin):
     """Makes the training passes of Axolotl's supervised trainer sparse."""
 
+    _callback: LeMoCallback | None = None
+
     def get_input_args(self) -> str:
         """Import path at which Axolotl finds `LeMoArgs`."""
         return f"{LeMoArgs.__module__}.{LeMoArgs.__name__}"
@@ -54,7 +56,13 @@ class LeMoPlugin(BasePlugin):
             ValueError: A key of the config does not work with sparse passes.
         """
         check_axolotl(cfg)
-        return [LeMoCallback(LeMoConfig.from_dict(dict(cfg.lemo or {})))]
+        self._callback = LeMoCallback(LeMoConfig.from_dict(dict(cfg.lemo or {})))
+        return [self._callback]
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Write what trained into the card, which Axolotl has made anew after training."""
+        if self._callback is not None:
+            self._callback.add_to_card(cfg.output_dir)
 
 
 def check_axolotl(cfg: Any) -> None:

@@ -20,6 +20,7 @@ from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_trainer
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
+from lemo_hf.run_card import RunFacts, add_run
 
 
 class LeMoCallback(TrainerCallback):
@@ -27,7 +28,7 @@ class LeMoCallback(TrainerCallback):
 
     The ``lemo/`` figures are in the Trainer's log history, and callbacks after this one report
     them. ``lemo_config.json`` and the predictor are saved in every checkpoint and in
-    ``output_dir``.
+    ``output_dir``, whose model card says at the end of training what trained.
 
     If you make the Trainer yourself, `LeMoTrainer` does more: a loss outside the model
     (``compute_loss_func``) covers kept tokens alone, and a run resumes with its own predictor. With
@@ -44,6 +45,7 @@ class LeMoCallback(TrainerCallback):
         check_config(lemo_config)
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
+        self._facts: RunFacts | None = None
         self._started = time.perf_counter()
 
     def on_init_end(
@@ -105,17 +107,42 @@ class LeMoCallback(TrainerCallback):
             self.lemo.save_files(checkpoint)
 
     def on_train_end(
-        self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: nn.Module | None = None,
+        **__: Any,
     ) -> None:
-        """Restore the stock model."""
+        """Restore the stock model; what trained is in the card of ``output_dir``."""
         assert self.lemo is not None and model is not None and args.output_dir is not None
         if args.should_save:
             self.lemo.save_files(args.output_dir)
+        if state.is_world_process_zero and state.global_step:
+            config, described = self.lemo.config, self.lemo.describe()
+            base = transformers_model(model).config._name_or_path
+            processes = args.world_size
+            rows = args.train_batch_size * args.gradient_accumulation_steps * processes
+            self._facts = RunFacts(config, described, base, state, rows, processes)
+            self.add_to_card(args.output_dir)
         self.lemo.passes.resting = True
         self.lemo.set_finish(None)  # passes after the run are no part of its finish
         if not sharded(model):
             remove_lemo(model)
             self.lemo = None
+
+    def add_to_card(self, folder: str | os.PathLike) -> None:
+        """Write what trained into the model card in ``folder``.
+
+        Once more, if a card was made anew since the end of training: Trainer's
+        ``create_model_card`` and ``push_to_hub`` do that. Without a training that ended, and in
+        other processes than the first, nothing is written.
+
+        Args:
+            folder: Directory of the card, which is made if it has none.
+        """
+        if self._facts is not None:
+            add_run(folder, self._facts)
 
     def _apply(self, args: TrainingArguments, model: nn.Module) -> LeMo:
         follow_log_level(args)

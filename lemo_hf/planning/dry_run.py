@@ -1,8 +1,8 @@
 """A training step without its arithmetic: sizes alone, and the most bytes that are alive at once.
 
 Numbers are fake (`torch._subclasses.FakeTensorMode`): a tensor of floats has a shape and no
-memory. Integers are real, so that a batch, its positions and what layers keep of it are those of a
-step. No kernel is launched; what is allocated around a launch is counted.
+memory. Integers and masks are real, so that a batch, its positions and what layers keep of it are
+those of a step. No kernel is launched; what is allocated around a launch is counted.
 
 Layers that are alike need not all be there. What a missing one stores, and the gradients that it
 leaves, are those of the layer before the gap.
@@ -31,8 +31,8 @@ from lemo_hf.planning import quantized
 from lemo_hf.planning.work import ATTENTION, ATTENTION_BACKWARD, Ledger, Work, launching
 
 ROUNDED = 512  # bytes: PyTorch's allocator hands out no less
-# Are integers if no dtype is given, or a mask of ones (OPT's in transformers 5.17).
-INTEGERS = ("aten::arange", "aten::full", "aten::randint", "aten::ones")
+INTEGERS = ("aten::arange", "aten::full", "aten::randint")  # are made if no dtype is given
+MASK = "aten::ones"  # that of a row without padding, of floats in some models (OPT)
 LOSS, STREAM, GRADIENTS, IN_FLIGHT = "loss", "stream", "gradients", "offload in flight"
 
 
@@ -129,6 +129,8 @@ class DryRun(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for all the time
+        if func is torch.ops.aten.rand.default and not args[0]:
+            return torch.ones(())  # layerdrop's, on the host: chance may leave no layer out
         if self._deep:  # what PyTorch does to find out a shape
             return super().__torch_dispatch__(func, types, args, kwargs)
         out: Any
@@ -311,7 +313,7 @@ def _is_real(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if tensors:
         return not any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
-    if name == "aten::rand" and not args[0]:  # one number, which a model compares with another
+    if name == MASK:
         return True
     dtype = kwargs.get("dtype")
     return name in INTEGERS if dtype is None else not dtype.is_floating_point

@@ -30,9 +30,6 @@ from lemo_hf.planning.quantized import check_experts, gpu_autocast, quantize, qu
 from lemo_hf.planning.trained import Trained
 from lemo_hf.planning.work import Work
 
-# cuBLAS takes 32 MiB on Hopper (8 on other GPUs) for each thread that calls it: the forward's and
-# the backward's. Source: PyTorch's notes, "CUDA semantics", cuBLAS workspaces.
-WORKSPACES = 2 * 32 * 2**20
 # Policies that look at the batch alone. What the others look at is not counted.
 OF_BATCH = ("auto", "overlap", "chunks", "recent", "window", "random")
 ROWS, STORED = ("attention rows", "attention rows", "MLP rows"), ("stored rows",) * 3
@@ -87,7 +84,7 @@ class DryModel:
                 "quantised weights": scaled,
                 "adapters": adapters,
                 "optimizer states": 2 * self.gradients,
-                "cuBLAS workspaces": WORKSPACES,
+                "cuBLAS workspaces": workspaces(trained.capability),
             }
         )
         self.phases = lru_cache(maxsize=None)(self._phases)
@@ -232,6 +229,17 @@ class DryModel:
 def attention_of(config: Any) -> str:
     """Name of the attention by which a model is planned: one that stores no scores."""
     return sink_attention.NAME if config.model_type in sink_attention.MODELS else "sdpa"
+
+
+def workspaces(capability: int) -> int:
+    """Bytes that PyTorch gives cuBLAS on a GPU of this major compute capability.
+
+    They are there for each thread that calls it, the forward's and the backward's, and cuBLASLt
+    takes the same: 32 MiB from Hopper on, else 2 pieces of 4 MiB and 8 of 16 KiB. Source:
+    ``parseChosenWorkspaceSize`` and ``unified_cublas_and_lt_workspaces`` in PyTorch's
+    ``CublasHandlePool.cpp``.
+    """
+    return 2 * (32 * 2**20 if capability >= 9 else 2 * 4096 * 2**10 + 8 * 16 * 2**10)
 
 
 def _made(config: Any, dtype: torch.dtype) -> nn.Module:

@@ -25,6 +25,7 @@ class Card:
     Attributes:
         title: What it is called in words.
         devices: What CUDA calls it.
+        capability: Major compute capability.
         products: Operations a second, in bf16.
         eight_bits: In FP8; 0 if it has none.
         moved: Bytes a second of its memory.
@@ -33,6 +34,7 @@ class Card:
 
     title: str
     devices: tuple[str, ...]
+    capability: int
     products: float
     eight_bits: float
     moved: float
@@ -51,20 +53,23 @@ class Card:
 
 
 CARDS = {
-    "h200": Card("NVIDIA H200", ("NVIDIA H200",), 989.5e12, 1979e12, 4.8e12, 64e9),
-    "h100": Card("NVIDIA H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.5e12, 1979e12, 3.35e12, 64e9),
-    "a100": Card("NVIDIA A100 SXM 80 GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 0, 2.039e12, 32e9),
-    "l40s": Card("NVIDIA L40S", ("NVIDIA L40S",), 362.05e12, 733e12, 0.864e12, 32e9),
+    "h200": Card("NVIDIA H200", ("NVIDIA H200",), 9, 989.5e12, 1979e12, 4.8e12, 64e9),
+    "h100": Card(
+        "NVIDIA H100 SXM", ("NVIDIA H100 80GB HBM3",), 9, 989.5e12, 1979e12, 3.35e12, 64e9
+    ),
+    "a100": Card("NVIDIA A100 SXM 80 GB", ("NVIDIA A100-SXM4-80GB",), 8, 312e12, 0, 2.039e12, 32e9),
+    "l40s": Card("NVIDIA L40S", ("NVIDIA L40S",), 8, 362.05e12, 733e12, 0.864e12, 32e9),
 }
 
 
 # Those that Triton makes no code for, by what they are called in words. No times are told of them.
 OLD = {"v100": "NVIDIA V100", "t4": "NVIDIA T4"}
+OLD_CAPABILITY = 7
 
 
-def card_of(device: str) -> str | None:
-    """The name of the card that CUDA calls ``device``, or None if it is none of `CARDS`."""
-    return next((name for name, card in CARDS.items() if device in card.devices), None)
+def card_of(device: str) -> Card | None:
+    """The card that CUDA calls ``device``, or None if it is none of `CARDS`."""
+    return next((card for card in CARDS.values() if device in card.devices), None)
 
 
 def step_seconds(plan: Plan, card: Card) -> float:

@@ -35,6 +35,8 @@ class Trained:
         labels: Tokens with a label, the last of each row: a completion's. None: all have one.
         triton: The GPU runs Triton's kernels. One older than Ampere (V100, T4) runs PyTorch's
             operators, in fp16, and its attention takes as many key heads as query heads.
+        capability: Major compute capability of the GPU, by which PyTorch sizes the workspaces of
+            cuBLAS. They are largest on Hopper (9) and later GPUs.
 
     Raises:
         ValueError: A value is wrong, or is one whose memory is not predicted.
@@ -52,12 +54,14 @@ class Trained:
     stock_offload: bool = False
     labels: int | None = None
     triton: bool = True
+    capability: int = 9
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None:
             check_count("lora_rank", self.lora_rank)
         if self.labels is not None:
             check_count("labels", self.labels)
+        check_count("capability", self.capability)
         for name, kind in (("dtype", self.dtype), ("adapter_dtype", self.adapter_dtype)):
             if kind not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {kind!r}.")

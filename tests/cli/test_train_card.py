@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from support.paths import DEMO
 from support.plans import plans
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from lemo_hf.cli.gpu import Gpu, gpu_called
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.planning.plan import GIB
 
@@ -127,9 +127,25 @@ def test_what_was_said_stays(lemo, folder):
 
 def test_answers_have_no_finish_and_so_longer_rows(lemo, folder):
     (folder / "asks.jsonl").write_text(json.dumps({"prompt": TEXT[:200], "completion": " Yes."}))
-    text, _, _ = planned(lemo, "--memory-gib", "24", *ONE_WAY)
-    asks, _, _ = planned(lemo, "--memory-gib", "24", "--dataset", "asks.jsonl", *ONE_WAY)
+    text, said, _ = planned(lemo, "--memory-gib", "24", *ONE_WAY)
+    assert "Answers" not in said
+    asks, said, _ = planned(lemo, "--memory-gib", "24", "--dataset", "asks.jsonl", *ONE_WAY)
+    assert "Answers that are a larger share of their row than lemo.retention are kept whole" in said
     assert asks["data"]["tokens"] > text["data"]["tokens"]
+
+
+def test_times_are_those_of_the_card_that_is_here(lemo, folder, monkeypatch):
+    """As `lemo plan --gpu` tells them; without a card there are none."""
+    flags = ("--memory-gib", "80", "--tokens", 4096, *ONE_WAY)
+    assert "optimizer step" not in planned(lemo, *flags)[1]
+    monkeypatch.setattr("lemo_hf.cli.train_card.gpu_here", lambda: gpu_called("a100"))
+    _, said, _ = planned(lemo, *flags, "--training.gradient_accumulation_steps", 4)
+    options = ("--tokens", 4096, "--lora-target", "all-linear", "--gpu", "a100", "--json")
+    found = json.loads(lemo("plan", "--model", "8b", *options)[1])
+    sparse, finish = (f"{4 * found[name]['step_ms']:,.0f}" for name in ("LeMo", "finish"))
+    assert f"An optimizer step takes about {sparse} ms, {finish} ms in the finish." in said
+    assert f"The predicted peak is {found['finish']['peak'] / GIB:.1f} GiB." in said
+    assert "Times are of an NVIDIA A100 SXM 80 GB by its data sheet" in said
 
 
 @pytest.mark.parametrize(
@@ -171,9 +187,8 @@ def test_it_trains(lemo, folder):
 
 
 def test_an_old_gpu_asks_for_float16(lemo, folder, monkeypatch):
-    cuda = SimpleNamespace(is_available=lambda: True)
-    monkeypatch.setattr("lemo_hf.cli.train_card.torch", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr("lemo_hf.cli.train_card.settle", lambda _: "compute capability 7.5")
+    old = Gpu("Tesla T4", 7, triton=False)
+    monkeypatch.setattr("lemo_hf.cli.train_card.gpu_here", lambda: old)
     flags = ("--model", "8b", "--dataset", "book.txt", "--dry-run", "--memory-gib", "16")
     code, _, err = lemo(*FLAGS, *flags)
     assert code == 2 and "no bfloat16 either: give dtype='float16'" in err

@@ -6,12 +6,12 @@ Axolotl pins other versions of what lemo-hf needs, so CI installs it without its
 import pytest
 from support.models import make_model, with_lora
 from support.paths import ROOT
-from support.trainers import dataset, losses
+from support.trainers import dataset, losses, make_trainer
 
 base = pytest.importorskip("axolotl.integrations.base")
 
 from datasets import Dataset  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer, Trainer  # noqa: E402
 
 from lemo_hf import LeMoConfig  # noqa: E402
 from lemo_hf.integrations.axolotl import LeMoPlugin  # noqa: E402
@@ -84,6 +84,19 @@ def test_a_wrong_value_is_said_when_the_config_is_read(manager):
 def test_what_goes_against_it_is_refused_by_name(manager, keys, message):
     with pytest.raises(ValueError, match=message):
         manager.add_callbacks_pre_trainer({"lemo": None, **keys}, model=None)
+
+
+def test_the_card_that_axolotl_makes_anew_has_what_trained(manager, tmp_path):
+    cfg = validated(lemo={"block_size": 8}, output_dir=str(tmp_path))
+    manager.post_train(cfg, None)  # of another command than training
+    assert not (tmp_path / "README.md").exists()
+    callbacks = manager.add_callbacks_pre_trainer(cfg, model=None)
+    trainer = make_trainer(tmp_path, None, cls=Trainer, callbacks=callbacks)
+    trainer.train()
+    trainer.create_model_card()
+    assert "## Training with LeMo" not in (tmp_path / "README.md").read_text()
+    manager.post_train(cfg, trainer.model)
+    assert "## Training with LeMo" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from support.allocations import LLAMA, PLANNED, QKVO, check_step, tiny
-from support.models import SIZES
+from support.models import SIZES, make_model
 from support.paths import ROOT
 from support.plans import longest, plan
 from transformers import AutoConfig
@@ -81,7 +81,7 @@ def test_their_table():
         assert f"| {row['peak_gib']:.2f} |" in line
 
 
-KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "cohere", "gpt_neox", "youtu")
+KINDS = ("llama", "mixtral", "gemma3_text", "olmo2", "phi3", "opt", "cohere", "gpt_neox", "youtu")
 KINDS += sink_attention.MODELS
 # A sparse step as it is, a stock one with gradient checkpointing.
 WAYS = pytest.mark.parametrize(
@@ -89,17 +89,11 @@ WAYS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.oldest
 @WAYS
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param("opt", marks=pytest.mark.oldest),  # 5.17 asks numbers and a mask for values
-        *(
-            pytest.param(family, marks=() if family in KINDS else pytest.mark.soak)
-            for family in PLANNED
-            if family != "opt"
-        ),
-    ],
+    [pytest.param(family, marks=() if family in KINDS else pytest.mark.soak) for family in PLANNED],
 )
 def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
     check_step(lemo, family, checkpointing=checkpointing)
@@ -109,6 +103,15 @@ def test_every_allocation_of_a_step(family, lemo, checkpointing, launched):
 def test_levels_of_attention_with_sinks(level, launched):
     lemo = {"retention": 0.5, "mlp_retention": 0.25, "recompute": level}
     check_step(lemo, "gpt_oss", targets=None, layers=7)
+
+
+@pytest.mark.oldest
+def test_layerdrop_leaves_no_layer_out():
+    """Chance may leave none out, which takes the most."""
+    config = make_model("opt", "sdpa", layerdrop=0.5).config
+    dropping = plan(config, None, 64).phases
+    config.layerdrop = 0.0
+    assert dropping == plan(config, None, 64).phases
 
 
 def test_buffers_of_a_gpus_attention():

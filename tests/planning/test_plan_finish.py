@@ -9,7 +9,7 @@ from support.plans import fitting_finish, longest, plan, plans
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
-from lemo_hf.planning.dry_step import WORKSPACES
+from lemo_hf.planning.dry_step import workspaces
 
 FULL = {"recompute": "full"}
 
@@ -36,7 +36,7 @@ def test_every_allocation_of_a_step_of_the_finish(options, share, launched):
     peak = peak_of_a_step(model)
     expected = plan(config, how, 512, adapter_dtype="bfloat16", autocast=False, finish=True)
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    before = sum(p.nbytes for p in parameters) + 2 * trained + WORKSPACES
+    before = sum(p.nbytes for p in parameters) + 2 * trained + workspaces(9)
     assert expected.peak - before == pytest.approx(peak, rel=0.015)
 
 

@@ -66,6 +66,7 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
         ({"dtype": "int8"}, "dtype must be .* got 'int8'"),
         ({"dtype": "float32"}, "autocast of float32"),
         ({"labels": 0}, "labels must be .* got 0"),
+        ({"capability": 0}, "capability must be .* got 0"),
         ({"triton": False}, "no bfloat16 either: give dtype='float16'"),
         ({"triton": False, "dtype": "float16", "lemo_config": LeMoConfig(fp8=True)}, "fp8=True: a"),
         ({"triton": False, "dtype": "float16", "lemo_config": None}, "a score for each pair"),

@@ -21,6 +21,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from plan_table import completions, key_of, planned, recorded
 
+# What `torch.cuda.memory_snapshot()` shows before Hopper after a first product, bytes. Source:
+# https://discuss.pytorch.org/t/178671
+SMALL_WORKSPACE = 8519680
 COMPLETIONS = [(header, row) for header, rows in completions() for row in rows]
 
 
@@ -108,11 +111,25 @@ def test_the_gpu_here_may_be_an_old_one(lemo, tmp_path, monkeypatch):
     tiny()[1].save_pretrained(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr("lemo_hf.kernels.launch.settle", lambda _: "compute capability 7.5")
     code, out, err = lemo("plan", "--model", tmp_path, "--tokens", 1024, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["gpu"] == "Tesla T4" and found["dtype"] == "float16" and not found["triton"]
+    assert found["LeMo"]["parts"]["cuBLAS workspaces"] == 2 * SMALL_WORKSPACE
+
+
+def test_workspaces_are_those_of_the_gpu(lemo, tmp_path):
+    tiny()[1].save_pretrained(tmp_path)
+
+    def workspaces(*gpu):
+        code, out, err = lemo("plan", "--model", tmp_path, "--tokens", 1024, "--json", *gpu)
+        assert code == 0, err
+        return json.loads(out)["LeMo"]["parts"]["cuBLAS workspaces"]
+
+    assert workspaces() == workspaces("--gpu", "h100") == 2 * 32 * 2**20
+    assert workspaces("--gpu", "a100") == workspaces("--gpu", "v100") == 2 * SMALL_WORKSPACE
 
 
 def test_the_command_plans_old_gpus(lemo, tmp_path):
@@ -122,7 +139,7 @@ def test_the_command_plans_old_gpus(lemo, tmp_path):
     code, out, err = lemo(*options, "--json")
     assert code == 0, err
     found = json.loads(out)
-    expected = plan(config, LeMoConfig(), 1024, dtype="float16", triton=False)
+    expected = plan(config, LeMoConfig(), 1024, dtype="float16", triton=False, capability=7)
     assert found["LeMo"]["peak"] == expected.peak and found["gpu"] == "NVIDIA T4"
     assert "without" not in found and "step_ms" not in found["LeMo"]
     code, out, _ = lemo(*options, "--load-in-4bit")

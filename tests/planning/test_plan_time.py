@@ -171,7 +171,7 @@ def test_longer_and_denser_takes_longer_and_so_do_slower_cards():
 
 
 def test_cards():
-    assert card_of("NVIDIA H200") == "h200" and card_of("NVIDIA H100 PCIe") is None
+    assert card_of("NVIDIA H200") is H200 and card_of("NVIDIA H100 PCIe") is None
     assert "fitted to steps that were measured on it" in H200.said
     for name in set(CARDS) - {"h200"}:
         assert "no step was measured on it" in CARDS[name].said
