@@ -6,6 +6,8 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any
 
+import numpy as np
+
 from lemo_hf.shown import nearest, shown
 
 POLICIES = (
@@ -42,7 +44,8 @@ _SHARES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def knows_its_fields(config_class: type) -> type:
-    """The dataclass, which answers an unknown argument with the name that may have been meant."""
+    """The dataclass, which answers an unknown argument with the name that may have been meant, and
+    takes NumPy's numbers for Python's."""
     made, known = vars(config_class)["__init__"], [field.name for field in fields(config_class)]
 
     @wraps(made)
@@ -50,10 +53,14 @@ def knows_its_fields(config_class: type) -> type:
         for name in kwargs:
             if name not in known:
                 raise TypeError(f"{config_class.__name__} has no {name!r}{nearest(name, known)}")
-        made(self, *args, **kwargs)
+        made(self, *map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
 
     config_class.__init__ = checked  # type: ignore[misc]
     return config_class
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_values(config: Any) -> None:
@@ -78,7 +85,10 @@ def check_values(config: Any) -> None:
     if config.cuda_graphs:
         _check_graphs(config)
     if type(config.seed) is not int or abs(config.seed) > LARGEST:
-        raise ValueError(f"seed must be an integer, got {shown(config.seed)}{_meant(config.seed)}")
+        raise ValueError(
+            f"seed must be an integer of at most {LARGEST:,} either way, got {shown(config.seed)}"
+            f"{_meant(config.seed)}"
+        )
 
 
 def _check_how_much(config: Any) -> None:
@@ -135,6 +145,12 @@ def _check_memory(config: Any) -> None:
     if budget is not None and not (_is_number(budget) and budget > 0):
         raise ValueError(
             f"offload_gib must be a number above 0 or None, got {shown(budget)}{_meant(budget)}"
+        )
+    levels = value if isinstance(value, tuple) else (value,)
+    if budget is not None and not {None, *UNITS} & {*levels}:
+        raise ValueError(
+            f"offload_gib={budget:g} and recompute={value!r}: only what {', '.join(UNITS)} store "
+            "waits in host memory. Set recompute to one of them or to None, or offload_gib=None."
         )
 
 

@@ -1,11 +1,11 @@
 """Plain words for what trains and what does not, in a run and in a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lemo_hf.batch.row_counts import RowCounts
 from lemo_hf.batch.selection import num_kept_blocks
-from lemo_hf.config import KeepRule, LeMoConfig
+from lemo_hf.config import UNITS, KeepRule, LeMoConfig
 
 _BEST = {
     "overlap": "the blocks with labels and those that share rare words with them",
@@ -117,6 +117,23 @@ def describe_batch(
     if not finish:
         return f"{said}, in every step."
     return f"{said}; {_finish(config)}."
+
+
+def describe_offload(config: LeMoConfig, layers: Iterable[Any]) -> str:
+    """A space and one sentence if nothing is offloaded though the config says so; else empty.
+
+    Args:
+        config: The user's settings.
+        layers: The model's layers, which know whether its gradient checkpointing is on.
+    """
+    checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    levels = config.recompute if isinstance(config.recompute, tuple) else (config.recompute,)
+    if config.offload_gib is None or checkpointing or {*UNITS} & {*levels}:
+        return ""
+    return (
+        f" offload_gib={config.offload_gib:g} has no effect: no layer is computed again (set "
+        "activation_checkpointing=True, or recompute)."
+    )
 
 
 def _share(kept: int, row: RowCounts, config: LeMoConfig, asked: Any) -> str:

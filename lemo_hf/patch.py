@@ -28,7 +28,7 @@ from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.core.sink_attention import NAME as SINKS
-from lemo_hf.describe import describe_batch, describe_run
+from lemo_hf.describe import describe_batch, describe_offload, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import settle, sharded
 from lemo_hf.load_predictor import load_predictor
@@ -221,7 +221,9 @@ class LeMo:
         """One line on what the first sparse pass kept. None before that pass, and after the first
         call that returned it."""
         first, self.passes.tally.first = self.passes.tally.first, None
-        return None if first is None else describe_batch(self.config, *first)
+        if first is None:
+            return None
+        return describe_batch(self.config, *first) + describe_offload(self.config, self._layers)
 
     def _attention(self) -> str:
         name = self.passes.family.attention

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from support.paths import ROOT
 
@@ -129,11 +130,19 @@ def test_the_best_known_is_the_default():
             "mlp_threshold=1.0 compares scores, and policy='overlap' with random_share=0.2",
         ),
         ({"policy": "recent", "random_share": 0.2}, "only 'overlap', 'predictor' and 'auto'"),
+        ({"offload_gib": 4, "recompute": ("mlp", "none")}, "offload_gib=4 and recompute="),
+        ({"seed": 2**70}, "seed must be an integer of at most 9,223,372"),
     ],
 )
 def test_what_does_not_go_together_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         LeMoConfig(**options)
+
+
+def test_numpys_numbers_are_numbers():
+    config = LeMoConfig(retention=np.float32(0.25), block_size=np.int64(32), seed=np.int32(3))
+    assert config == LeMoConfig(retention=0.25, block_size=32, seed=3)
+    assert {type(config.retention), type(config.block_size)} == {float, int}
 
 
 def test_layer_rules():

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.loading import load_causal_lm, loading
-from lemo_hf.cli.positions import change_positions
+from lemo_hf.cli.positions import change_positions, check_length
 from lemo_hf.shown import shortened
 from lemo_hf.storage.files import near_path, parse_json
 
@@ -154,6 +155,20 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def room_of(memory_gib: float, reserve_gib: float) -> float:
+    """Bytes of a GPU's memory that are left to a step.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not (math.isfinite(memory_gib) and 0 <= reserve_gib < memory_gib):
+        raise ValueError(
+            f"--memory-gib {memory_gib:g}: give the memory of a GPU, more than the "
+            f"{reserve_gib:g} GiB that are left to CUDA."
+        )
+    return (memory_gib - reserve_gib) * 2**30
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         wanted = parse_json(text)
@@ -188,7 +203,7 @@ def prepared_config(
 
     Raises:
         OSError: There is no such model, or it cannot be reached.
-        ValueError: The config is broken, or cannot have such positions.
+        ValueError: The config is broken, cannot have such positions, or has fewer than ``length``.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -206,4 +221,5 @@ def prepared_config(
         max_position_embeddings=max_position_embeddings,
         length=length,
     )
+    check_length(config, length)
     return config

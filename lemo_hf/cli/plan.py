@@ -14,6 +14,7 @@ from lemo_hf.cli.options import (
     Model,
     TrustRemoteCode,
     prepared_config,
+    room_of,
 )
 from lemo_hf.config import LeMoConfig
 from lemo_hf.progress import Estimated
@@ -111,6 +112,12 @@ def plan(
         raise ValueError(f"--labels {labels}: a row has {tokens} tokens, by --tokens.")
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     lemo = dataclasses.replace(start, **changes)
+    if lemo.offload_gib is not None and lemo.recompute is None and not gradient_checkpointing:
+        raise ValueError(
+            f"--offload-gib {lemo.offload_gib:g} moves what recomputed layers store, and none is: "
+            "give --gradient-checkpointing, or --recompute selective, lean or full."
+        )
+    room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
 
     from lemo_hf.cli.gpu import gpu_called, gpu_here
     from lemo_hf.planning.plan import LOOKS, Planner
@@ -143,7 +150,6 @@ def plan(
     planner = Planner(prepared, looked=lambda: bar.update(), **settings)
     targets = planner.targets
     settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets
-    room = None if memory_gib is None else (memory_gib - reserve_gib) * GIB
     with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
         bar.expect(4 if room is None else 4 + 5 * LOOKS)
         found = planner.plans(lemo, tokens, room)

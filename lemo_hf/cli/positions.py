@@ -1,9 +1,12 @@
 """Rotary positions of a model's config, changed as options ask."""
 
+import logging
 import math
 from typing import Any
 
 from lemo_hf.shown import nearest
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL = "original_max_position_embeddings"
 # By type: what it needs beside rope_theta, and what else it reads.
@@ -19,6 +22,8 @@ READ = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
     "proportional": ((), ("factor", "partial_rotary_factor")),
 }
+# Models whose positions are a table.
+TABLES = ("opt", "gpt2", "gpt_bigcode", "gptj", "codegen")
 # They follow from a length.
 STRETCHED = ("linear", "yarn", "dynamic")
 _SCALING = {name for needed, more in READ.values() for name in (*needed, *more)}
@@ -78,6 +83,26 @@ def change_positions(
         # Dynamic scaling begins behind this many: the model's own.
         text.max_position_embeddings = max(text.max_position_embeddings, length or 0)
     _check_saved(config)
+
+
+def check_length(config: Any, length: int | None) -> None:
+    """Warn of rows that are longer than the positions that a model was made for.
+
+    Raises:
+        ValueError: It has a table of positions, which ends there.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    if length is None or not most or length <= most or getattr(text, "alibi", False):
+        return
+    said = f"rows of {length:,} tokens are longer than the {most:,} positions of the model"
+    if text.model_type in TABLES:
+        raise ValueError(f"{said} ({text.model_type}), and it has no more: ask for shorter rows.")
+    if rotary.get("rope_type") != "dynamic":  # which stretches them by itself
+        logger.warning(
+            "%s, which has learned none behind them: give a rope_type, such as yarn.", said
+        )
 
 
 def _check_stretched(

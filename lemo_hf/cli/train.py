@@ -91,6 +91,8 @@ def train(
     if full:
         settings.values.pop("lora", None)
         settings.full = True
+    if dense and retention is not None:
+        raise ValueError("--dense trains without LeMo, and --retention sets it: give one of them.")
     if dense:
         settings.values["lemo"] = False
     planned = None
@@ -108,12 +110,14 @@ def train(
             print(f"# {fact}")
         print(asked, end="")
         return
-    from lemo_hf.cli.train_folder import starting_point
+    from lemo_hf.cli.train_folder import check_same, starting_point
 
     check_output(run.training.output_dir, "training.output_dir", directory=True)
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         checkpoint = starting_point(run.training, resume, overwrite, run.model.name)
+        if checkpoint is not None:
+            check_same(checkpoint, asked)
         if planned is not None and run.training.process_index == 0:
             print(planned)
         trainer, metrics = _fine_tune(
@@ -168,6 +172,12 @@ def _fine_tune(
             write_first_settings(args.output_dir, asked)
             _print_plan(run, trainer, found)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if not trainer.state.global_step:
+            raise ValueError(
+                f"{run.data.dataset}: no step was made, since no row has a label within "
+                f"data.tokens={run.data.tokens:,}: nothing was trained or saved. Give longer rows "
+                "by --tokens, or other rows."
+            )
         trainer.save_model()
         trainer.save_metrics("train", metrics)
         if trainer.eval_dataset is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lemo_hf.cli.gpu import gpu_here
-from lemo_hf.cli.options import RESERVE_GIB
+from lemo_hf.cli.options import RESERVE_GIB, room_of
 from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
@@ -42,6 +42,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         OSError, ValueError: Nothing fits, the model is one whose memory is not predicted, or
             settings are wrong.
     """
+    room = room_of(memory_gib, RESERVE_GIB)
     tokens = settings.values.get("data", {}).get("tokens")
     if tokens is None:
         settings.set("data", "tokens", 2, "--memory-gib")
@@ -67,7 +68,6 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         "capability": gpu.capability,
         "autocast": args.bf16 or args.fp16,
     }
-    room = (memory_gib - RESERVE_GIB) * GIB
     ways = list(_ways(settings, start))
     planners = {
         checkpointing: Planner(

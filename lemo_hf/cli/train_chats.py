@@ -9,13 +9,14 @@ knows.
 Datasets of different forms that are trained together all become ``messages``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lemo_hf.cli.train_sections import DataSection
 from lemo_hf.shown import nearest, shortened, shown
-from lemo_hf.storage.tables import check_file, interleaved, load_table
+from lemo_hf.storage.json_lines import read_file
+from lemo_hf.storage.tables import check_file, interleaved, load_table, paths_of, suffix_of
 
 KINDS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 BESIDE = ("tools", "chat_template_kwargs")  # columns that a chat template reads
@@ -76,11 +77,14 @@ def chat_table(data: DataSection, form: str, seed: int) -> Any:
     """
     tables = []
     for name in names_of(data):
-        table = load_table(name, data.split, streaming=data.streaming)
+        table = _opened(name, data)
         first = next(iter(table))
         kind = kind_of(first, data, str(name))
         asked = {"kind": kind, "form": form, "answers": data.answers_only, "name": str(name)}
-        table = table.map(_chat, with_indices=True, fn_kwargs=asked, remove_columns=list(first))
+        try:
+            table = table.map(_chat, with_indices=True, fn_kwargs=asked, remove_columns=list(first))
+        except UnicodeDecodeError as error:  # `datasets` decodes a text when it is asked for
+            raise ValueError(f"{name} is not all UTF-8 ({error}): convert it.") from error
         tables.append(table)
     table = interleaved(tables, data.weights, seed) if data.weights else tables[0]
     if data.streaming:
@@ -88,6 +92,22 @@ def chat_table(data: DataSection, form: str, seed: int) -> Any:
     if data.max_rows is None:
         return table
     return table.take(data.max_rows if data.streaming else min(data.max_rows, len(table)))
+
+
+def _opened(name: Any, data: DataSection) -> Any:
+    """A dataset's table. Streamed lines of JSON are read by our own reader, which names the file
+    and the line that are damaged."""
+    paths = paths_of(name)
+    if not (data.streaming and all(suffix_of(path) == ".jsonl" for path in paths)):
+        return load_table(name, data.split, streaming=data.streaming)
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(_lines, gen_kwargs={"paths": paths})
+
+
+def _lines(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        yield from map(dict, read_file(path))
 
 
 def use_template(tokenizer: Any, data: DataSection) -> None:
@@ -103,7 +123,7 @@ def _chat(
     where = f"{name}, row {index + 1}"
     beside = {column: row[column] for column in BESIDE if column in row}
     if len(kind) == 1:
-        messages = _turns(row[kind[0]], "user", where)
+        messages = _turns(row[kind[0]], None, where)
         if answers and all(turn["role"] != "assistant" for turn in messages):
             raise ValueError(
                 f"{where} has no turn of the assistant, and only these turns get labels: leave the "
@@ -112,6 +132,11 @@ def _chat(
         return {"messages": messages, **beside}
     prompt, completion = row[kind[0]], row[kind[1]]
     if kind[0] == "instruction":
+        for column in ("instruction", "input"):
+            if not isinstance(row.get(column), str | None):
+                raise ValueError(
+                    f"{where}: column {column!r} must hold text, got {shown(row[column])}."
+                )
         prompt = "\n\n".join(filter(None, [prompt, row.get("input")]))
         prompt += "\n\n" if form == "texts" else ""
     if form == "texts":
@@ -125,17 +150,18 @@ def _chat(
     return {"prompt": prompt, "completion": completion, **beside}
 
 
-def _turns(content: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """A list of messages with role and content; a text becomes one message of ``role``."""
+def _turns(content: Any, role: str | None, where: str) -> list[dict[str, Any]]:
+    """A list of messages with role and content; a text becomes one message of ``role``, if any."""
     from trl import maybe_convert_to_chatml
 
-    if isinstance(content, str):
+    if isinstance(content, str) and role is not None:
         return [{"role": role, "content": content}]
     if not (isinstance(content, list) and content and all(isinstance(x, dict) for x in content)):
         raise ValueError(f"{where} must hold a list of messages, got {shown(content)}.")
     turns = maybe_convert_to_chatml({"messages": [dict(turn) for turn in content]})["messages"]
     for turn in turns:
-        if not (isinstance(turn.get("role"), str) and {"content", "tool_calls"} & turn.keys()):
+        said = turn.get("content") is not None or turn.get("tool_calls")
+        if not (isinstance(turn.get("role"), str) and said):
             raise ValueError(f"{where}: a message needs a role and a content, got {shown(turn)}.")
         turn["role"] = ROLES.get(turn["role"], turn["role"])
     return turns

@@ -1,15 +1,21 @@
 """The output directory of `lemo train`: it holds one run, with settings beside the weights they
 made."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
+from lemo_hf.shown import shown
 from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
+
+logger = logging.getLogger(__name__)
 
 # What a run leaves there beside weights and checkpoints, and another run may not take for its own.
 LEFT = (
@@ -46,6 +52,25 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
             "with --overwrite, which removes it, or give another --output."
         )
     return args.resume_from_checkpoint
+
+
+def check_same(checkpoint: str, settings: str) -> None:
+    """Raises ValueError if a checkpoint's run trained other parameters than ``settings`` (YAML)."""
+    path = Path(checkpoint, FILE_NAME)
+    if not path.is_file():  # of a run without `lemo train`
+        return
+    before, now = (yaml.safe_load(text) for text in (path.read_text(encoding="utf-8"), settings))
+    was, wanted = before.get("lora"), now.get("lora")  # None: all parameters
+    if was != wanted:
+        raise ValueError(
+            f"--resume: {checkpoint} was made with lora={shown(was)}, and this run has "
+            f"lora={shown(wanted)}: go on with the same, or start over with --overwrite."
+        )
+    if bool(before["lemo"]) != bool(now["lemo"]):
+        logger.warning(
+            "--resume: %s was made %s LeMo, and this run goes on %s it.",
+            *(checkpoint, *("with" if x["lemo"] else "without" for x in (before, now))),
+        )
 
 
 def clear(directory: str) -> None:

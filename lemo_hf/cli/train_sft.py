@@ -29,14 +29,18 @@ class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
         dataset = super()._prepare_dataset(
             dataset, processing_class, whole, False, formatting, name
         )
-        said = cut_answers(dataset, args.max_length)
+        said = cut_answers(dataset, args.max_length, name)
         if said:
             announce(args, f"{name}: {said}")
         return super()._prepare_dataset(dataset, processing_class, args, *more)
 
 
-def cut_answers(rows: Any, tokens: int) -> str:
-    """A sentence on the rows that are longer than ``tokens``; empty if there are none."""
+def cut_answers(rows: Any, tokens: int, name: str) -> str:
+    """A sentence on the rows that are longer than ``tokens``; empty if there are none.
+
+    Raises:
+        ValueError: No row of the dataset ``name`` has a label among its first ``tokens`` tokens.
+    """
     streamed = not hasattr(rows, "__len__")
     seen = longer = answers = lost = longest = 0
     for row in islice(rows.with_format("numpy"), FIRST if streamed else None):
@@ -45,6 +49,12 @@ def cut_answers(rows: Any, tokens: int) -> str:
         longer += length > tokens
         answers += bool(labelled[tokens:].any())
         lost += not labelled[:tokens].any()
+    if lost == seen and not streamed:  # the rows of a stream that come later may have some
+        raise ValueError(
+            f"{name}: none of {seen:,} rows has a label within data.tokens={tokens:,}; the longest "
+            f"has {longest:,} tokens. Give longer rows by --tokens, or rows with a shorter "
+            "context."
+        )
     if not longer:
         return ""
     return (

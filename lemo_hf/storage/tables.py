@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lemo_hf.shown import shortened
 from lemo_hf.storage.files import near_path
-from lemo_hf.storage.json_lines import damage_told
+from lemo_hf.storage.json_lines import damage_told, read_file
 
 # datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
 BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
@@ -75,6 +76,7 @@ def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) 
         ValueError: A format is unknown, there is no such split, or a file is damaged.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     paths = paths_of(dataset)
     arguments: dict[str, Any] = {"path": paths[0], "split": split}
@@ -86,8 +88,18 @@ def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) 
         texts = suffix == ".txt"
     if texts:
         arguments["sample_by"] = "document"
-    with told(named(paths, split)):
-        return load_dataset(**arguments, streaming=streaming)
+    name = named(paths, split)
+    try:
+        with told(name):
+            return load_dataset(**arguments, streaming=streaming)
+    except DatasetGenerationError as error:
+        for path in paths:
+            if os.path.isfile(path) and suffix_of(path) == ".jsonl":
+                for _ in read_file(path):  # which names the line that is damaged
+                    pass
+        why = shortened(" ".join(str(error.__cause__ or error).split()))
+        several = "; files that are read as one need the same columns" if len(paths) > 1 else ""
+        raise ValueError(f"{name} cannot be read as one table: {why}{several}.") from error
 
 
 def interleaved(tables: Sequence[Any], weights: Sequence[float], seed: int) -> Any:

@@ -271,6 +271,18 @@ def test_a_run_that_ended_is_resumed_without_a_further_step(lemo, tmp_path, conf
     assert code == 0 and json.loads(printed)["steps"] == 5, err
 
 
+def test_a_run_is_not_resumed_with_other_parameters(lemo, tmp_path, config, caplog):
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    for flags, said in ((("--lora.r", 3), "'r': 3"), (("--full",), "lora=None")):
+        code, _, err = lemo(*small(config, "--resume", "--training.max_steps", 6, *flags))
+        assert code == 2 and "was made with lora={" in err and said in err, err
+    code, _, err = lemo(*small(config, "--resume", "--training.max_steps", 5, "--dense"))
+    assert code == 0 and "was made with LeMo, and this run goes on without it" in caplog.text, err
+    code, _, err = lemo(*small(config, "--dense", "--retention", 0.5))
+    assert code == 2 and "--dense trains without LeMo, and --retention sets it" in err
+
+
 def test_settings_lie_beside_the_weights_they_made(lemo, tmp_path, config, monkeypatch):
     out = tmp_path / "out"
     code, _, err = lemo(*small(config))

@@ -220,6 +220,18 @@ def test_options_that_contradict(tmp_path):
             asked(name, **options)
 
 
+def test_rows_longer_than_the_positions(tmp_path, caplog):
+    """A table of positions ends; rotary positions go on, untrained."""
+    length = 2**20
+    with pytest.raises(ValueError, match="longer than the .* positions of the model .opt., and it"):
+        asked(saved(tmp_path, "opt"), length=length)
+    assert not caplog.records
+    asked(rope_type="yarn", length=length)
+    assert not caplog.records
+    asked(length=length)
+    assert "rows of 1,048,576 tokens are longer than" in caplog.text and "yarn" in caplog.text
+
+
 def test_broken_configs(lemo, tmp_path):
     """Of the model itself."""
     config = json.loads(Path(MODEL, "config.json").read_text())
@@ -232,4 +244,4 @@ def test_broken_configs(lemo, tmp_path):
 def test_nothing_asked_nothing_changed(tmp_path):
     name = saved(tmp_path, "opt")
     assert asked(name).to_dict() == AutoConfig.from_pretrained(name).to_dict()
-    assert ModelOptions(name).load(4096)[0].config.max_position_embeddings == 512
+    assert ModelOptions(name).load(512)[0].config.max_position_embeddings == 512

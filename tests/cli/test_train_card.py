@@ -157,11 +157,16 @@ def test_times_are_those_of_the_card_that_is_here(lemo, folder, monkeypatch):
         ),
         (("--model.rope_type", "yarn"), "which is not known: give --tokens"),
         (("--model", "9b"), "model '9b'"),
+        (
+            ("--memory-gib", "nan"),
+            "--memory-gib nan: give the memory of a GPU, more than the 2 GiB",
+        ),
+        (("--memory-gib", 2), "--memory-gib 2: give the memory of a GPU"),
     ],
 )
 def test_mistakes(flags, message, lemo, folder):
     model = () if "--model" in flags else ("--model", "8b")
-    code, out, err = lemo(*FLAGS, "--dataset", "book.txt", *model, "--memory-gib", 24, *flags)
+    code, out, err = lemo(*FLAGS, "--dataset", "book.txt", "--memory-gib", 24, *model, *flags)
     assert code == 2 and message in err and "Traceback" not in err and not out
 
 

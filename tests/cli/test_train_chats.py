@@ -176,6 +176,11 @@ def test_text_columns_come_first_if_they_are_named(folder):
         ({"messages": turns("a", "b")[:1]}, (), "row 2 has no turn of the assistant"),
         ({"messages": [{"role": "user"}]}, (), "row 2: a message needs a role and a content"),
         ({"messages": []}, (), "row 2 must hold a list of messages, got []"),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            (),
+            "row 2: a message needs a role and a content, got",
+        ),
         (None, ("--data.chat_template", "null"), "has no chat template: give one in data.chat_t"),
         (None, ("--data.chat_template", "plain.jinja"), "does not mark what the assistant says"),
         (None, ("--data.chat_template", "chat.jinj"), "no file 'chat.jinj'; did you mean 'chat.j"),
@@ -196,6 +201,47 @@ def test_mistakes(row, flags, message, lemo, folder):
     code, _, err = lemo("train", "--config", "run.yaml", *mine, *flags)
     assert code == 2 and message in err and "Traceback" not in err
     assert not (folder / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_line_is_named(streaming, lemo, folder):
+    (folder / "cut.jsonl").write_text(json.dumps(ROWS["texts"][0]) + '\n{"prompt": "a"')
+    code, _, err = lemo(
+        *("train", "--config", "run.yaml", "--dataset", "cut.jsonl", "--data.streaming", streaming)
+    )
+    assert code == 2 and "cut.jsonl, line 2 is not valid JSON" in err and "Traceback" not in err
+
+
+def test_files_of_other_columns_and_other_encodings(lemo, folder):
+    mixed = ("--dataset", "texts.jsonl", "--dataset", "messages.jsonl")
+    code, _, err = lemo("train", "--config", "run.yaml", *mixed)
+    assert code == 2 and "files that are read as one need the same columns" in err
+    rows = [json.dumps(ROWS["texts"][0]), '{"prompt": "caf\xe9", "completion": "b"}']
+    (folder / "latin.jsonl").write_bytes("\n".join(rows).encode("latin-1"))
+    code, _, err = lemo("train", "--config", "run.yaml", "--dataset", "latin.jsonl")
+    assert code == 2 and "latin.jsonl is not all UTF-8" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("column", ["instruction", "input"])
+def test_alpaca_without_text(column, lemo, folder):
+    (folder / "numbers.jsonl").write_text(json.dumps({**ROWS["alpaca"][0], column: 5}))
+    code, _, err = lemo("train", "--config", "run.yaml", "--dataset", "numbers.jsonl")
+    assert code == 2 and f"numbers.jsonl, row 1: column '{column}' must hold text, got 5" in err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_lose_all_labels_train_nothing(streaming, lemo, folder):
+    long = [{"prompt": "a b" * 99, "completion": " c"}] * 3
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
+    flags = ("train", "--config", "run.yaml", "--data.tokens", 32, "--data.streaming", streaming)
+    code, _, err = lemo(*flags, "--dataset", "long.jsonl")
+    said = "no step was made" if streaming else "train: none of 3 rows has a label within"
+    assert code == 2 and said in err and "Traceback" not in err
+    assert not (folder / "out" / "adapter_model.safetensors").exists()
+    heldout = ("--dataset", "texts.jsonl", "--data.eval_dataset", "long.jsonl")
+    if not streaming:
+        code, _, err = lemo(*flags, *heldout)
+        assert code == 2 and "eval: none of 3 rows has a label within" in err
 
 
 def test_without_trl(lemo, folder, monkeypatch):

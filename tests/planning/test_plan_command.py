@@ -34,5 +34,9 @@ def test_the_command(lemo, tmp_path):
     expected = plan(config, leaves, 8192)
     assert code == 0 and json.loads(out)["LeMo"]["peak"] == expected.peak
     assert json.loads(out)["LeMo"]["pinned"] == expected.pinned > 0
+    code, _, err = lemo(*options, "--offload-gib", 1)
+    assert code == 2 and "moves what recomputed layers store, and none is" in err
+    code, _, err = lemo(*options, "--memory-gib", 24, "--reserve-gib", 24)
+    assert code == 2 and "give the memory of a GPU, more than the 24 GiB" in err
     code, _, err = lemo(*options, "--config", tmp_path)
     assert code == 2 and "leave out --retention" in err
