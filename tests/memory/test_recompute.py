@@ -10,7 +10,7 @@ from support.passes import assert_same, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.config import LEVELS
+from lemo_hf.config import LEVELS, UNITS
 from lemo_hf.memory import offload
 from lemo_hf.memory import recompute as levels
 
@@ -163,7 +163,11 @@ def test_gradient_checkpointing_picks_a_level(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fails", "level", "offload_gib"), covering((False, True), LEVELS, (None, 1e-3))
+    ("fails", "level", "offload_gib"),
+    [
+        *covering((False, True), LEVELS, (None,)),
+        *((fails, level, 1e-3) for fails in (False, True) for level in UNITS),
+    ],
 )
 def test_a_pass_without_backward_leaves_nothing(model, level, offload_gib, fails, monkeypatch):
     """Nor does one whose backward breaks off (out of memory, say)."""
