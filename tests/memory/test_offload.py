@@ -6,11 +6,13 @@ import pytest
 import torch
 from support.models import make_model, with_lora
 from support.passes import assert_same, run
+from support.trainers import make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import UNITS
 from lemo_hf.memory import offload
 from lemo_hf.memory.offload import GIB, HostMemory, Stored
+from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,11 @@ def test_a_pass_without_backward_gives_its_slabs_back():
 def test_wrong_budgets_are_refused(value):
     with pytest.raises(ValueError, match="offload_gib"):
         LeMoConfig(offload_gib=value)
+
+
+def test_a_run_says_that_nothing_is_offloaded(tmp_path, capsys):
+    config = LeMoConfig(block_size=8, dense_finish=0, offload_gib=1)
+    said = "in every step. offload_gib=1 has no effect: no layer is computed again"
+    for again in (False, True):
+        make_trainer(tmp_path, config, max_steps=1, **{CHECKPOINTING: again}).train()
+        assert (said in capsys.readouterr().out) is not again
