@@ -35,6 +35,7 @@ def plannable(row: dict) -> bool:
     """Whether a row was measured, and is a rival's that is planned or LeMo's as the package is."""
     known = row["provider"].startswith(tuple(KINDS)) and not row["provider"].endswith("uniform")
     known &= row["config"] is None or "checkpointing" in row  # not before recompute had levels
+    known &= row["group"] != "axolotl"  # not planned; LeMo and Liger of that group stand in others
     return row["status"] == "ok" and known
 
 
@@ -43,8 +44,13 @@ def completions() -> Iterator[tuple[dict, list[dict]]]:
     as much."""
     for file in sorted(RESULTS.glob("*/bench_completion*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
-        known = (r for r in content["rows"] if r["status"] == "ok")
+        known = (r for r in content["rows"] if r["status"] == "ok" and not _axolotls(r))
         yield content["header"], [r for r in known if "policy" not in (r["lemo"] or {})]
+
+
+def _axolotls(row: dict) -> bool:
+    """Whether Axolotl chose what was stored, which is not planned."""
+    return row["provider"].endswith("+axolotl")
 
 
 def planned(header: dict, row: dict) -> Plan:

@@ -49,6 +49,7 @@ class LeMoMixin(_Mixed):
         self._in_step = False
         self._report_started = time.perf_counter()
         self._first_batch = True
+        self._ops_a_token = 0
         super().__init__(*args, **kwargs)
         follow_log_level(self.args)
         if lemo_config is None:
@@ -112,6 +113,7 @@ class LeMoMixin(_Mixed):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As Trainer's, after checks of what would otherwise fail in the middle of training."""
+        self._ops_a_token = 0
         if self.lemo_config is not None:
             config = self.lemo_config
             self._refuse_callbacks()
@@ -174,6 +176,16 @@ class LeMoMixin(_Mixed):
         if first is not None:
             announce(self.args, first)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """As Trainer's, but parameters are counted once a run: the GPU waits for each count."""
+        count = super().floating_point_ops
+        ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        trainers = getattr(count, "__func__", None) is Trainer.floating_point_ops
+        if not trainers or ids is None or not ids.numel():
+            return count(inputs)
+        self._ops_a_token = self._ops_a_token or count(inputs) // ids.numel()  # proportional
+        return self._ops_a_token * ids.numel()
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """As Trainer's; a user's own `compute_loss` gets labels that LeMo may strike."""

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
 )
@@ -23,6 +24,7 @@ from lemo_hf import LeMoConfig
 from lemo_hf.batch import row_counts
 from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.patch import transformers_model
+from lemo_hf.trainer import LeMoMixin
 
 
 @pytest.mark.oldest
@@ -33,6 +35,42 @@ def test_no_config_is_trainer_to_the_bit(tmp_path):
     assert_same_weights(ours, plain, rtol=0, atol=0)
     assert ours.state.log_history[0].keys() == plain.state.log_history[0].keys()
     assert [type(m) for m in ours.model.modules()] == [type(m) for m in plain.model.modules()]
+
+
+@pytest.mark.oldest
+def test_operations_are_trainers_and_parameters_are_counted_once_a_run(tmp_path, monkeypatch):
+    counted = []
+    count = PreTrainedModel.num_parameters
+
+    def counting(self, *args, **kwargs):
+        counted.append(kwargs)
+        return count(self, *args, **kwargs)
+
+    plain = make_trainer(tmp_path, None, cls=Trainer)
+    ours = make_trainer(tmp_path, FULL)
+    plain.train()
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", counting)
+    ours.train()
+    assert ours.state.total_flos == plain.state.total_flos > 0
+    assert counted.count({"exclude_embeddings": True}) == 1 < ours.state.global_step
+    ours.train()
+    assert counted.count({"exclude_embeddings": True}) == 2
+
+
+@pytest.mark.oldest
+def test_a_users_own_count_of_operations_stays(tmp_path):
+    class Counts(Trainer):
+        def floating_point_ops(self, inputs):
+            return 1 + inputs["input_ids"].numel()
+
+    class Both(LeMoMixin, Counts):
+        pass
+
+    trainer = make_trainer(tmp_path, FULL, cls=Both)
+    long, short = ({"input_ids": torch.zeros(1, tokens)} for tokens in (64, 32))
+    assert [trainer.floating_point_ops(x) for x in (long, short)] == [65, 33]
+    trainer = make_trainer(tmp_path, FULL)
+    assert trainer.floating_point_ops({"labels": torch.zeros(1, 4)}) == 0
 
 
 @pytest.mark.oldest

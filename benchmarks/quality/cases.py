@@ -123,31 +123,60 @@ def graphed() -> list[Job]:
     ]
 
 
+def kept(
+    retention: float, batch: int, task: str = "lexical", chance: float = 0.25, **fields: Any
+) -> Job:
+    """Completions by words in common, a share ``chance`` of the blocks random, CUDA graphs."""
+    named = {"finish": ", dense finish", "finish_batch": " of as many rows"}
+    arm = f"overlap {retention:g}" + (", a quarter random" if chance else "") + ", CUDA graphs"
+    arm += "".join(text for name, text in named.items() if name in fields)
+    arm += f" {fields['finish']:g}" if fields.get("finish", FINISH) != FINISH else ""
+    arm += "" if batch == 2 else f", {batch} rows a step"
+    lemo = overlap(retention, **({"random_share": chance} if chance else {}), cuda_graphs=True)
+    return completion(arm, task, lemo=lemo, batch=batch, **fields)
+
+
+def cut(parts: int, task: str = "lexical", **fields: Any) -> Job:
+    """Rows cut, as many tokens a step as a whole row has; with ``finish`` on whole rows."""
+    arm = f"rows cut to 1/{parts}" + (", dense finish" if "finish" in fields else "")
+    return completion(arm, task, cut=parts, batch=parts, **fields)
+
+
 def low() -> list[Job]:
     """Completions that keep a tenth or a twentieth, beside rows cut to about as much."""
-    named = {0.0: "", FINISH: ", dense finish", FINISH / 2: f", dense finish {FINISH / 2:g}"}
-
-    def kept(retention: float, batch: int, task: str = "lexical", finish: float = 0.0) -> Job:
-        lemo = overlap(retention, random_share=0.25, cuda_graphs=True)
-        arm = f"overlap {retention:g}, a quarter random, CUDA graphs{named[finish]}"
-        arm += "" if batch == 2 else f", {batch} rows a step"
-        return completion(arm, task, lemo=lemo, batch=batch, finish=finish)
-
-    cut = completion("rows cut to 1/8", cut=8, batch=8)
     return [
         *(kept(0.1, batch) for batch in (2, 8, 4)),
         kept(0.05, 8),
         kept(0.3, 2),
-        cut,
-        replace(cut, arm=f"{cut.arm}, dense finish", finish=FINISH),
+        cut(8),
+        cut(8, finish=FINISH),
         kept(0.1, 4, finish=FINISH),
-        *seeded([kept(0.1, 4), kept(0.05, 8), kept(0.1, 2), kept(0.1, 8), cut], SEEDS[1:]),
+        *seeded([kept(0.1, 4), kept(0.05, 8), kept(0.1, 2), kept(0.1, 8), cut(8)], SEEDS[1:]),
         *seeded([completion("dense, rate 0.002", learning_rate=2e-3)], SEEDS[2:]),
         *seeded([kept(0.1, 4, finish=FINISH)], SEEDS[1:]),
         *seeded([kept(0.3, 2, finish=FINISH)], SEEDS),
         kept(0.1, 4, finish=FINISH / 2),
-        kept(0.1, 4, "hidden", finish=FINISH),
         kept(0.05, 8, finish=FINISH),
+    ]
+
+
+def finished() -> list[Job]:
+    """A dense finish behind a tenth, questions without shared words, and the controls of both.
+
+    With ``finish_batch`` a step of the finish has as many rows as before, as in `LeMoConfig`.
+    """
+    hidden = [
+        kept(0.1, 4, "hidden", finish=FINISH),
+        completion("dense, rate 0.002", "hidden", learning_rate=2e-3),
+        kept(0.3, 2, "hidden", chance=0, finish=FINISH),
+    ]
+    return [
+        *seeded(hidden, SEEDS),
+        *seeded([kept(0.1, 4, finish=FINISH, finish_batch=4)], SEEDS),
+        *seeded([kept(0.1, 2, tokens=65536, seconds=60.0, finish=FINISH)], SEEDS[:2]),
+        *seeded([cut(8, "hidden", finish=FINISH), kept(0.1, 4, "hidden")], SEEDS),
+        *seeded([kept(0.1, 4, chance=0, finish=FINISH)], SEEDS),
+        *seeded([cut(8, finish=FINISH), cut(2, finish=FINISH)], SEEDS[1:]),
     ]
 
 
@@ -273,6 +302,7 @@ def smoke() -> list[Job]:
 
 GROUPS = {
     "smoke": smoke,
+    "finished": finished,
     "fp8": in_fp8,
     "graphed": graphed,
     "headline": headline,

@@ -97,8 +97,11 @@ README = {
         "overlap 0.1, a quarter random, CUDA graphs, 4 rows a step": (
             "LeMo, retention 0.1, `cuda_graphs`"
         ),
+        "overlap 0.1, a quarter random, CUDA graphs, dense finish of as many rows, 4 rows a step": (
+            "the same, `dense_finish=0.02`"
+        ),
         "overlap 0.1, a quarter random, CUDA graphs, dense finish, 4 rows a step": (
-            "LeMo, retention 0.1, `cuda_graphs`, dense finish"
+            "the same, the last 30 % of the time dense, 1 row a step"
         ),
         "overlap 0.05, a quarter random, CUDA graphs, 8 rows a step": (
             "LeMo, retention 0.05, `cuda_graphs`"
