@@ -23,12 +23,14 @@ OFFLOAD = (
     "lemo+some-offload",
     "lemo+some-offload-uniform",
 )
+STORED = ("liger+checkpointing", "lemo+checkpointing", "lemo+some-stored", "lemo+fp8+some-stored")
 AXOLOTL = ("hf+axolotl", "liger+axolotl", "liger+checkpointing", "lemo+checkpointing")
 GROWTH = (8 * K, 32 * K, 128 * K, 256 * K, 512 * K)
 PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp", "lemo+selective")
 GROUPS = {
     "plain": [Case("plain", "Llama-3 8B", 16 * K, ("hf", "liger", "lemo", "lemo+some-mlp"))],
     "checkpointing": [Case("checkpointing", "Llama-3 8B", 64 * K, CHECKPOINTED)],
+    "stored": [Case("stored", "Llama-3 8B", 64 * K, STORED)],
     "axolotl": [Case("axolotl", "Llama-3 8B", 64 * K, AXOLOTL)],
     "offload": [Case("offload", "Llama-3 8B", 64 * K, OFFLOAD)],
     "growth": [Case("growth", "Llama-3 8B", tokens, CHECKPOINTED, rounds=1) for tokens in GROWTH],

@@ -5,6 +5,8 @@ from providers import LEMO
 GROUPS = {
     "plain": "No checkpointing",
     "checkpointing": "Checkpointing",
+    "axolotl": "Axolotl's selective checkpointing",
+    "stored": "Layers that fit store everything",
     "offload": "Offload to pinned host memory",
     "growth": "Growth (one round; memory in italics is a dry step's)",
     "short": "Short rows, no checkpointing",
@@ -21,6 +23,7 @@ NAMES = {
     "lemo 0.3": "LeMo",
     "lemo 0.1": "LeMo",
     "graph": "CUDA graphs",
+    "some-stored": "24 layers store everything",
     "some-mlp": "MLPs of 14 layers again",
     "mlp": "MLPs again",
     "selective": "all but attention again",

@@ -41,6 +41,7 @@ def describe_run(
     one = "one kept set for all" if config.agree_across_layers else "a kept set each"
     last = f", in bf16 in the last {config.finish:.0%} of the steps" if config.finish else ""
     products = f"Products with frozen weights in FP8{last}. " if config.fp8 else ""
+    others = "The other layers, evaluation" if len(sparse) < len(rules) else "Evaluation"
     learned = "" if predictor is None else f" ({predictor})"
     return (
         f"LeMo: {len(sparse)} of {len(rules)} layers ({sparse[0]} to {sparse[-1]}) are sparse, "
@@ -49,7 +50,7 @@ def describe_run(
         f"each document and every block with a label where labels cover a part of a row. "
         f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
         f"{products}"
-        "The other layers, evaluation and generation stay dense."
+        f"{others} and generation stay dense."
     )
 
 

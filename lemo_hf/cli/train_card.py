@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from lemo_hf.cli.gpu import gpu_here
@@ -10,13 +11,14 @@ from lemo_hf.cli.options import RESERVE_GIB, room_of
 from lemo_hf.cli.train_config import Settings
 from lemo_hf.cli.train_look import Found, look
 from lemo_hf.cli.train_model import load_config
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import UNITS, LeMoConfig
 from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
 from lemo_hf.planning.speed import Card, step_seconds
 from lemo_hf.progress import Estimated
 
 PRESET = "card"  # which holds what a card does not decide
 OFFLOADS = (8, 16, 32, 64, 128)  # GiB to pin, at most half of the host's memory
+Way = tuple[bool, float | None]  # of checkpointing, and GiB of offload
 IN = {"finish": " in the finish"}
 WORDS = {
     "none": "nothing is computed again",
@@ -31,9 +33,10 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     """Set ``data.tokens``, checkpointing and offload where the user did not.
 
     The first of these ways that fits is taken: store everything, compute again, compute again and
-    offload. Without ``data.tokens`` rows are as long as the model's positions and sliding window,
-    or shorter if the last of the ways allows no more. Attention with sinks becomes the one that is
-    planned: transformers' default stores scores.
+    offload. Where the second leaves room, as many layers as fit store everything. Without
+    ``data.tokens`` rows are as long as the model's positions and sliding window, or shorter if the
+    last of the ways allows no more. Attention with sinks becomes the one that is planned:
+    transformers' default stores scores.
 
     Returns:
         What `look` found of the run, and a sentence on what was chosen.
@@ -76,7 +79,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in ways)
     }
 
-    def phases_of(way: tuple[bool, float | None], length: int) -> dict[str, Plan]:
+    def phases_of(way: Way, length: int) -> dict[str, Plan]:
         if start is None:
             return {"stock": planners[way[0]].plan(None, length, room)}
         return planners[way[0]].plans(_offloading(start, way[1]), length, room)
@@ -84,7 +87,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     def fits(phases: dict[str, Plan]) -> bool:
         return all(phase.peak <= room for phase in phases.values())
 
-    def fitting(length: int) -> tuple[tuple[bool, float | None], dict[str, Plan]] | None:
+    def fitting(length: int) -> tuple[Way, dict[str, Plan]] | None:
         """The first way with which rows of ``length`` tokens fit, and its phases."""
         if not fits(last := phases_of(ways[-1], length)):
             return None  # nor by any other, which all store more
@@ -113,6 +116,12 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     if asked is None:
         settings.set("data", "tokens", tokens, "--memory-gib")
     (checkpointing, offload), phases = chosen
+    if start is not None and _may_spare(settings, start, chosen):
+        bar.expect(2 * LOOKS)
+        spared = planners[checkpointing].spared(start, tokens, room)
+        if spared is not None:
+            phases = planners[checkpointing].plans(spared, tokens, room)
+            settings.set("lemo", "recompute", spared.recompute, "--memory-gib")
     settings.set("training", "activation_checkpointing", checkpointing, "--memory-gib")
     by = ""
     if run.model.attn_implementation is None and planner.attention != "sdpa":
@@ -121,7 +130,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     if offload is not None:
         settings.set("lemo", "offload_gib", offload, "--memory-gib")
     highest = max(phases.values(), key=lambda phase: phase.peak)
-    levels = " and ".join(WORDS[level] for level in dict.fromkeys(highest.levels))
+    levels = _in_words(highest.levels)
     levels = levels or ("layers are computed again" if checkpointing else WORDS["none"])
     pinned = "" if offload is None else f", up to {offload:g} GiB wait in pinned host memory"
     cut = asked is None and tokens == window
@@ -141,6 +150,24 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
     return dataclasses.replace(found, config=longer), said
 
 
+def _may_spare(settings: Settings, lemo: LeMoConfig, chosen: tuple[Way, dict[str, Plan]]) -> bool:
+    """Whether layers that are computed again may store everything instead, as far as they fit."""
+    way, phases = chosen
+    said = settings.values.get("training", {}).get("activation_checkpointing")
+    if way != (True, None) or said is not None or lemo.recompute is not None:
+        return False
+    return {level for phase in phases.values() for level in phase.levels} == {UNITS[0]}
+
+
+def _in_words(levels: Sequence[str]) -> str:
+    """What is computed again, and in how many layers, if the first differ from the last."""
+    runs = [(level, len(list(same))) for level, same in groupby(levels)]
+    if len(runs) != 2:
+        return " and ".join(WORDS[level] for level in dict.fromkeys(levels))
+    (first, many), (last, rest) = runs
+    return f"in the first {many} layers {WORDS[first]}, in the last {rest} {WORDS[last]}"
+
+
 def _times(phases: dict[str, Plan], card: Card, passes: int) -> str:
     """How long optimizer steps of so many passes take."""
     times = [
@@ -154,7 +181,7 @@ def _offloading(lemo: LeMoConfig, gib: float | None) -> LeMoConfig:
     return lemo if gib is None else dataclasses.replace(lemo, offload_gib=gib)
 
 
-def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[tuple[bool, float | None]]:
+def _ways(settings: Settings, lemo: LeMoConfig | None) -> Iterator[Way]:
     """Ways of checkpointing and offload that may be chosen, the fastest first."""
     said = settings.values.get("training", {}).get("activation_checkpointing")
     yield from ((way, None) for way in (False, True) if said in (None, way))

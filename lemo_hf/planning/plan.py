@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lemo_hf.config import LeMoConfig
+from lemo_hf.config import LEVELS, UNITS, LeMoConfig
 from lemo_hf.core.families import MULTIMODAL, family_of
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import DryModel, attention_of
@@ -180,6 +180,22 @@ class Planner:
 
         most = min(FARTHEST, self.window or FARTHEST) // size
         return size * _highest(beyond, most, first=(256, 1024))
+
+    def spared(self, lemo: LeMoConfig, tokens: int, room: float) -> LeMoConfig | None:
+        """``lemo`` with as many layers that store everything as fit, the last ones; the others
+        compute again what is not attention's (``"selective"``). None if not one more fits."""
+        layers = len(self._model.layers)
+
+        def mixed(count: int) -> LeMoConfig:
+            levels = (UNITS[0],) * (layers - count) + (LEVELS[0],) * count
+            return replace(lemo, recompute=levels)
+
+        def beyond(count: int) -> float:
+            found = self.plans(mixed(count), tokens, room)
+            return max(phase.peak for phase in found.values()) - room
+
+        count = _highest(beyond, layers, first=(layers // 4, layers // 2))
+        return mixed(count) if count else None
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
         """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does."""

@@ -118,6 +118,20 @@ def test_rows_between_them_are_computed_again_alone(lemo, folder):
     assert run["lemo"]["offload_gib"] is None and "computed again" in said and peak <= 22
 
 
+def test_layers_that_fit_store_everything(lemo, folder):
+    """Where rows are computed again and memory is left, it is used; a user's word on it stays."""
+    rows = ("--memory-gib", "48", "--tokens", "32768", "--lemo.dense_finish", "0")
+    run, said, peak = planned(lemo, *rows)
+    levels = run["lemo"]["recompute"]
+    stored = levels.count("none")
+    assert levels == ["selective"] * (32 - stored) + ["none"] * stored and 0 < stored < 32
+    assert f"in the first {32 - stored} layers all but attention and its projection is" in said
+    assert f"in the last {stored} nothing is computed again. The predicted peak" in said
+    assert f"{peak:.1f} GiB" in said and 44 < peak <= 46
+    run, said, peak = planned(lemo, *rows, "--training.gradient_checkpointing", "true")
+    assert run["lemo"]["recompute"] is None and "again. The" in said and peak < 40
+
+
 def test_what_was_said_stays(lemo, folder):
     said = ("--training.gradient_checkpointing", "--lemo.offload_gib", 4, "--lora.r", 8)
     settings, _, _ = planned(lemo, "--memory-gib", "80", "--tokens", 4096, *said)

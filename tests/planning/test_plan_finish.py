@@ -10,6 +10,7 @@ from support.plans import fitting_finish, longest, plan, plans
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import workspaces
+from lemo_hf.planning.plan import Planner
 
 FULL = {"recompute": "full"}
 
@@ -171,3 +172,24 @@ def test_the_command_line(lemo, tmp_path):
     assert "The sparse steps set the peak" in out and "Both fit" not in out
     code, _, err = lemo(*command, "--dense-finish", 2)
     assert code == 2 and "dense_finish must lie in [0, 1]" in err
+
+
+def test_layers_that_fit_store_everything():
+    """The last ones, as many as fit both phases; and nobody is asked where none does."""
+    planner = Planner(LLAMA, gradient_checkpointing=True)
+    lemo = LeMoConfig(retention=0.25, policy="recent", dense_finish=0.5, finish_retention=0.5)
+    layers = LLAMA.num_hidden_layers
+
+    def peak(stored):
+        levels = ("selective",) * (layers - stored) + ("none",) * stored
+        found = planner.plans(dataclasses.replace(lemo, recompute=levels), 16384, None)
+        return max(phase.peak for phase in found.values())
+
+    room = (peak(0) + peak(layers)) // 2
+    spared = planner.spared(lemo, 16384, room)
+    stored = spared.recompute.count("none")
+    assert spared.recompute == ("selective",) * (layers - stored) + ("none",) * stored
+    assert peak(stored) <= room < peak(stored + 1) and 0 < stored < layers
+    assert dataclasses.replace(spared, recompute=None) == lemo
+    assert planner.spared(lemo, 16384, peak(layers)).recompute == ("none",) * layers
+    assert planner.spared(lemo, 16384, peak(1) - 1) is None
