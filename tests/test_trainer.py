@@ -198,7 +198,9 @@ def test_logs_say_what_was_kept(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "LeMo: 2 of 4 layers (2 to 3) are sparse, attention retention 0.5" in out
     assert "MLP retention 0.25" in out and "The other layers, evaluation and gen" in out
-    assert ". Evaluation and generation stay dense." in make_trainer(tmp_path, SPARSE).lemo.describe()
+    assert (
+        ". Evaluation and generation stay dense." in make_trainer(tmp_path, SPARSE).lemo.describe()
+    )
 
 
 @pytest.mark.parametrize("by_callback", [False, True])
