@@ -1,0 +1,198 @@
+"""Steps of completion rows in a plain loop, and by `LeMoTrainer` and `Trainer` as users run them.
+
+A Trainer does more between two steps than the loop of `bench_completion.py`. It also reads each
+loss (``logging_nan_inf_filter``, on by default), so that the GPU waits for all of that; without it
+the host goes ahead. Times are those of many steps together, with one wait at the end.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_completion import ANSWERS, RESULTS, RETENTIONS, providers
+from model_shapes import LORA
+from providers import Provider, provider_on
+from record import GIB, command_line, environment, matmul_tflops, save
+from steps import Bench, empty_memory, train_step, why
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from lemo_hf import LeMoConfig, LeMoTrainer, remove_lemo
+
+LOOP, READS, AHEAD = "loop", "Trainer", "Trainer that reads no loss"
+
+
+class Rows(Dataset):
+    """Random tokens, the last `ANSWERS` of them with labels."""
+
+    def __init__(self, tokens: int, vocabulary: int, count: int):
+        self.tokens, self.vocabulary, self.count = tokens, vocabulary, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(self.vocabulary, (self.tokens,), generator=generator)
+        labels = ids.clone()
+        labels[:-ANSWERS] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+class Clock:
+    """Time of the steps after the first ``warm_up``, which are warm."""
+
+    def __init__(self, device: torch.device, warm_up: int, last: int):
+        self.device, self.warm_up, self.last = device, warm_up, last
+        self.ms, self.peak_gib = 0.0, 0.0
+
+    def step_ended(self, number: int) -> None:
+        """``number`` of them have ended."""
+        if number not in (self.warm_up, self.last):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            # The first steps record CUDA graphs, whose memory nothing allocates any more.
+            self.peak_gib = max(self.peak_gib, torch.cuda.max_memory_allocated() / GIB)
+        if number == self.warm_up:
+            self._began = time.perf_counter()
+        else:
+            taken = time.perf_counter() - self._began
+            self.ms = 1e3 * taken / (self.last - self.warm_up)
+
+
+class Ticks(TrainerCallback):
+    """Tells a clock of a Trainer's steps."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Counts it."""
+        self.clock.step_ended(state.global_step)
+
+
+def by_loop(bench: Bench, provider: Provider, args: argparse.Namespace, clock: Clock) -> None:
+    """Steps as `bench_completion.py` takes them."""
+    with provider_on(bench.models, provider, {}) as (model, _):
+        step = partial(train_step, model, bench.optimizer, args.tokens, ANSWERS, args.rows)
+        for number in range(clock.last):
+            step()
+            clock.step_ended(number + 1)
+
+
+def by_trainer(
+    reads: bool, bench: Bench, provider: Provider, args: argparse.Namespace, clock: Clock
+) -> None:
+    """Steps of a run by Trainer, or by LeMoTrainer; ``reads``: whether it reads each loss."""
+    model: nn.Module = bench.models.model
+    config = LeMoConfig(**provider.lemo) if provider.kind == "lemo" else None
+    options: dict[str, Any] = {}
+    if provider.checkpointing:
+        options["gradient_checkpointing"] = True
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    cpu = clock.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=clock.last,
+        per_device_train_batch_size=args.rows,
+        optim="adamw_torch" if cpu else "adamw_torch_fused",
+        logging_steps=clock.last,
+        logging_nan_inf_filter=reads,
+        dataloader_num_workers=0 if cpu else 2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=cpu,
+        **options,
+    )
+    rows = Rows(args.tokens, model.get_base_model().config.vocab_size, args.rows * clock.last)
+    trainer = LeMoTrainer(
+        model, arguments, train_dataset=rows, lemo_config=config, callbacks=[Ticks(clock)]
+    )
+    try:
+        trainer.train()
+    finally:
+        remove_lemo(model)
+        model.get_base_model().gradient_checkpointing_disable()
+        trainer.optimizer = None
+
+
+WAYS: dict[str, Callable[..., None]] = {
+    LOOP: by_loop,
+    READS: partial(by_trainer, True),
+    AHEAD: partial(by_trainer, False),
+}
+
+
+def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Measure all ways of each provider, ``--rounds`` times in turn; the file grows with them."""
+    torch.manual_seed(0)
+    header = {
+        **environment(device),
+        "commit": args.commit,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or "default",
+        "lora": LORA,
+        "labels": ANSWERS,
+        "steps": args.steps,
+        "matmul_tflops": matmul_tflops(device),
+        "commands": [args.command],
+    }
+    path = args.output or RESULTS / header["gpu"].lower().replace(" ", "-") / "bench_trainer.json"
+    bench = Bench(args.model, args.tokens, device, args.tiny)
+    known = {provider.name: provider for provider in providers(RETENTIONS, ())}
+    rows: dict[tuple[str, str], dict] = {}
+    for _ in range(args.rounds):
+        for name in args.providers:
+            for way, take in WAYS.items():
+                row = rows.setdefault((name, way), _empty(args, name, way))
+                clock = Clock(device, args.warm_up, args.warm_up + args.steps)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    take(bench, known[name], args, clock)
+                    row["ms"].append(round(clock.ms, 2))
+                    row["peak_gib"] = max(row["peak_gib"], round(clock.peak_gib, 2))
+                except Exception as error:  # one way's failure must not cost the others' numbers
+                    row["status"] = why(error)
+                empty_memory(bench.optimizer)
+                save(path, header, list(rows.values()))
+                print(f"{name:20s} {way:26s} {row['status']} {row['ms']}", flush=True)
+    return list(rows.values())
+
+
+def _empty(args: argparse.Namespace, name: str, way: str) -> dict:
+    row = {"model": args.model, "tokens": args.tokens, "rows": args.rows, "provider": name}
+    return {**row, "way": way, "status": "ok", "ms": [], "peak_gib": 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
+    add("--tokens", type=int, default=32768)
+    add("--rows", type=int, default=1, help="a step")
+    add("--steps", type=int, default=20, help="that are timed together")
+    add("--warm-up", type=int, default=4, help="steps before them")
+    add("--rounds", type=int, default=3)
+    add("--providers", nargs="+", default=["lemo 0.3", "lemo 0.1", "lemo 0.1 +graph"])
+    add("--commit", default="unknown", help="of lemo-hf, for the record")
+    add("--output", type=Path, help="default: benchmarks/results/GPU/bench_trainer.json")
+    add("--tiny", action="store_true", help="tiny models on the CPU: does the script run?")
+    args = parser.parse_args()
+    args.command = command_line("bench_trainer.py", sys.argv[1:])
+    if not (args.tiny or torch.cuda.is_available()):
+        raise SystemExit("bench_trainer.py measures on a CUDA GPU, and there is none.")
+    run(args, torch.device("cpu" if args.tiny else "cuda"))
+
+
+if __name__ == "__main__":
+    main()
