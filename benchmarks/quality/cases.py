@@ -189,7 +189,8 @@ def in_fp8() -> list[Job]:
         text(f"{name}, a tenth dense", steps=STEPS, about=36, finish=0.1, lemo=chunks(0.3, **fp8))
         for name, fp8 in (("chunks 0.3", {}), ("chunks 0.3 in FP8", {"fp8": True}))
     ]
-    return seeded([whole, completion(arm, batch=2, lemo=lemo), *by_default], SEEDS)
+    ended = replace(by_default[-1], arm=f"{by_default[-1].arm}, three tenths in bf16", bf16=0.3)
+    return seeded([whole, completion(arm, batch=2, lemo=lemo), *by_default, ended], SEEDS)
 
 
 def equal_steps(seed: int) -> Job:

@@ -28,6 +28,7 @@ class Job:
         cut: Rows are made 1 / ``cut`` as long.
         finish: Share of the run at its end with full rows of which everything is kept.
         finish_batch: Rows a step there.
+        bf16: Share of the run at its end without FP8, the finish included.
         ramp: Retentions at the start and at the end of what is before the finish, or None.
         attention: "full", or "s2": LongLoRA's shifted sparse attention, until the finish.
         asks: Whom blocks are chosen for. "policy": as the policy does. "question", "answer": by
@@ -48,6 +49,7 @@ class Job:
     cut: int = 1
     finish: float = 0.0
     finish_batch: int = 1
+    bf16: float = 0.0
     ramp: tuple[float, float] | None = None
     attention: str = "full"
     asks: str = "policy"

@@ -32,6 +32,8 @@ class Schedule:
         """What a pass keeps; None: as the config says."""
         if self.finishes(share):
             return 1.0
+        if self.job.bf16 and share >= 1 - self.job.bf16:
+            return self.job.lemo["retention"]  # as before, but LeMo has no FP8 in its finish
         if self.job.ramp is None:
             return None
         first, last = self.job.ramp
