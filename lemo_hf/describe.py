@@ -69,9 +69,11 @@ def _kept(config: LeMoConfig) -> str:
 
 
 def describe_finish(config: LeMoConfig) -> str:
-    """One sentence and a space on the finish; empty without a finish."""
+    """One sentence and a space on the finish; without one empty, if nothing was asked of it."""
     if not config.finish:
-        return ""
+        kept = config.finish_retention
+        unread = f"finish_retention={kept:g} has no effect: set dense_finish, or leave it out. "
+        return unread if kept < 1 else ""
     rows = "" if config.dense_finish is not None else " for rows that are labelled throughout"
     said = _finish(config)
     return f"{said[0].upper()}{said[1:]}{rows}. "

@@ -316,6 +316,10 @@ def test_chance_and_rows_without_labels_are_said():
     assert "25% of them by chance" in describe_run(LeMoConfig(), rules, "sdpa", None)
     exact = LeMoConfig(random_share=0)
     assert "% of them by chance" not in describe_run(exact, rules, "sdpa", None)
+    unread = "finish_retention=0.5 has no effect: set dense_finish"
+    for config, said in (({"policy": "overlap"}, True), ({"dense_finish": 0}, True), ({}, False)):
+        run = describe_run(LeMoConfig(finish_retention=0.5, **config), rules, "sdpa", None)
+        assert (unread in run) is said
     row = RowCounts(640, 10, 2, 128, 0, 0)
     assert "640-token row (no labels) about 192" in describe_batch(
         exact, [row], {"attention": [192]}
