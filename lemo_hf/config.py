@@ -184,11 +184,9 @@ class LeMoConfig:
             return self.dense_finish
         return AUTO_FINISH if self.policy == "auto" else 0.0
 
-    def brief(self) -> str:
-        """The fields that are not at their defaults, in one line."""
-        default = vars(LeMoConfig())
-        changed = (f"{k}={v!r}" for k, v in vars(self).items() if v != default[k])
-        return f"LeMoConfig({', '.join(changed)})"
+    def finish_steps(self, steps: int) -> int:
+        """Optimizer steps of the finish in a run of ``steps``: at least one if there is one."""
+        return max(1, round(self.finish * steps)) if self.finish else 0
 
     def recompute_levels(self, num_layers: int) -> list[str | None]:
         """The ``recompute`` of each layer; None if the model's gradient checkpointing decides.

@@ -19,6 +19,13 @@ _BEST = {
 }
 
 
+def brief(config: LeMoConfig) -> str:
+    """The fields that are not at their defaults, in one line."""
+    default = vars(LeMoConfig())
+    changed = (f"{k}={v!r}" for k, v in vars(config).items() if v != default[k])
+    return f"LeMoConfig({', '.join(changed)})"
+
+
 def describe_run(
     config: LeMoConfig,
     rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
@@ -87,15 +94,15 @@ def _finish(config: LeMoConfig) -> str:
 
 
 def describe_batch(
-    config: LeMoConfig, rows: Sequence[RowCounts], slots: Mapping[str, Sequence[int]]
+    config: LeMoConfig, rows: Sequence[RowCounts], slots: Mapping[str, Sequence[tuple[int, int]]]
 ) -> str:
     """One line on the longest row of a batch: its labels, how many tokens train, and which.
 
     Args:
         config: The user's settings.
         rows: Counts of the rows.
-        slots: Number of tokens of each row that a sparse layer keeps for its ``"attention"``, and
-            for its ``"mlp"`` if that chooses for itself.
+        slots: Fewest and most tokens of each row that a sparse layer keeps for its
+            ``"attention"``, and for its ``"mlp"`` if that chooses for itself.
     """
     longest = max(range(len(rows)), key=lambda i: rows[i].tokens)
     row, kept = rows[longest], {name: counts[longest] for name, counts in slots.items()}
@@ -103,16 +110,18 @@ def describe_batch(
     if not row.labels:
         labels = "no labels"
     said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
-    if min(kept.values()) >= row.tokens:
+    if min(fewest for fewest, _ in kept.values()) >= row.tokens:
         return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."
-    attention = kept.get("attention", row.tokens)  # which chooses nothing if it keeps all
+    attention = kept.get(
+        "attention", (row.tokens, row.tokens)
+    )  # which chooses nothing if it keeps all
     said += f"about {_share(attention, row, config, config.retention)} train in "
     if "mlp" in kept:
         own = _share(kept["mlp"], row, config, config.mlp_retention)
         said += f"the attention of each sparse layer and about {own} in its MLP"
     else:
         said += "each sparse layer"
-    fewest = [min(counts) for counts in zip(*slots.values(), strict=True)]
+    fewest = [min(low for low, _ in counts) for counts in zip(*slots.values(), strict=True)]
     whole = sum(row.tokens <= kept for row, kept in zip(rows, fewest, strict=True))
     if whole:
         said += f" ({whole} of the {len(rows)} rows of this batch are too short to leave any out)"
@@ -139,8 +148,11 @@ def describe_offload(config: LeMoConfig, layers: Iterable[Any]) -> str:
     )
 
 
-def _share(kept: int, row: RowCounts, config: LeMoConfig, asked: Any) -> str:
+def _share(span: tuple[int, int], row: RowCounts, config: LeMoConfig, asked: Any) -> str:
     """How many tokens, which share of the row that is, and why it is more than ``asked``."""
+    low, kept = span
+    if low < kept:  # layers differ
+        return f"{low:,} to {kept:,} tokens ({low / row.tokens:.0%} to {kept / row.tokens:.0%})"
     said = f"{kept:,} tokens ({kept / row.tokens:.0%}"
     if not isinstance(asked, int | float) or kept < (asked + 0.01) * row.tokens:
         return f"{said})"

@@ -28,7 +28,7 @@ from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.core.sink_attention import NAME as SINKS
-from lemo_hf.describe import describe_batch, describe_offload, describe_run
+from lemo_hf.describe import brief, describe_batch, describe_offload, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import settle, sharded
 from lemo_hf.load_predictor import load_predictor
@@ -131,8 +131,8 @@ def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
         )
     logger.warning(
         "the model had LeMo of an earlier trainer on it (%s); now it has the newest one's (%s).",
-        lemo.config.brief(),
-        None if config is None else config.brief(),
+        brief(lemo.config),
+        None if config is None else brief(config),
     )
 
 
@@ -164,7 +164,7 @@ class LeMo:
         predictors: LeMoPredictor | Sequence[BlockPredictor | None] | None,
     ):
         layers = cast(nn.ModuleList, model.get_submodule(family.layers))
-        rules = config.layer_rules(len(layers))
+        rules, levels = config.layer_rules(len(layers)), config.recompute_levels(len(layers))
         if predictors is None and config.predictor is not None:
             predictors = load_predictor(config, BaseModel.of_model(model))
         self.predictor: LeMoPredictor | None = None
@@ -181,7 +181,7 @@ class LeMo:
             host = HostMemory(config.offload_gib, last=len(layers) - 1)
         last = layers[self.sparse_layers[-1]]
         self.passes = Passes(model, config, family, last, host)
-        for i, level in enumerate(config.recompute_levels(len(layers))):
+        for i, level in enumerate(levels):
             rule, mlp_rule = rules[i] or (None, None)
             setup = LayerSetup(
                 family=family.of_layer(layers[i]),
@@ -258,11 +258,11 @@ class LeMo:
 
         Args:
             step: Optimizer steps done.
-            steps: Optimizer steps of the whole run; None if not known, then there is no finish.
+            steps: Optimizer steps of the whole run, at least one in its finish; None: no finish.
         """
-        finish = 0 if steps is None else round(self.config.finish * steps)
+        finish = self.config.finish_steps(steps) if steps else 0
         ends = steps is not None and finish > 0 and step >= steps - finish
-        self.passes.global_step, self.passes.asked = step, True
+        self.passes.global_step, self.passes.asked, self.passes.told = step, True, True
         self.set_finish(self.config.finish_retention if ends else None)
 
     def set_finish(self, retention: float | None) -> None:

@@ -123,7 +123,7 @@ def _facts(facts: RunFacts) -> Iterator[tuple[str, str]]:
         yield "threshold", _setting(config.threshold)
     yield "policy", str(config.policy)
     yield "tokens that the loss asks", config.supervise
-    yield "finish", _finish(config)
+    yield "finish", _finish(config, state)
     of = f" of {state.max_steps:,}" if state.max_steps > state.global_step else ""
     epoch = "" if state.epoch is None else f", until epoch {state.epoch:.3g}"
     yield "optimizer steps", f"{state.global_step:,}{of}, of {facts.rows:,} rows each{epoch}"
@@ -158,14 +158,17 @@ def _setting(value: Any) -> str:
     return f"{value:g}"
 
 
-def _finish(config: LeMoConfig) -> str:
+def _finish(config: LeMoConfig, state: TrainerState) -> str:
     if not config.finish:
         return "none"
     kept = "keep everything"
     if config.finish_retention < 1:
         kept = f"keep {config.finish_retention:.0%} of the blocks"
     rows = "" if config.dense_finish is not None else ", for rows that are labelled throughout"
-    return f"the last {config.finish:.0%} of the steps {kept}{rows}"
+    said = f"the last {config.finish:.0%} of the steps {kept}{rows}"
+    if state.global_step <= state.max_steps - config.finish_steps(state.max_steps):
+        said += f"; the run ended before, at step {state.global_step:,} of {state.max_steps:,}"
+    return said
 
 
 def _sums(logs: list[dict[str, Any]], facts: RunFacts) -> Iterator[tuple[str, str]]:

@@ -20,9 +20,9 @@ from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.resuming import resumed_checkpoint, say_what_changed
 from lemo_hf.run_card import RunFacts, add_run
-from lemo_hf.storage.checkpoints import newest_whole_checkpoint
-from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME
+from lemo_hf.storage.files import WEIGHTS_NAME
 from lemo_hf.storage.lengths import longest_row
 
 logger = logging.getLogger(__name__)
@@ -118,13 +118,10 @@ class LeMoMixin(_Mixed):
             config = self.lemo_config
             self._refuse_callbacks()
             self._first_batch = True
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                # None whole: Trainer says that there is none, or what is wrong with the newest.
-                checkpoint = newest_whole_checkpoint(self.args)
-                resume_from_checkpoint = checkpoint or True
+            checkpoint = resumed_checkpoint(self.args, resume_from_checkpoint)
             if checkpoint:
-                self._check_resumed_config(config, checkpoint)
+                resume_from_checkpoint = checkpoint
+                say_what_changed(config, checkpoint)
                 self._resume_predictor(config, checkpoint)
             lemo = self._lemo_on_model(config)
             announce(self.args, lemo.describe())
@@ -235,6 +232,9 @@ class LeMoMixin(_Mixed):
     ) -> Tensor | tuple[Tensor, Any]:
         """As Trainer's; LeMo also sees the labels of a loss that is made outside the model."""
         lemo = self.lemo if model.training else None
+        if lemo is not None and not self._in_step:  # the user has a `training_step` of their own
+            lemo.begin_step(self.state.global_step, self.state.max_steps)
+            lemo.end_step()  # passes are asked for by their labels
         with nullcontext() if lemo is None else lemo.training():
             if lemo is not None and self._loss_is_outside() and "labels" in inputs:
                 labels = lemo.passes.announced.promise(inputs["labels"], num_items_in_batch)
@@ -296,24 +296,6 @@ class LeMoMixin(_Mixed):
         # A batch longer than any row is packed, and another one may be longer.
         if longest is not None and ids.shape[-1] <= longest:
             check_block_size(config, longest)
-
-    def _check_resumed_config(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
-        if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
-            logger.warning("%s has no %s: it was not trained with LeMo.", checkpoint, CONFIG_NAME)
-            return
-        saved = LeMoConfig.from_pretrained(checkpoint)
-        changed = [
-            f"{name}={value!r} (was {getattr(saved, name)!r})"
-            for name, value in vars(config).items()
-            if getattr(saved, name) != value
-            # A predictor's weights are compared; how a pass is run changes no result.
-            and name
-            not in ("predictor", "predictor_revision", "sequence_parallel_size", "cuda_graphs")
-        ]
-        if changed:
-            logger.warning(
-                "resuming %s with another LeMoConfig: %s", checkpoint, "; ".join(changed)
-            )
 
     def _resume_predictor(self, config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
         """Choose blocks by the checkpoint's predictor; the Hub is not asked."""

@@ -22,6 +22,7 @@ IMPORTS = {
     "config": "config_checks shown storage version",
     "kernels": "",
     "predictors": "cards config shown storage version",
+    "resuming": "config storage",
     "run_card": "cards config storage",
     "batch": "config kernels predictors",
     "memory": "batch config kernels",
@@ -34,7 +35,7 @@ IMPORTS = {
     "patch": "check config core describe graphs kernels load_predictor memory predictors",
     "integrations.callback": "announce config core kernels patch run_card",
     "trainer": "announce config core integrations.callback parallel patch predictors "
-    "run_card storage",
+    "resuming run_card storage",
     "integrations": "altered config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels modes patch predictors progress storage",

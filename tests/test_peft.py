@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     IA3Config,
     LoftQConfig,
     LoraConfig,
@@ -181,10 +182,18 @@ def test_adapters_put_on_by_transformers_itself():
     [
         AdaLoraConfig(r=4, target_modules=LINEARS, total_step=10, task_type="CAUSAL_LM"),
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6),
+        AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
     ],
 )
 def test_methods_whose_passes_would_be_dense_are_refused(config):
     with pytest.raises(ValueError, match=rf"PEFT's {config.peft_type.value} is not supported"):
+        apply_lemo(adapted(config), LeMoConfig(block_size=8))
+
+
+def test_adapters_of_a_part_of_the_row_are_refused():
+    """PEFT counts from the end of the whole row where they begin."""
+    config = lora(alora_invocation_tokens=[3, 4])
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens=\[3, 4\] is not supported"):
         apply_lemo(adapted(config), LeMoConfig(block_size=8))
 
 

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from support.models import batch, make_model, with_lora
 from support.trainers import SPARSE, dataset, make_trainer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.train_folder import clear
@@ -39,6 +39,18 @@ def named(name):
     model = with_lora(make_model("llama"))
     model.get_base_model().config._name_or_path = name
     return model
+
+
+def test_a_finish_that_was_not_reached_is_said(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    config = LeMoConfig(retention=0.5, block_size=8)
+    trainer = make_trainer(tmp_path, config, max_steps=8, callbacks=[Stops()])
+    trainer.train()
+    trainer.save_model()
+    assert facts(tmp_path)["finish"].endswith("; the run ended before, at step 2 of 8")
 
 
 def test_the_facts(tmp_path):

@@ -42,7 +42,7 @@ def with_callback(tmp_path, config, **arguments):
         ({}, 10, 9),
         ({"dense_finish": 0.5}, 6, 3),
         ({"dense_finish": 0.25}, 6, 4),  # 1.5 steps are 2
-        ({"dense_finish": 0.01}, 20, 20),
+        ({"dense_finish": 0.01}, 20, 19),  # who asks for a finish gets one step of it
         ({"dense_finish": 0}, 4, None),
         ({"dense_finish": 1}, 4, 0),
         ({"policy": "recent"}, 10, None),
@@ -88,7 +88,7 @@ def test_it_counts_optimizer_steps(tmp_path, make):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [SPARSE] * 4),  # a tenth of four steps is none
+        ({}, [SPARSE] * 3 + [DENSE]),  # a tenth of four steps is one
         ({"dense_finish": 0}, [SPARSE] * 4),
         ({"dense_finish": 1}, [DENSE] * 4),
         ({"dense_finish": 0.5, "finish_retention": 0.5}, [SPARSE] * 2 + [0.5] * 2),
@@ -316,13 +316,18 @@ def test_chance_and_rows_without_labels_are_said():
     assert "25% of them by chance" in describe_run(LeMoConfig(), rules, "sdpa", None)
     exact = LeMoConfig(random_share=0)
     assert "% of them by chance" not in describe_run(exact, rules, "sdpa", None)
+    apart = LeMoConfig(retention=(0.3, 1), agree_across_layers=False)
+    row = RowCounts(640, 10, 10, 640, 0, 0)
+    assert "about 192 to 640 tokens (30% to 100%) train" in describe_batch(
+        apart, [row], {"attention": [(192, 640)]}
+    )
     unread = "finish_retention=0.5 has no effect: set dense_finish"
     for config, said in (({"policy": "overlap"}, True), ({"dense_finish": 0}, True), ({}, False)):
         run = describe_run(LeMoConfig(finish_retention=0.5, **config), rules, "sdpa", None)
         assert (unread in run) is said
     row = RowCounts(640, 10, 2, 128, 0, 0)
     assert "640-token row (no labels) about 192" in describe_batch(
-        exact, [row], {"attention": [192]}
+        exact, [row], {"attention": [(192, 192)]}
     )
 
 

@@ -44,14 +44,15 @@ class Tally:
             of "attention" and "mlp".
         kept_blocks: Kept blocks of the last pass, ``[B, N]`` bool, by
             ``(layer, "attention" or "mlp")``.
-        first: Counts of the rows of the first pass outside the finish, and how many tokens its
-            attentions and MLPs kept of each; None before that pass, and once this was reported.
+        first: Counts of the rows of the first pass outside the finish, and the fewest and the most
+            tokens that its attentions and MLPs kept of each; None before that pass, and once this
+            was reported.
         listeners: Functions that get what a pass has kept, once it is counted.
     """
 
     def __init__(self) -> None:
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
-        self.first: tuple[list[RowCounts], dict[str, list[int]]] | None = None
+        self.first: tuple[list[RowCounts], dict[str, list[tuple[int, int]]]] | None = None
         self.listeners: list[Callable[[Seen], None]] = []
         self._begun = False
         self.reset()
@@ -69,7 +70,7 @@ class Tally:
         for listener in self.listeners:
             listener(seen)
 
-    def note_first(self, rows: list[RowCounts], slots: dict[str, list[int]]) -> None:
+    def note_first(self, rows: list[RowCounts], slots: dict[str, list[tuple[int, int]]]) -> None:
         """Remember the ``rows`` of a pass, and the ``slots`` that it kept of each, if it is the
         first pass."""
         if not self._begun:

@@ -12,7 +12,7 @@ import yaml
 from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
-from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, newest_whole_checkpoint
+from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, damage, newest_whole_checkpoint
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
     if resume:
         found = newest_whole_checkpoint(args)
         if found is None:
-            state = "no whole checkpoint" if checkpoints(directory) else "no checkpoint"
+            newest = next(iter(checkpoints(directory)), None)
+            state = "no checkpoint"
+            if newest is not None:
+                state = f"no whole checkpoint ({newest.name}: {damage(newest, args)})"
             way_out = "start over with --overwrite" if there else "leave the flag out"
             raise ValueError(f"--resume: {directory} has {state}: {way_out}.")
         return found

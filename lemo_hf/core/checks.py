@@ -50,6 +50,7 @@ _REFUSED_ADAPTERS = {
     "XLORA": "it calls the model's forward past the hooks that LeMo works by",
     "PREFIX_TUNING": "its prefix is a KV cache, with which a pass is dense",
     "CARTRIDGE": "its prefix is a KV cache, with which a pass is dense",
+    "ADAPTION_PROMPT": "it calls the model's forward past the hooks that LeMo works by",
 }
 
 
@@ -61,6 +62,13 @@ def check_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"PEFT's {name} is not supported: {_REFUSED_ADAPTERS[name]}. Use LoRA or one of "
                 "its variants, or train without LeMo."
+            )
+        tokens = getattr(config, "alora_invocation_tokens", None)
+        if tokens is not None:
+            raise ValueError(
+                f"alora_invocation_tokens={list(tokens)!r} is not supported: PEFT counts from the "
+                "end of the whole row which tokens the adapter is for, and layers get kept tokens. "
+                "Leave it unset, or train without LeMo."
             )
 
 

@@ -94,6 +94,23 @@ class StepLabels(Labels):
 
     whole: Labels = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        self._left = self.tensor.clone(), self.tensor._version
+
+    def strike(self, sparse_pass: SparsePass) -> None:
+        """As `Labels.strike`."""
+        self._take_edits()
+        super().strike(sparse_pass)
+        self._left = self.tensor.clone(), self.tensor._version
+
+    def _take_edits(self) -> None:
+        """Take over what the user has written into the tensor since it was made or struck."""
+        left, version = self._left
+        if self.tensor._version != version:
+            whole, tensor = self.whole.tensor, self.tensor
+            whole.copy_(torch.where(tensor != left, tensor, whole))
+            self._left = tensor.clone(), tensor._version
+
     def fit(self, batch: Tensor) -> bool:
         """As `Labels.fit`."""
         return super().fit(batch) and self.whole.fit(batch)
@@ -101,6 +118,7 @@ class StepLabels(Labels):
     def restored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a pass, with these labels as they were before, if they are among the
         arguments."""
+        self._take_edits()
         changed = ((self.tensor, self.whole.tensor), (self.num_items, self.whole.num_items))
         return {
             name: next((whole for struck, whole in changed if value is struck), value)

@@ -86,9 +86,9 @@ class SparseLayer(_Mixed):
         names = list(signature(super().forward).parameters)[1:] if args else ()
         kwargs |= zip(names, args, strict=False)  # GPT-2 gives some by place
         if sparse_pass is None:
-            cached = any(kwargs.get(name) is not None for name in _CACHES)
-            stray = not (cached or setup.passes.plain or setup.passes.resting)
-            if self.training and torch.is_grad_enabled() and stray:
+            stray = not (setup.passes.plain or setup.passes.resting)
+            stray &= self.training and torch.is_grad_enabled()
+            if stray and not any(_holds_tokens(kwargs.get(name)) for name in _CACHES):
                 raise RuntimeError(
                     f"layer {setup.index} was called in training mode outside a pass of its causal "
                     "LM, where it would run dense. Call the causal LM itself; for a dense pass "
@@ -116,6 +116,12 @@ class SparseLayer(_Mixed):
         return pickled_as(_stock_class(self), self, (_SETUP,))
 
     __deepcopy__ = deep_copy
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether earlier tokens are in a KV cache. Models make themselves an empty one."""
+    length = getattr(cache, "get_seq_length", None)
+    return cache is not None and (length is None or int(length()) > 0)
 
 
 def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:

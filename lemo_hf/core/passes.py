@@ -54,6 +54,11 @@ SPARSE_UNLABELLED = (
     "loss of your own use LeMoTrainer, where inputs['labels'] are those of kept tokens."
 )
 
+CACHED = (
+    "LeMo: a training pass with past_key_values and labels is the plain model's, all tokens in "
+    "every layer. This is said once."
+)
+
 
 class Passes:
     """The forward passes of one model: the one under way, and counts of what earlier ones kept.
@@ -63,7 +68,9 @@ class Passes:
             are the plain model's. False in a training loop of one's own.
         current: Sparse pass under way, or None.
         plain: Whether the pass under way is the stock model's, though in training mode.
-        global_step: Number of optimizer steps done, int64 scalar tensor or int.
+        global_step: Number of optimizer steps done, int64 scalar tensor or int; of passes where
+            nobody tells of steps.
+        told: Whether somebody does, see `LeMo.begin_step`.
         retention: Share of the blocks that rows keep in the finish, instead of the config's; None
             outside the finish.
         asked: Whether a training step is under way, whose passes are sparse without labels too.
@@ -94,7 +101,7 @@ class Passes:
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.levels = Levels(model.parameters, family, self._layers, host)
         self.group = sequence_group(config.sequence_parallel_size)
-        self.resting = self.plain = self.asked = False
+        self.resting = self.plain = self.asked = self.told = False
         self.current: SparsePass | None = None
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
@@ -152,7 +159,12 @@ class Passes:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         pairs = self.pairs or PairSets()
         of_reference = pairs.are_asked()
-        if not (model.training or of_reference) or kwargs.get("past_key_values") is not None:
+        if not (model.training or of_reference):
+            return (), kwargs
+        if kwargs.get("past_key_values") is not None:
+            if torch.is_grad_enabled() and Labels.in_call(kwargs) is not None:
+                self._say_once("cached", CACHED)
+            self.plain = True
             return (), kwargs
         if self.resting and not of_reference:
             self.plain = True
@@ -281,9 +293,21 @@ class Passes:
         if ended.exceeded:
             said = f"{ended.exceeded}. This is said once; the logged retention shows how often."
             self._say_once("exceeded", said)
+        self._number_next()
         if ended.budget.retention is None:  # a run may go on within its finish
             self.tally.note_first(ended.rows, ended.row_slots)
         self.deliver(ended.seen())
+
+    def count_replay(self, seen: Seen) -> None:
+        """Count a pass that a CUDA graph has replayed."""
+        self.tally.add(seen.clone())
+        self._number_next()
+
+    def _number_next(self) -> None:
+        """A pass that trains has ended. If nobody says which step comes, it has the next number, or
+        chance would draw the same blocks again."""
+        if not self.told and isinstance(self.global_step, int):
+            self.global_step += 1
 
     def _say_once(self, subject: str, message: str) -> None:
         """Warn once for each subject."""

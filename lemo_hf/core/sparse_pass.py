@@ -73,8 +73,8 @@ class SparsePass(BatchFacts):
         self.times_kept = torch.zeros(shape, dtype=torch.int32, device=device)
         self.kept_tokens: dict[str, Tensor | int] = {"attention": 0, "mlp": 0}
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
-        # Number of tokens that the latest choice keeps of each row, by sublayer.
-        self.row_slots: dict[str, list[int]] = {}
+        # Fewest and most tokens of each row that a layer keeps, by sublayer.
+        self.row_slots: dict[str, list[tuple[int, int]]] = {}
         self.level: str | None = None  # of recomputation, set when the first layer asks
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
@@ -120,7 +120,11 @@ class SparsePass(BatchFacts):
         """
         kept = self._given.get((layer_index, sublayer), self.agreed.get(sublayer))
         if kept is None:
-            kept, self.row_slots[sublayer] = self._choose(rule, score)
+            kept, slots = self._choose(rule, score)
+            others = self.row_slots.get(sublayer, [(n, n) for n in slots])
+            self.row_slots[sublayer] = [
+                (min(low, n), max(high, n)) for (low, high), n in zip(others, slots, strict=True)
+            ]
             if self.config.agree_across_layers:
                 self.agreed[sublayer] = kept
         if self.pairs:  # or a layer's set, and what was gathered by it, would outlive the layer

@@ -107,7 +107,7 @@ class CudaGraphs:
             self._graphs[key] = self._record(model, kwargs)
         recorded, passes = self._graphs[key], self.passes
         loss = recorded.replay(kwargs, passes.global_step)
-        passes.tally.add(recorded.written.seen.clone())
+        passes.count_replay(recorded.written.seen)
         output = tree_map_only(Tensor, torch.clone, recorded.written.output)
         return with_logits(output, loss, Logits(None, OF_GRAPHS))
 

@@ -32,11 +32,14 @@ def newest_whole_checkpoint(args: Any) -> str | None:
 
     The log warns of newer ones, and says what is wrong with them.
     """
+    skipped: dict[Path, str] = {}
     for checkpoint in checkpoints(args.output_dir):
         wrong = damage(checkpoint, args)
         if wrong is None:
+            for path, why in skipped.items():
+                logger.warning("%s is incomplete and was skipped: %s.", path, why)
             return str(checkpoint)
-        logger.warning("%s is incomplete and was skipped: %s.", checkpoint, wrong)
+        skipped[checkpoint] = wrong
     return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.eager_graphs import use_eager_graphs
-from support.models import batch, loss_and_gradients, make_model
+from support.models import batch, loss_and_gradients, make_model, same_step
 from support.trainers import SPARSE, assert_same_weights, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -60,7 +60,7 @@ def test_what_comes_next_is_exact(place, checkpointed, error):
     other = batch(rows=3, tokens=45)  # another shape: what is left of the first would not fit
     if checkpointed:
         model.gradient_checkpointing_enable()
-    apply_lemo(model, CONFIG)
+    same_step(apply_lemo(model, CONFIG))
     sparse = loss_and_gradients(model, **other)
     break_off(model, place, error, **batch())
     assert model._lemo.passes.current is None
@@ -145,7 +145,7 @@ def test_a_recording_that_runs_out_of_memory_says_so(monkeypatch):
     """And not that this model cannot become a graph."""
     use_eager_graphs(monkeypatch)
     model = make_model("llama", "sdpa")
-    apply_lemo(model, replace(CONFIG, cuda_graphs=True))
+    same_step(apply_lemo(model, replace(CONFIG, cuda_graphs=True)))
     expected = loss_and_gradients(model, **batch())
     hook = Breaks(model, "attention", out_of_memory()).hook
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory.*\n.*cuda_graphs=False"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import batch, make_model
 from support.trainers import dataset, make_trainer
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core.checks import check_trainer
@@ -66,8 +66,13 @@ def test_a_decoder_called_without_its_causal_lm_does_not_run_dense_unnoticed():
     model = make_model("llama")
     apply_lemo(model, CONFIG)
     ids = batch()["input_ids"]
-    with pytest.raises(RuntimeError, match=r"layer 0 was called in training mode outside a pass"):
-        model.model(input_ids=ids, use_cache=False)
+    for call in (
+        lambda: model.model(input_ids=ids, use_cache=False),
+        lambda: model.model(input_ids=ids),  # which makes itself an empty cache
+        lambda: model.forward(**batch()),  # past the hooks
+    ):
+        with pytest.raises(RuntimeError, match=r"layer 0 was called in training mode outside a"):
+            call()
     model.eval()
     assert model.model(input_ids=ids).last_hidden_state.isfinite().all()
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
@@ -105,3 +110,22 @@ def test_ways_of_using_several_gpus():
     for name, what in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
         with pytest.raises(ValueError, match=f"{name}_size=2: {what} parallelism"):
             check_trainer(one, SimpleNamespace(**{f"{name}_size": 2}))
+
+
+def test_a_training_pass_with_a_cache_is_dense_and_says_so(caplog):
+    model = make_model("llama")
+    lemo = apply_lemo(model, CONFIG)
+    for _ in range(2):
+        assert model(**batch(), past_key_values=DynamicCache()).loss.isfinite()
+    assert caplog.text.count("a training pass with past_key_values and labels is the plain") == 1
+    assert not lemo.report()
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="recompute has 2 entries, the model has 4 layers"):
+        apply_lemo(model, LeMoConfig(block_size=8, recompute=("full", "full")))
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    lemo = apply_lemo(model, CONFIG)
+    model(**batch()).loss.backward()
+    assert lemo.report()

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 from support.trainers import losses, make_trainer
@@ -70,6 +71,20 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_says_so(run, tmp_path, c
     assert "checkpoint-9 is incomplete and was skipped: it has no trainer_state.json" in caplog.text
     assert "checkpoint-4 is incomplete and was skipped" in caplog.text
     assert losses(trainer, resume_from_checkpoint=True) == expected
+
+
+def test_resuming_without_a_whole_checkpoint_says_what_it_does(tmp_path, caplog):
+    """Trainer takes the newest; LeMo says what that lacks, and how the settings differ."""
+    first = make_trainer(
+        tmp_path, LEMO, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True
+    )
+    first.train()
+    trainer = make_trainer(tmp_path, replace(LEMO, retention=0.9), max_steps=3, save_strategy="no")
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert f"Resuming the newest, {tmp_path / 'checkpoint-2'}: it has no optimizer" in caplog.text
+    assert "retention=0.9 (was " in caplog.text and "skipped" not in caplog.text
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [1, 2, 3]
 
 
 def test_without_a_checkpoint_trainer_says_so(tmp_path):

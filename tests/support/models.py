@@ -325,3 +325,10 @@ def save_tiny(folder, **sizes):
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return tokenizer
+
+
+def same_step(lemo):
+    """``lemo``, whose passes draw the same by chance from now on: all are of the first step."""
+    lemo.begin_step(0)
+    lemo.end_step()
+    return lemo

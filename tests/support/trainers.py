@@ -6,6 +6,7 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.trainer import LeMoMixin
 from support.models import make_model, with_lora
 
 SPARSE = LeMoConfig(retention=0.5, block_size=8, policy="random", segment_size=40)
@@ -38,7 +39,7 @@ def make_trainer(tmp_path, config, *, cls=LeMoTrainer, model=None, data=None, **
     for name in ("callbacks", "compute_loss_func", "data_collator", "eval_dataset", "model_init"):
         if name in arguments:
             trainer_options[name] = arguments.pop(name)
-    if cls is LeMoTrainer:
+    if issubclass(cls, LeMoMixin):
         trainer_options["lemo_config"] = config
     if "model_init" not in trainer_options:
         trainer_options["model"] = with_lora(make_model("llama")) if model is None else model
