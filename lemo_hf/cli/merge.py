@@ -39,7 +39,7 @@ def merge(
         from peft import PeftConfig
     except ImportError as error:
         raise ImportError('lemo merge needs peft: pip install "lemo-hf[peft]".') from error
-    if output.exists() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: give another directory.")
     check_output(output, "--output", directory=True)
     import dataclasses

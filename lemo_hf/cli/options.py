@@ -123,6 +123,8 @@ class ModelOptions:
             place = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"--device {device!r}: {error}") from error
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {device!r}: PyTorch finds no CUDA GPU here: give cpu.")
         tokenizer = AutoTokenizer.from_pretrained(self.model, **trust)
         model = load_causal_lm(self.model, config=config, dtype=self.dtype.value, **trust)
         if self.adapter is not None:
@@ -161,7 +163,9 @@ def room_of(memory_gib: float, reserve_gib: float) -> float:
     Raises:
         ValueError: There are none.
     """
-    if not (math.isfinite(memory_gib) and 0 <= reserve_gib < memory_gib):
+    if not (math.isfinite(reserve_gib) and reserve_gib >= 0):
+        raise ValueError(f"--reserve-gib {reserve_gib:g}: give a number of GiB, 0 or more.")
+    if not (math.isfinite(memory_gib) and reserve_gib < memory_gib):
         raise ValueError(
             f"--memory-gib {memory_gib:g}: give the memory of a GPU, more than the "
             f"{reserve_gib:g} GiB that are left to CUDA."

@@ -122,6 +122,7 @@ def plan(
     from lemo_hf.cli.gpu import gpu_called, gpu_here
     from lemo_hf.planning.plan import LOOKS, Planner
     from lemo_hf.planning.speed import step_seconds
+    from lemo_hf.planning.trained import dtype_of
 
     of = gpu_here() if gpu is None else gpu_called(gpu)
     card = of.card
@@ -131,13 +132,16 @@ def plan(
                 "--gpu: times of quantised weights are not predicted, none was measured."
             )
         card = None
-    usual = "bfloat16" if of.triton else "float16"
+    prepared = prepared_config(model, trust_remote_code=trust_remote_code)
+    kind = dtype.value
+    if dtype is DType.auto:
+        kind = dtype_of(prepared, "bfloat16") if of.triton else "float16"
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "lora_rank": lora_rank or None,
         "lora_targets": lora_target,
-        "dtype": usual if dtype is DType.auto else dtype.value,
-        "autocast": autocast and dtype is not DType.float32,
+        "dtype": kind,
+        "autocast": autocast and kind != "float32",
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,
         "kbit_training": kbit_training,
@@ -146,7 +150,6 @@ def plan(
         "triton": of.triton,
         "capability": of.capability,
     }
-    prepared = prepared_config(model, trust_remote_code=trust_remote_code)
     planner = Planner(prepared, looked=lambda: bar.update(), **settings)
     targets = planner.targets
     settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lemo_hf.storage.outputs import check_output
+
 
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run.")],
@@ -15,4 +17,6 @@ def report(
     """Write one self-contained HTML page of a training run."""
     from lemo_hf.report.page import write_report
 
+    if output is not None:
+        check_output(output, "--output")
     print(f"Wrote {write_report(run_dir, output)}")

@@ -14,6 +14,7 @@ from lemo_hf.cli.train_model import load_config
 from lemo_hf.config import UNITS, LeMoConfig
 from lemo_hf.planning.plan import GIB, LOOKS, Plan, Planner
 from lemo_hf.planning.speed import Card, step_seconds
+from lemo_hf.planning.trained import dtype_of
 from lemo_hf.progress import Estimated
 
 PRESET = "card"  # which holds what a card does not decide
@@ -66,7 +67,7 @@ def plan_for_card(settings: Settings, memory_gib: float, bar: Estimated) -> tupl
         "batch_size": args.per_device_train_batch_size,
         "lora_rank": None if lora is None else lora.r,
         "lora_targets": None if lora is None else lora.target_modules,
-        "dtype": "bfloat16" if run.model.dtype == "auto" else run.model.dtype,
+        "dtype": dtype_of(config, "bfloat16") if run.model.dtype == "auto" else run.model.dtype,
         "triton": gpu.triton,
         "capability": gpu.capability,
         "autocast": args.bf16 or args.fp16,

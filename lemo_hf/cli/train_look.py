@@ -1,6 +1,7 @@
 """What `lemo train` reads before it loads a model: config, tokenizer and first rows."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -149,7 +150,14 @@ def _try_without_memory(run: Run, config: Any) -> str:
 def _check_targets(lora: Any, modules: list[str]) -> None:
     """Raises ValueError for a target that no module has: PEFT ignores it silently if another target
     has one."""
-    targets = () if lora is None or isinstance(lora.target_modules, str) else lora.target_modules
+    targets = None if lora is None else lora.target_modules
+    if isinstance(targets, str):
+        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name in modules):
+            raise ValueError(
+                f"lora.target_modules: {targets!r} is a regular expression, and it matches the "
+                f"whole name of no module. For names of modules give a list: [{targets}]."
+            )
+        return
     for target in targets or ():
         if not any(f".{name}".endswith(f".{target}") for name in modules):
             last = sorted({name.rpartition(".")[2] for name in modules})

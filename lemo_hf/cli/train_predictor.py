@@ -1,5 +1,6 @@
 """`lemo train-predictor`."""
 
+import math
 import shlex
 import sys
 from contextlib import nullcontext
@@ -76,6 +77,8 @@ def train_predictor(
         learning_rate=learning_rate,
     )
     state = PartialState()
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"--learning-rate {learning_rate:g}: give a number above 0, such as 3e-4.")
     _check_rows(dataset, split, text_column)
     lm, tokenizer = model.load(tokens)
     samples = _rows(dataset, split, text_column, tokenizer, tokens, rows, state.is_main_process)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lemo_hf.cli.mistakes import Mistakes
 from lemo_hf.config import LeMoConfig
 from lemo_hf.shown import shown
+from lemo_hf.storage.tables import are_files
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class DataSection:
                     f"weights={shown(self.weights)} must hold a number above 0 for each of the "
                     f"datasets {shown(self.dataset)}"
                 )
+            if _are_files(self.dataset):  # or rows of one split would be those of another
+                if self.split != "train":
+                    mistakes.add(f"split={self.split!r}: files have no splits: leave it out")
+                if self.eval_split is not None and self.eval_dataset is None:
+                    mistakes.add(
+                        f"eval_split={self.eval_split!r}: files have no splits, so these are the "
+                        "rows that train: give eval_dataset or eval_share"
+                    )
             if self.eval_share is not None:
                 if not 0 < self.eval_share < 1:
                     mistakes.add(f"eval_share must lie in (0, 1), got {self.eval_share:g}")
@@ -116,11 +125,17 @@ class DataSection:
             dataset=dataset,
             tokens=self.tokens,
             weights=self.weights if self.eval_dataset is None else None,
-            split=self.eval_split or "test",
+            split="train" if _are_files(dataset) else self.eval_split or "test",
             text_column=self.text_column,
             answers_only=self.answers_only,
+            packing=self.packing,
+            min_tokens=self.min_tokens,
             max_rows=self.max_eval_rows,
         )
+
+
+def _are_files(dataset: str | list[str]) -> bool:
+    return are_files([dataset] if isinstance(dataset, str) else dataset)
 
 
 @dataclass(frozen=True)

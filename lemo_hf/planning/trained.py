@@ -67,8 +67,8 @@ class Trained:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {kind!r}.")
         if self.autocast and self.dtype == "float32":
             raise ValueError(
-                "autocast of float32 weights is not predicted: load them in bfloat16, or set "
-                "autocast=False."
+                "autocast (bf16 or fp16) of float32 weights is not predicted: load them in "
+                "bfloat16, or train without autocast."
             )
         if not self.triton and self.dtype == "bfloat16":
             raise ValueError("a GPU without Triton has no bfloat16 either: give dtype='float16'.")
@@ -135,3 +135,10 @@ def check_count(name: str, value: Any) -> None:
     """Raise a ValueError unless ``value`` is a positive integer."""
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def dtype_of(config: Any, usual: str) -> str:
+    """The dtype in which transformers loads weights of ``config`` if it is told none: a name of
+    `DTYPES`; ``usual`` if the config does not say."""
+    said = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return said if said in DTYPES else usual

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from support.hub_client import BASE, make_predictor
 from support.models import make_model
@@ -128,6 +129,9 @@ def test_train_predictor(lemo, tmp_path):
         assert code == 0, err
     found = [LeMoPredictor.from_pretrained(tmp_path / folder) for folder in ("all", "fresh")]
     assert found[0].same_as(found[1]) and not found[0].same_as(predictor)
+    for rate in ("nan", "-1", "0", "inf"):
+        code, _, err = lemo(*learn(tmp_path / "none", "--learning-rate", rate))
+        assert code == 2 and f"--learning-rate {rate}: give a number above 0" in err
     code, _, err = lemo(*learn(tmp_path / "none", "--heldout-rows", 5))
     assert code == 2 and "--heldout-rows takes 5 of them" in err
 
@@ -163,6 +167,11 @@ def test_train_predictor_on_answers(lemo, tmp_path, columns):
         ),
         (("--retention", 0.5, "--rope-parameters", "[2]"), "must be a JSON object, got [2]"),
         (("--retention", 0.5, "--device", "abacus"), "--device 'abacus'"),
+        pytest.param(
+            ("--retention", 0.5, "--device", "cuda"),
+            "--device 'cuda': PyTorch finds no CUDA GPU here: give cpu.",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (("--retention", 0.5, "--tokens", 10**7), "no document has 10000000 tokens"),
         (("--retention", 0.5, "--predictor", DEMO / "model"), "has no lemo_config.json"),
         (("--retention", 0.5, "--rows", 0), "--rows"),

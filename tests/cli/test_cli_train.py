@@ -251,7 +251,8 @@ def test_resuming_takes_the_newest_whole_checkpoint(lemo, tmp_path, config, capl
     for number in (2, 4):
         (out / f"checkpoint-{number}" / "optimizer.pt").write_bytes(b"PK")
     code, _, err = lemo(*small(config, "--resume"))
-    assert code == 2 and "has no whole checkpoint: start over with --overwrite" in err
+    assert code == 2 and "has no whole checkpoint (checkpoint-4: " in err
+    assert "start over with --overwrite" in err
 
 
 def test_a_run_that_ended_is_resumed_without_a_further_step(lemo, tmp_path, config):

@@ -91,7 +91,10 @@ def test_what_is_not_there_is_told_at_once(lemo, asked, tmp_path):
     ("flag", "value", "message"),
     [
         ("--lora.target_modules", "[q_proj, v_prj]", "no module 'v_prj'; did you mean 'v_proj'?"),
-        ("--lora.target_modules", "qq", "Target modules qq not found in the base model"),
+        ("--lora.target_modules", "qq", "'qq' is a regular expression, and it matches the whole"),
+        ("--lora.target_modules", "q_proj", "For names of modules give a list: [q_proj]."),
+        ("--data.eval_split", "test", "eval_split='test': files have no splits, so these are the"),
+        ("--data.split", "odd", "split='odd': files have no splits"),
         ("--lemo.dense_first_layers", 10, "leave no sparse layer: the model has 10"),
         ("--lemo.retention", "[0.5, 0.5]", "retention has 2 entries, the model has 10 layers"),
         ("--lemo.policy", "overlp", "got 'overlp'; did you mean 'overlap'?"),

@@ -5,6 +5,7 @@ import json
 
 from support.models import make_model
 from support.plans import longest, plan
+from transformers import LlamaConfig
 
 from lemo_hf import LeMoConfig
 
@@ -38,5 +39,22 @@ def test_the_command(lemo, tmp_path):
     assert code == 2 and "moves what recomputed layers store, and none is" in err
     code, _, err = lemo(*options, "--memory-gib", 24, "--reserve-gib", 24)
     assert code == 2 and "give the memory of a GPU, more than the 24 GiB" in err
+    code, _, err = lemo(*options, "--memory-gib", 24, "--reserve-gib", -5)
+    assert code == 2 and "--reserve-gib -5: give a number of GiB, 0 or more." in err
     code, _, err = lemo(*options, "--config", tmp_path)
     assert code == 2 and "leave out --retention" in err
+
+
+def test_weights_are_planned_in_the_dtype_that_the_config_says(lemo, tmp_path):
+    """As they are loaded: most configs say bfloat16, and without a word it is that."""
+    found = {}
+    for said in (None, "bfloat16", "float32"):
+        config = LlamaConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=128, dtype=said)
+        config.save_pretrained(tmp_path / str(said))
+        asked = ("plan", "--model", tmp_path / str(said), "--tokens", 512, "--json")
+        code, out, err = lemo(*asked)
+        assert code == 0, err
+        found[said] = json.loads(out)
+    weights = {said: result["LeMo"]["parts"]["weights"] for said, result in found.items()}
+    assert weights["float32"] == 2 * weights["bfloat16"] == 2 * weights[None]
+    assert found["float32"]["dtype"] == "float32" and found["float32"]["autocast"] is False
