@@ -168,6 +168,8 @@ def _fine_tune(
                 # Another run may have ended meanwhile.
                 starting_point(args, False, overwrite, run.model.name)
             if overwrite:
+                if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                    trainer.create_optimizer()  # what it refuses costs no run
                 clear(args.output_dir)
             write_first_settings(args.output_dir, asked)
             _print_plan(run, trainer, found)

@@ -220,6 +220,9 @@ def test_a_used_folder_is_refused_or_started_over(lemo, tmp_path, config):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, _, err = lemo(*small(config, *other, "--overwrite", "--resume"))
     assert code == 2 and "give one of them" in err
+    code, _, err = lemo(*small(config, "--overwrite", "--training.learning_rate", -1))
+    assert code == 2 and "Invalid learning rate: -1" in err
+    assert before == {path: path.read_bytes() for path in before}  # nothing is lost by a mistake
     (out / "notes.txt").write_text("mine")
     code, _, err = lemo(*small(config, *other, "--overwrite", "--training.save_steps", 3))
     assert code == 0, err
