@@ -45,13 +45,25 @@ def main() -> None:
             raise
         typer.secho(f"lemo: {shortened(str(error), MOST_LETTERS)}", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except Exception as error:
+        said = _in_a_line(error)
+        if said is None or os.environ.get("LEMO_TRACEBACK") == "1":
             raise
-        typer.secho(
-            f"lemo: out of memory: {str(error).splitlines()[0]} Shorter rows, a lower retention, "
-            "gradient checkpointing or lemo.offload_gib take less; `lemo plan` says how much.",
-            fg=typer.colors.RED,
-            err=True,
-        )
+        typer.secho(f"lemo: {said}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+def _in_a_line(error: Exception) -> str | None:
+    """What is no mistake of the user and no error of ours; None of other errors."""
+    first = f"{error}".partition("\n")[0]
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory: {first} Shorter rows, a lower retention, gradient checkpointing or "
+            "lemo.offload_gib take less; `lemo plan` says how much."
+        )
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
+        return (
+            f"the Hub cannot be reached ({type(error).__name__}: {first}). What was written before "
+            "is whole; `hf upload` sends it."
+        )
+    return None

@@ -414,6 +414,10 @@ def test_a_failure_is_no_mistake(lemo, config, monkeypatch):
     fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."))
     code, _, err = lemo("train", "--config", config)
     assert code == 1 and "Tried to allocate 2 GiB. Shorter rows" in err
+    error = type("ConnectError", (Exception,), {"__module__": "httpx"})
+    fail(error("[Errno -2] Name or service not known"))
+    code, _, err = lemo("train", "--config", config)
+    assert code == 1 and "the Hub cannot be reached (ConnectError: [Errno -2] Name or s" in err
     fail(RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"):
         lemo("train", "--config", config)
