@@ -94,7 +94,8 @@ def by_trainer(
 ) -> None:
     """Steps of a run by Trainer, or by LeMoTrainer; ``reads``: whether it reads each loss."""
     model: nn.Module = bench.models.model
-    config = LeMoConfig(**provider.lemo) if provider.kind == "lemo" else None
+    lemo = {"dense_finish": 0, **provider.lemo}  # where it begins, graphs are recorded anew
+    config = LeMoConfig(**lemo) if provider.kind == "lemo" else None
     options: dict[str, Any] = {}
     if provider.checkpointing:
         options["gradient_checkpointing"] = True
