@@ -64,7 +64,7 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
         ({"lora_targets": ["lm_head"]}, "lora_targets.*lm_head.*q_proj"),
         ({"lora_targets": []}, "lora_targets"),
         ({"dtype": "int8"}, "dtype must be .* got 'int8'"),
-        ({"dtype": "float32"}, "autocast of float32"),
+        ({"dtype": "float32"}, "of float32 weights is not predicted"),
         ({"labels": 0}, "labels must be .* got 0"),
         ({"capability": 0}, "capability must be .* got 0"),
         ({"triton": False}, "no bfloat16 either: give dtype='float16'"),
