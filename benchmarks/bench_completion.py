@@ -152,22 +152,33 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def options(doc: str, script: str) -> argparse.ArgumentParser:
+    """What steps of completion rows may be asked; ``script`` is the name of who takes them."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
-    add("--tokens", nargs="+", type=int, default=[32768])
     add("--rows", type=int, default=1, help="a step")
     add("--rounds", type=int, default=5)
     add("--providers", nargs="+", metavar="NAME", help="those alone, such as 'lemo 0.1'")
     add("--commit", default="unknown", help="of lemo-hf, for the record")
-    add("--output", type=Path, help="default: benchmarks/results/GPU/bench_completion.json")
+    add("--output", type=Path, help=f"default: benchmarks/results/GPU/{script}.json")
     add("--tiny", action="store_true", help="tiny models on the CPU: does the script run?")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, script: str) -> tuple[argparse.Namespace, torch.device]:
+    """The arguments, with the command itself, and the device to measure on."""
     args = parser.parse_args()
-    args.command = command_line("bench_completion.py", sys.argv[1:])
+    args.command = command_line(f"{script}.py", sys.argv[1:])
     if not (args.tiny or torch.cuda.is_available()):
-        raise SystemExit("bench_completion.py measures on a CUDA GPU, and there is none.")
-    run(args, torch.device("cpu" if args.tiny else "cuda"))
+        raise SystemExit(f"{script}.py measures on a CUDA GPU, and there is none.")
+    return args, torch.device("cpu" if args.tiny else "cuda")
+
+
+def main() -> None:
+    parser = options(__doc__, "bench_completion")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32768])
+    run(*parsed(parser, "bench_completion"))
 
 
 if __name__ == "__main__":

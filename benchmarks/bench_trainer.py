@@ -7,19 +7,17 @@ the host goes ahead. Times are those of many steps together, with one wait at th
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_completion import ANSWERS, RESULTS, RETENTIONS, providers
+from bench_completion import ANSWERS, RESULTS, RETENTIONS, options, parsed, providers
 from model_shapes import LORA
 from providers import Provider, provider_on
-from record import GIB, command_line, environment, matmul_tflops, save
+from record import GIB, environment, matmul_tflops, save
 from steps import Bench, empty_memory, train_step, why
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -96,10 +94,10 @@ def by_trainer(
     model: nn.Module = bench.models.model
     lemo = {"dense_finish": 0, **provider.lemo}  # where it begins, graphs are recorded anew
     config = LeMoConfig(**lemo) if provider.kind == "lemo" else None
-    options: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if provider.checkpointing:
-        options["gradient_checkpointing"] = True
-        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        more["gradient_checkpointing"] = True
+        more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     cpu = clock.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -113,7 +111,7 @@ def by_trainer(
         report_to="none",
         disable_tqdm=True,
         use_cpu=cpu,
-        **options,
+        **more,
     )
     rows = Rows(args.tokens, model.get_base_model().config.vocab_size, args.rows * clock.last)
     trainer = LeMoTrainer(
@@ -176,23 +174,13 @@ def _empty(args: argparse.Namespace, name: str, way: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = options(__doc__, "bench_trainer")
+    parser.set_defaults(rounds=3, providers=["lemo 0.3", "lemo 0.1", "lemo 0.1 +graph"])
     add = parser.add_argument
-    add("--model", default="Llama-3 8B", help="of benchmarks/model_shapes.py")
     add("--tokens", type=int, default=32768)
-    add("--rows", type=int, default=1, help="a step")
     add("--steps", type=int, default=20, help="that are timed together")
     add("--warm-up", type=int, default=4, help="steps before them")
-    add("--rounds", type=int, default=3)
-    add("--providers", nargs="+", default=["lemo 0.3", "lemo 0.1", "lemo 0.1 +graph"])
-    add("--commit", default="unknown", help="of lemo-hf, for the record")
-    add("--output", type=Path, help="default: benchmarks/results/GPU/bench_trainer.json")
-    add("--tiny", action="store_true", help="tiny models on the CPU: does the script run?")
-    args = parser.parse_args()
-    args.command = command_line("bench_trainer.py", sys.argv[1:])
-    if not (args.tiny or torch.cuda.is_available()):
-        raise SystemExit("bench_trainer.py measures on a CUDA GPU, and there is none.")
-    run(args, torch.device("cpu" if args.tiny else "cuda"))
+    run(*parsed(parser, "bench_trainer"))
 
 
 if __name__ == "__main__":

@@ -307,30 +307,6 @@ def test_graphs_through_trainer(monkeypatch, tmp_path):
     assert retentions(ours) == retentions(plain) == [SPARSE] * 4 + [DENSE] * 4
 
 
-def test_chance_and_rows_without_labels_are_said():
-    """A quarter by chance is a default, so the first line says it; no label is no label."""
-    from lemo_hf.batch.row_counts import RowCounts
-    from lemo_hf.describe import describe_batch, describe_run
-
-    rules = LeMoConfig().layer_rules(2)
-    assert "25% of them by chance" in describe_run(LeMoConfig(), rules, "sdpa", None)
-    exact = LeMoConfig(random_share=0)
-    assert "% of them by chance" not in describe_run(exact, rules, "sdpa", None)
-    apart = LeMoConfig(retention=(0.3, 1), agree_across_layers=False)
-    row = RowCounts(640, 10, 10, 640, 0, 0)
-    assert "about 192 to 640 tokens (30% to 100%) train" in describe_batch(
-        apart, [row], {"attention": [(192, 640)]}
-    )
-    unread = "finish_retention=0.5 has no effect: set dense_finish"
-    for config, said in (({"policy": "overlap"}, True), ({"dense_finish": 0}, True), ({}, False)):
-        run = describe_run(LeMoConfig(finish_retention=0.5, **config), rules, "sdpa", None)
-        assert (unread in run) is said
-    row = RowCounts(640, 10, 2, 128, 0, 0)
-    assert "640-token row (no labels) about 192" in describe_batch(
-        exact, [row], {"attention": [(192, 192)]}
-    )
-
-
 def test_an_mlp_that_chooses_for_itself_is_told_apart(tmp_path, capsys):
     own = replace(AUTO, mlp_retention=0.5, dense_finish=0)
     make_trainer(tmp_path, own, data=dataset(answers=12)).train()

@@ -95,7 +95,7 @@ class StepLabels(Labels):
     whole: Labels = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        self._left = self.tensor.clone(), self.tensor._version
+        self._left = self.whole.tensor, self.tensor._version  # what is in `tensor` now
 
     def strike(self, sparse_pass: SparsePass) -> None:
         """As `Labels.strike`."""
