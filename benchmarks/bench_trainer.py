@@ -1,8 +1,9 @@
 """Steps of completion rows in a plain loop, and by `LeMoTrainer` and `Trainer` as users run them.
 
-A Trainer does more between two steps than the loop of `bench_completion.py`. It also reads each
-loss (``logging_nan_inf_filter``, on by default), so that the GPU waits for all of that; without it
-the host goes ahead. Times are those of many steps together, with one wait at the end.
+A Trainer does more between two steps than the loop of `bench_completion.py`. It also waits for the
+GPU at each step: it reads the loss and copies the next rows, so that the GPU waits for all that
+follows. `LeMoTrainer` does neither. Times are those of many steps together, with one wait at the
+end.
 """
 
 import argparse
@@ -21,11 +22,10 @@ from record import GIB, environment, matmul_tflops, save
 from steps import Bench, empty_memory, train_step, why
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lemo_hf import LeMoConfig, LeMoTrainer, remove_lemo
-
-LOOP, READS, AHEAD = "loop", "Trainer", "Trainer that reads no loss"
+from lemo_hf.integrations.callback import LeMoCallback
 
 
 class Rows(Dataset):
@@ -88,16 +88,12 @@ def by_loop(bench: Bench, provider: Provider, args: argparse.Namespace, clock: C
 
 
 def by_trainer(
-    reads: bool, bench: Bench, provider: Provider, args: argparse.Namespace, clock: Clock
+    kind: type[Trainer], bench: Bench, provider: Provider, args: argparse.Namespace, clock: Clock
 ) -> None:
-    """Steps of a run by Trainer, or by LeMoTrainer; ``reads``: whether it reads each loss."""
+    """Steps of a run by LeMoTrainer, or by Trainer with a LeMoCallback."""
     model: nn.Module = bench.models.model
-    lemo = {"dense_finish": 0, **provider.lemo}  # where it begins, graphs are recorded anew
-    config = LeMoConfig(**lemo) if provider.kind == "lemo" else None
-    more: dict[str, Any] = {}
-    if provider.checkpointing:
-        more["gradient_checkpointing"] = True
-        more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    # Where a finish begins, graphs are recorded anew.
+    config = LeMoConfig(**{"dense_finish": 0, **provider.lemo})
     cpu = clock.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -105,30 +101,29 @@ def by_trainer(
         per_device_train_batch_size=args.rows,
         optim="adamw_torch" if cpu else "adamw_torch_fused",
         logging_steps=clock.last,
-        logging_nan_inf_filter=reads,
         dataloader_num_workers=0 if cpu else 2,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=cpu,
-        **more,
     )
     rows = Rows(args.tokens, model.get_base_model().config.vocab_size, args.rows * clock.last)
-    trainer = LeMoTrainer(
-        model, arguments, train_dataset=rows, lemo_config=config, callbacks=[Ticks(clock)]
-    )
+    callbacks: list[TrainerCallback] = [Ticks(clock)]
+    own: dict[str, Any] = {"lemo_config": config}
+    if kind is Trainer:
+        callbacks, own = [LeMoCallback(config), *callbacks], {}
+    trainer = kind(model, arguments, train_dataset=rows, callbacks=callbacks, **own)
     try:
         trainer.train()
     finally:
         remove_lemo(model)
-        model.get_base_model().gradient_checkpointing_disable()
         trainer.optimizer = None
 
 
 WAYS: dict[str, Callable[..., None]] = {
-    LOOP: by_loop,
-    READS: partial(by_trainer, True),
-    AHEAD: partial(by_trainer, False),
+    "loop": by_loop,
+    "LeMoTrainer": partial(by_trainer, LeMoTrainer),
+    "Trainer with LeMoCallback": partial(by_trainer, Trainer),
 }
 
 

@@ -23,7 +23,13 @@ OFFLOAD = (
     "lemo+some-offload",
     "lemo+some-offload-uniform",
 )
-STORED = ("liger+checkpointing", "lemo+checkpointing", "lemo+some-stored", "lemo+fp8+some-stored")
+STORED = (
+    "liger+checkpointing",
+    "lemo+checkpointing",
+    "lemo+some-stored",
+    "lemo+fp8+some-stored",
+    "lemo+fp8+most-stored",
+)
 AXOLOTL = ("hf+axolotl", "liger+axolotl", "liger+checkpointing", "lemo+checkpointing")
 GROWTH = (8 * K, 32 * K, 128 * K, 256 * K, 512 * K)
 PAPER = ("hf", "s2attn", "lemo", "lemo+graph", "lemo+mlp", "lemo+selective")

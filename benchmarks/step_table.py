@@ -24,6 +24,7 @@ NAMES = {
     "lemo 0.1": "LeMo",
     "graph": "CUDA graphs",
     "some-stored": "24 layers store everything",
+    "most-stored": "28 layers store everything",
     "some-mlp": "MLPs of 14 layers again",
     "mlp": "MLPs again",
     "selective": "all but attention again",

@@ -127,8 +127,9 @@ class LeMoConfig:
             on, one launch runs forward and backward, so that short rows do not wait for the host.
             `CudaGraphs` says which batches can.
         fp8: Whether products with frozen weights are in FP8, in the forward and for the gradient of
-            the input; on a Hopper GPU or newer. Steps of the finish are in bf16, whatever their
-            rows keep. The FP8 copies take one byte a weight.
+            the input; on a Hopper GPU or newer. The FP8 copies take one byte a weight.
+        bf16_finish: Share of the optimizer steps, at the end, in which ``fp8`` is off, so that
+            adapters learn to fit the weights as they are, in [0, 1].
         seed: Seed of everything drawn by chance, any integer.
 
     Raises:
@@ -159,6 +160,7 @@ class LeMoConfig:
     sequence_parallel_size: int = 1
     cuda_graphs: bool = False
     fp8: bool = False
+    bf16_finish: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -183,10 +185,6 @@ class LeMoConfig:
         if self.dense_finish is not None:
             return self.dense_finish
         return AUTO_FINISH if self.policy == "auto" else 0.0
-
-    def finish_steps(self, steps: int) -> int:
-        """Optimizer steps of the finish in a run of ``steps``: at least one if there is one."""
-        return max(1, round(self.finish * steps)) if self.finish else 0
 
     def recompute_levels(self, num_layers: int) -> list[str | None]:
         """The ``recompute`` of each layer; None if the model's gradient checkpointing decides.

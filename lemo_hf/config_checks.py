@@ -39,6 +39,7 @@ _CHOICES = {
 _SHARES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "dense_finish": ("[0, 1], or be None", lambda x: 0 <= x <= 1),
     "finish_retention": ("(0, 1]", lambda x: 0 < x <= 1),
+    "bf16_finish": ("[0, 1]", lambda x: 0 <= x <= 1),
     "random_share": ("[0, 1), or be None", lambda x: 0 <= x < 1),
 }
 
@@ -112,7 +113,7 @@ def _check_how_much(config: Any) -> None:
 def _check_schedule(config: Any) -> None:
     for name, (interval, inside) in _SHARES.items():
         value = getattr(config, name)
-        if value is None and name != "finish_retention":
+        if value is None and name not in ("finish_retention", "bf16_finish"):
             continue
         if not (_is_number(value) and inside(value)):
             raise ValueError(

@@ -46,8 +46,6 @@ def describe_run(
     mlp = [rule for _, rule in pairs if rule is not None]
     mlp_text = f"MLP {_span(mlp)}" if mlp else "MLP on the same rows"
     one = "one kept set for all" if config.agree_across_layers else "a kept set each"
-    last = f", in bf16 in the last {config.finish:.0%} of the steps" if config.finish else ""
-    products = f"Products with frozen weights in FP8{last}. " if config.fp8 else ""
     others = "The other layers, evaluation" if len(sparse) < len(rules) else "Evaluation"
     learned = "" if predictor is None else f" ({predictor})"
     return (
@@ -56,7 +54,7 @@ def describe_run(
         f"blocks, {one}. Kept: {_kept(config)}{learned}; always the first and the last block of "
         f"each document and every block with a label where labels cover a part of a row. "
         f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
-        f"{products}"
+        f"{_products(config)}"
         f"{others} and generation stay dense."
     )
 
@@ -73,6 +71,16 @@ def _kept(config: LeMoConfig) -> str:
         )
     assert config.policy is not None  # settled when the config was made
     return _BEST[config.policy] + chance
+
+
+def _products(config: LeMoConfig) -> str:
+    """One sentence and a space on products in FP8; empty if there are none and none were asked."""
+    if not config.fp8:
+        share = config.bf16_finish
+        unread = f"bf16_finish={share:g} has no effect: set fp8=True, or leave it out. "
+        return "" if share == LeMoConfig.bf16_finish else unread
+    last = f", in bf16 in the last {config.bf16_finish:.0%} of the steps"
+    return f"Products with frozen weights in FP8{last if config.bf16_finish else ''}. "
 
 
 def describe_finish(config: LeMoConfig) -> str:

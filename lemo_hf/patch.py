@@ -18,16 +18,15 @@ from transformers import PreTrainedModel
 
 from lemo_hf.check import check
 from lemo_hf.config import LeMoConfig
-from lemo_hf.core.attention import fastest_attention, implementation_of
+from lemo_hf.core.attention import describe_attention
 from lemo_hf.core.checks import check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
 from lemo_hf.core.family import Family
-from lemo_hf.core.fp8 import forget, keep_in_fp8
+from lemo_hf.core.fp8 import Fp8Switch
 from lemo_hf.core.inner_model import transformers_model
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
-from lemo_hf.core.sink_attention import NAME as SINKS
 from lemo_hf.describe import brief, describe_batch, describe_offload, describe_run
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
 from lemo_hf.kernels.launch import settle, sharded
@@ -37,6 +36,7 @@ from lemo_hf.memory.offload import HostMemory
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.schedule import is_late
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class LeMo:
         check_predictors(config, predictors, rules)
         self.config, self.rules, self._warned = config, rules, False
         self._layers = list(layers)
-        self._in_fp8 = keep_in_fp8(self._layers) if config.fp8 else []
+        self._fp8 = Fp8Switch(self._layers) if config.fp8 else None
         host = None
         if config.offload_gib is not None:
             host = HostMemory(config.offload_gib, last=len(layers) - 1)
@@ -203,8 +203,8 @@ class LeMo:
     def remove(self) -> None:
         """Undo everything but the attribute that `remove_lemo` deletes."""
         self.passes.remove()
-        forget(self._in_fp8)
-        self._in_fp8 = []  # a trainer may still end its finish
+        self.set_fp8(False)
+        self._fp8 = None  # a trainer may still end its finish
         for layer in self._layers:
             make_stock(layer)
 
@@ -231,12 +231,7 @@ class LeMo:
         attention = next((x for x in found if x is not None), None)
         if attention is None:  # a hybrid that has none
             return "no attention"
-        weight = next(attention.parameters())
-        kernels = fastest_attention(attention, weight.device, weight.dtype)
-        name = implementation_of(attention)
-        name = f"{name} ({kernels[0].name.lower()})" if kernels else name
-        if name == "eager" and hasattr(attention, "sinks"):
-            name += f" (which stores every score; attn_implementation={SINKS!r} stores none)"
+        name = describe_attention(attention)
         if self.passes.family.recurrent is None:
             return name
         return f"{name}, recurrent layers on kept tokens as one shorter sequence"
@@ -260,22 +255,25 @@ class LeMo:
             step: Optimizer steps done.
             steps: Optimizer steps of the whole run, at least one in its finish; None: no finish.
         """
-        finish = self.config.finish_steps(steps) if steps else 0
-        ends = steps is not None and finish > 0 and step >= steps - finish
+        ends = is_late(self.config.finish, step, steps)
         self.passes.global_step, self.passes.asked, self.passes.told = step, True, True
         self.set_finish(self.config.finish_retention if ends else None)
+        self.set_fp8(not is_late(self.config.bf16_finish, step, steps))
 
     def set_finish(self, retention: float | None) -> None:
-        """Set the share of the blocks that rows keep in the finish; None outside the finish.
-
-        A finish has no products in FP8, so that adapters learn to fit the weights as they are.
-        """
-        begins, lasts = retention is not None, self.passes.retention is not None
+        """Set the share of the blocks that rows keep in the finish; None outside the finish."""
         self.passes.retention = retention
-        if self._in_fp8 and begins and not lasts:
-            forget(self._in_fp8)
-        elif self._in_fp8 and lasts and not begins:
-            keep_in_fp8(self._layers)
+
+    def set_fp8(self, on: bool) -> None:
+        """Turn the products that are to be in FP8 by ``fp8=True`` to FP8, or to bf16."""
+        if self._fp8 is not None:
+            self._fp8.turn(on)
+            self.passes.in_fp8 = on
+
+    def end_run(self) -> None:
+        """End a run: passes that come now are no part of its finish."""
+        self.set_finish(None)
+        self.set_fp8(True)
 
     def end_step(self) -> None:
         """End the step: passes without labels are those of the plain model again."""

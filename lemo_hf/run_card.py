@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from lemo_hf.cards import PAPER, is_repository, plain, table
 from lemo_hf.config import LeMoConfig
+from lemo_hf.schedule import last_steps
 from lemo_hf.storage.files import CONFIG_NAME, read_text, whole_file
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def _finish(config: LeMoConfig, state: TrainerState) -> str:
         kept = f"keep {config.finish_retention:.0%} of the blocks"
     rows = "" if config.dense_finish is not None else ", for rows that are labelled throughout"
     said = f"the last {config.finish:.0%} of the steps {kept}{rows}"
-    if state.global_step <= state.max_steps - config.finish_steps(state.max_steps):
+    if state.global_step <= state.max_steps - last_steps(config.finish, state.max_steps):
         said += f"; the run ended before, at step {state.global_step:,} of {state.max_steps:,}"
     return said
 

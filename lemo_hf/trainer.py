@@ -20,6 +20,7 @@ from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
+from lemo_hf.reported_loss import finite_loss
 from lemo_hf.resuming import resumed_checkpoint, say_what_changed
 from lemo_hf.run_card import RunFacts, add_run
 from lemo_hf.storage.files import WEIGHTS_NAME
@@ -63,6 +64,8 @@ class LeMoMixin(_Mixed):
                 getattr(self.accelerator.state, "fsdp_plugin", None),
                 lemo_config,
             )
+            # Pinned rows are copied beside the computation, and the host does not wait for it.
+            self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
             # All processes form groups together, so before they take turns.
             sequence_group(lemo_config.sequence_parallel_size)
             try:
@@ -135,7 +138,7 @@ class LeMoMixin(_Mixed):
         finally:
             if self.lemo is not None:
                 self.lemo.passes.resting = True
-                self.lemo.set_finish(None)  # passes after the run are no part of its finish
+                self.lemo.end_run()
 
     def _lemo_on_model(self, config: LeMoConfig) -> LeMo:
         """The LeMo that `train` uses. It is made again if the predictor could not be loaded before,
@@ -172,7 +175,15 @@ class LeMoMixin(_Mixed):
         first = self.lemo.take_first_batch()
         if first is not None:
             announce(self.args, first)
-        return loss
+        return self._reported(loss)
+
+    def _reported(self, loss: Tensor) -> Tensor:
+        """The loss as Trainer reports it, for which the GPU does not wait."""
+        total = getattr(self, "_tr_loss", None)  # since the last log
+        if not self.args.logging_nan_inf_filter or total is None or loss.device != total.device:
+            return loss
+        steps = self.state.global_step - self._globalstep_last_logged
+        return finite_loss(loss, total / (1 + steps))
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """As Trainer's, but parameters are counted once a run: the GPU waits for each count."""

@@ -32,13 +32,15 @@ class Schedule:
         """What a pass keeps; None: as the config says."""
         if self.finishes(share):
             return 1.0
-        if self.job.bf16 and share >= 1 - self.job.bf16:
-            return self.job.lemo["retention"]  # as before, but LeMo has no FP8 in its finish
         if self.job.ramp is None:
             return None
         first, last = self.job.ramp
         done = math.floor(STEPS_OF_A_RAMP * share / (1 - self.job.finish)) / STEPS_OF_A_RAMP
         return first + (last - first) * min(1.0, done)
+
+    def in_fp8(self, share: float) -> bool:
+        """Whether products may be in FP8."""
+        return share < 1 - max(self.job.finish, self.job.bf16)
 
     def rows(self, share: float) -> tuple[int, int]:
         """Parts that a row is cut into, and rows a step."""

@@ -64,6 +64,7 @@ class _Run:
         self.choice.batch, self.labels = batch, self.labels + batch.num_labels
         self.lemo.passes.global_step = number
         self.lemo.set_finish(self.schedule.retention(share))
+        self.lemo.set_fp8(self.schedule.in_fp8(share))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(number, share)
         with precision(self.device):

@@ -43,6 +43,18 @@ def fastest_attention(
     return _tried(heads, keys, size, device, dtype)
 
 
+def describe_attention(module: nn.Module) -> str:
+    """Name of the implementation that an attention module runs, and of its kernel here if known."""
+    weight = next(module.parameters())
+    kernels = fastest_attention(module, weight.device, weight.dtype)
+    name = implementation_of(module)
+    name = f"{name} ({kernels[0].name.lower()})" if kernels else name
+    if name == "eager" and hasattr(module, "sinks"):
+        better = f"attn_implementation={sink_attention.NAME!r} stores none"
+        return f"{name} (which stores every score; {better})"
+    return name
+
+
 def implementation_of(module: nn.Module) -> str:
     """Name of the implementation that an attention module runs; without a config it has only
     one."""

@@ -107,6 +107,27 @@ def forget(weights: Iterable[Tensor]) -> None:
         _copies.pop(weight, None)
 
 
+class Fp8Switch:
+    """Turns products with the frozen linears of ``layers`` to FP8 and back; at first they are."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self._layers = layers
+        self._weights = keep_in_fp8(layers)
+
+    @property
+    def on(self) -> bool:
+        """Whether they are in FP8."""
+        return bool(self._weights)
+
+    def turn(self, on: bool) -> None:
+        """Turn them to FP8, or back; the copies are freed then."""
+        if on and not self._weights:
+            self._weights = keep_in_fp8(self._layers)
+        elif not on:
+            forget(self._weights)
+            self._weights = []
+
+
 def check_fp8(weight: Tensor) -> None:
     """Raises ValueError if products with ``weight`` cannot be in FP8."""
     if weight.device.type != "cuda":

@@ -73,6 +73,7 @@ class Passes:
         told: Whether somebody does, see `LeMo.begin_step`.
         retention: Share of the blocks that rows keep in the finish, instead of the config's; None
             outside the finish.
+        in_fp8: Whether products that may be in FP8 are.
         asked: Whether a training step is under way, whose passes are sparse without labels too.
         announced: Labels of losses outside the model.
         pairs: Kept sets that passes over pairs share with those of their reference; None without
@@ -106,6 +107,7 @@ class Passes:
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
+        self.in_fp8 = config.fp8
         self.pairs: PairSets | None = None
         self.announced = AnnouncedLabels()
         self.tally = Tally()

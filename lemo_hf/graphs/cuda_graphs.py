@@ -156,11 +156,11 @@ class CudaGraphs:
     def _notice_changes(self, model: PreTrainedModel) -> None:
         """Drop all graphs if the model changed: they use its weights and buffers where they
         were."""
-        retention = self.passes.retention
-        if self._watched is not None and [retention, *self._watched.state()] == self._state:
+        phase = self.passes.retention, self.passes.in_fp8
+        if self._watched is not None and [*phase, *self._watched.state()] == self._state:
             return
         self._watched = _Watched(model)
-        self._state = [retention, *self._watched.state()]
+        self._state = [*phase, *self._watched.state()]
         self._never = _why_never(model, self.passes.config)
         self._graphs.clear()
         self._once.clear()

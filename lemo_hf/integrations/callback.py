@@ -126,7 +126,7 @@ class LeMoCallback(TrainerCallback):
             self._facts = RunFacts(config, described, base, state, rows, processes)
             self.add_to_card(args.output_dir)
         self.lemo.passes.resting = True
-        self.lemo.set_finish(None)  # passes after the run are no part of its finish
+        self.lemo.end_run()
         if not sharded(model):
             remove_lemo(model)
             self.lemo = None

@@ -228,7 +228,7 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
             threshold=None,
             mlp_threshold=None,
             policy="recent" if by_data else lemo.policy,
-            fp8=False,
+            fp8=lemo.fp8 and lemo.finish > lemo.bf16_finish,
         )
     for threshold in (lemo.threshold, lemo.mlp_threshold):
         if threshold is not None:

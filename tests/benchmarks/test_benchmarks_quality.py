@@ -199,7 +199,9 @@ def test_a_schedule_warms_up_decays_and_finishes_dense():
     assert timed.over(9, 98.0, 5.0) and not timed.over(9, 97.0, 5.0)
     kept = {"policy": "recent", "retention": 0.3, "fp8": True}
     ends = Schedule(job(steps=None, seconds=100.0, finish=0.1, bf16=0.3, lemo=kept))
-    assert [ends.retention(share) for share in (0.69, 0.7, 0.89, 0.9)] == [None, 0.3, 0.3, 1.0]
+    assert [ends.in_fp8(share) for share in (0.69, 0.7, 0.89, 0.9)] == [True] + 3 * [False]
+    assert [ends.retention(share) for share in (0.69, 0.7, 0.89, 0.9)] == [None] * 3 + [1.0]
+    assert timed.in_fp8(0.69) and not timed.in_fp8(0.7)
     stepped = Schedule(job(steps=10, ramp=(0.2, 1.0)))
     assert stepped.share(5, 0.0) == 0.5 and stepped.over(10, 0.0, 0.0)
     ramp = [stepped.retention(share / 20) for share in range(21)]

@@ -5,12 +5,15 @@ import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 from support.trainers import losses, make_trainer
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core import fp8
 from lemo_hf.core.checks import check_trainer
 from lemo_hf.core.lora import linear_of
+from lemo_hf.describe import describe_run
+from lemo_hf.integrations.callback import LeMoCallback
+from lemo_hf.patch import lemo_of
 
 HALF = {"retention": 0.5, "block_size": 8, "policy": "recent"}
 
@@ -92,30 +95,68 @@ def test_it_trains(tmp_path):
     plain = losses(make_trainer(tmp_path, LeMoConfig(**HALF)))
     trainer = make_trainer(tmp_path, config)
     assert losses(trainer) == pytest.approx(plain, rel=1e-2)
-    assert "Products with frozen weights in FP8." in trainer.lemo.describe()
+    assert "FP8, in bf16 in the last 30% of the steps." in trainer.lemo.describe()
 
 
-def test_the_finish_is_in_bf16(tmp_path):
-    """From its first step on nothing is in FP8, and after the run everything is again."""
-    trainer = make_trainer(tmp_path, LeMoConfig(**HALF, fp8=True, dense_finish=0.25))
+@pytest.mark.parametrize(
+    ("finish", "bf16", "expected"),
+    [
+        (0.25, None, [(None, True)] * 3 + [(1.0, False)]),
+        (0.25, 0.5, [(None, True)] * 2 + [(None, False), (1.0, False)]),
+        (0.5, 0.25, [(None, True)] * 2 + [(1.0, True), (1.0, False)]),
+        (0, 0, [(None, True)] * 4),
+        (0, 1e-3, [(None, True)] * 3 + [(None, False)]),
+    ],
+)
+@pytest.mark.parametrize("by", ["LeMoTrainer", "LeMoCallback"])
+def test_the_last_steps_are_in_bf16(finish, bf16, expected, by, tmp_path):
+    """From the first of them on nothing is in FP8; the next run begins in FP8 again."""
+    share = {} if bf16 is None else {"bf16_finish": bf16}
+    config = LeMoConfig(**HALF, fp8=True, dense_finish=finish, **share)
     seen = []
 
     class Look(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            seen.append((trainer.lemo.passes.retention, in_fp8(trainer.model)))
+        def on_step_end(self, *_, model, **__):
+            lemo = lemo_of(model)
+            seen.append((lemo.passes.retention, in_fp8(model)))
+            assert lemo.passes.in_fp8 == in_fp8(model)
 
-    trainer.add_callback(Look())
-    trainer.train()
-    assert seen == [(None, True)] * 3 + [(1.0, False)] and in_fp8(trainer.model)
-    assert "in FP8, in bf16 in the last 25% of the steps." in trainer.lemo.describe()
+    if by == "LeMoTrainer":
+        trainer = make_trainer(tmp_path, config, callbacks=[Look()])
+    else:
+        callbacks = [LeMoCallback(config), Look()]
+        trainer = make_trainer(tmp_path, None, cls=Trainer, callbacks=callbacks)
+    for _ in range(2):
+        trainer.train()
+    assert seen == 2 * expected
+    assert in_fp8(trainer.model) == (by == "LeMoTrainer")
+    said = "in FP8, in bf16 in the last" if bf16 != 0 else "in FP8. "
+    assert said in describe_run(config, config.layer_rules(4), "sdpa", None)
 
 
-def test_a_finish_that_ends_after_lemo_leaves_nothing_in_fp8():
+def test_a_share_without_fp8_is_said_to_have_no_effect():
+    for share, said in ((0.3, False), (0.5, True)):
+        config = LeMoConfig(bf16_finish=share)
+        text = describe_run(config, config.layer_rules(4), "sdpa", None)
+        assert ("bf16_finish=0.5 has no effect" in text) == said
+        assert "FP8" not in text
+
+
+def test_steps_that_nobody_tells_of_are_in_fp8():
+    model = with_lora(make_model("llama"))
+    lemo = apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    lemo.begin_step(3, 4)
+    assert not in_fp8(model)
+    lemo.begin_step(4)
+    assert in_fp8(model)
+
+
+def test_a_run_that_ends_after_lemo_leaves_nothing_in_fp8():
     model = with_lora(make_model("llama"))
     lemo = apply_lemo(model, LeMoConfig(**HALF, fp8=True, dense_finish=0.5))
     lemo.begin_step(3, 4)
     remove_lemo(model)
-    lemo.set_finish(None)
+    lemo.end_run()
     assert not in_fp8(model)
 
 
@@ -126,3 +167,6 @@ def test_refusals():
         check_trainer(None, None, object(), LeMoConfig(fp8=True))
     with pytest.raises(ValueError, match="fp8 must be one of"):
         LeMoConfig(fp8="yes")
+    for share in (1.1, -0.1, None):
+        with pytest.raises(ValueError, match=r"bf16_finish must lie in \[0, 1\], got"):
+            LeMoConfig(bf16_finish=share)

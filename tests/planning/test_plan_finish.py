@@ -100,11 +100,12 @@ def test_the_longest_row_is_that_of_the_phase_at_the_peak(share):
     assert not plan(LLAMA, lemo, tokens + 64, finish=peak == "finish").fits(24)
 
 
-def test_the_finish_has_no_copies_in_fp8():
-    eight = plans(LLAMA, LeMoConfig(fp8=True), 4096)
+@pytest.mark.parametrize(("share", "copies"), [(0.3, False), (0.1, False), (0.05, True)])
+def test_the_finish_has_copies_in_fp8_if_it_begins_in_fp8(share, copies):
+    eight = plans(LLAMA, LeMoConfig(fp8=True, bf16_finish=share), 4096)
     without = plans(LLAMA, LeMoConfig(), 4096)
     assert eight["sparse"].peak > without["sparse"].peak
-    assert eight["finish"].peak == without["finish"].peak
+    assert (eight["finish"].peak > without["finish"].peak) == copies
 
 
 def test_the_finish_that_fits():

@@ -1,0 +1,85 @@
+"""The reported loss is Trainer's, and the host asks the GPU nothing for it."""
+
+import math
+
+import pytest
+import torch
+from support.trainers import FULL, losses, make_trainer
+from transformers import Trainer
+
+from lemo_hf import LeMoTrainer
+from lemo_hf.reported_loss import FiniteLoss, finite_loss
+
+ODD = {1: math.nan, 2: math.inf, 5: -math.inf}
+
+
+class Spoils:
+    """Makes some losses NaN or infinite, but not their gradients."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        ours = isinstance(self, LeMoTrainer) and self.args.logging_nan_inf_filter
+        assert type(loss) is (FiniteLoss if ours else torch.Tensor)
+        return loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
+        value = ODD.get(self.state.global_step)
+        return loss if value is None else loss + (value - loss).detach()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("options", [{"logging_steps": 1}, {"logging_steps": 3}])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_it_is_that_of_trainer(options, filtered, tmp_path):
+    options = {**options, "max_steps": 7, "logging_nan_inf_filter": filtered}
+    options |= {"gradient_accumulation_steps": 2, "logging_first_step": True}
+    kinds = [type("Spoiled", (Spoils, kind), {}) for kind in (Trainer, LeMoTrainer)]
+    stock, found = (
+        losses(make_trainer(tmp_path / str(i), FULL, cls=kind, **options))
+        for i, kind in enumerate(kinds)
+    )
+    assert found == pytest.approx(stock, rel=1e-5, nan_ok=True)
+    assert all(map(math.isfinite, found)) == filtered
+
+
+def test_nobody_needs_the_numbers_to_know_that_it_is_finite():
+    """Tensors on the device "meta" have none."""
+    empty = torch.zeros((), device="meta")
+    loss = finite_loss(empty, empty)
+    assert not torch.isnan(loss) and not loss.isinf()
+    total = empty.clone()
+    total += loss
+    assert type(total) is torch.Tensor and type(loss / 2) is torch.Tensor
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(torch.isnan(loss / 2))
+
+
+def test_values():
+    for value, expected in ((1.5, 1.5), (math.nan, 3.0), (math.inf, 3.0), (-math.inf, 3.0)):
+        loss = finite_loss(torch.tensor(value), torch.tensor(3.0))
+        assert isinstance(loss, FiniteLoss) and loss.item() == expected
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("config", [None, FULL])
+def test_rows_are_copied_without_a_wait_where_they_are_pinned(config, pinned, asked, tmp_path):
+    class Pins(LeMoTrainer):
+        def __init__(self, args, **others):
+            args.dataloader_pin_memory = pinned  # TrainingArguments refuse it on a CPU
+            super().__init__(args=args, **others)
+
+    own = {"accelerator_config": {"non_blocking": asked}}
+    trainer = make_trainer(tmp_path, config, cls=Pins, **own)
+    pins = trainer.get_train_dataloader()
+    assert pins._non_blocking == (asked or (pinned and config is not None))
+
+
+def test_a_step_outside_a_run_returns_its_loss(tmp_path):
+    trainer = make_trainer(tmp_path, FULL)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.training_step(trainer.model, inputs)
+    assert type(loss) is torch.Tensor and math.isfinite(loss)
