@@ -1,5 +1,7 @@
 """Tables of whole steps and of the longest sequences."""
 
+import statistics
+
 from providers import LEMO
 
 GROUPS = {
@@ -302,4 +304,28 @@ def completion_table(header: dict, rows: list[dict], short: bool = False) -> str
         f"{header['labels']} labels a row, LoRA r = 8 on q, k, v, o, bf16; {versions}, "
         f"commit `{header['commit']}`, "
         f"{header['date']}, `benchmarks/bench_completion.py`."
+    )
+
+
+def trainer_table(header: dict, rows: list[dict]) -> str:
+    """Steps of completion rows in a loop and by trainers."""
+    lines = [["model", "rows", "LeMo", "by", "ms", "least and most", "peak GiB"]]
+    for row in rows:
+        provider, _, options = row["provider"].removeprefix("lemo ").partition(" +")
+        name = f"retention {provider}" + "".join(f", `{OPTIONS[x]}`" for x in options.split() if x)
+        cells = [row["model"], f"{row['rows']} × {length(row['tokens'])}", name, row["way"]]
+        if row["status"] == "ok":
+            low, high = min(row["ms"]), max(row["ms"])
+            cells += [f"{statistics.median(row['ms']):,.1f}", f"{low:,.1f} to {high:,.1f}"]
+            cells += [f"{row['peak_gib']:.1f}"]
+        else:
+            cells += [status_of(row), "", ""]
+        lines.append(cells)
+    versions = ", ".join(f"{name} {header[name]}" for name in PACKAGES)
+    commands = "\n".join(header["commands"])
+    return (
+        f"{markdown(lines)}\n\n{header['gpu']}, {header['labels']} labels a row, LoRA r = "
+        f"{header['lora']['r']} on q, k, v, o, AdamW fused; {versions}, commit "
+        f"`{header['commit']}`, {header['date']}. Medians of {len(rows[0]['ms'])} runs in turn, of "
+        f"which {header['steps']} steps or more are timed together.\n\n```bash\n{commands}\n```"
     )

@@ -16,6 +16,7 @@ from step_table import (
     longest_tables,
     scaling_table,
     step_tables,
+    trainer_table,
 )
 
 from benchmarks.quality.tables import all_tables, headline_table
@@ -78,6 +79,7 @@ def blocks() -> dict[str, str]:
     makers = {
         "bench_step": step_tables,
         "bench_completion": completion_table,
+        "bench_trainer": trainer_table,
         "bench_longest": longest_tables,
         "bench_kernels": kernel_tables,
         "bench_ablation": ablation_table,
