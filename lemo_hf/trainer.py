@@ -243,7 +243,8 @@ class LeMoMixin(_Mixed):
     ) -> Tensor | tuple[Tensor, Any]:
         """As Trainer's; LeMo also sees the labels of a loss that is made outside the model."""
         lemo = self.lemo if model.training else None
-        if lemo is not None and not self._in_step:  # the user has a `training_step` of their own
+        if lemo is not None and not self._in_step and not lemo.passes.resting:
+            # The user has a `training_step` of their own.
             lemo.begin_step(self.state.global_step, self.state.max_steps)
             lemo.end_step()  # passes are asked for by their labels
         with nullcontext() if lemo is None else lemo.training():

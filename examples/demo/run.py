@@ -13,10 +13,8 @@ import json
 import logging
 import math
 import platform
-import statistics
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,23 +26,16 @@ import accelerate
 import peft
 import torch
 import transformers
+from clock import OPEN, Clock
 from plot import draw
 from setting import HERE, ROPE, TOKENS, cut, load_model, quotation_rows, rows
-from transformers import (
-    AutoTokenizer,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from lemo_hf import LeMoConfig, LeMoTrainer, __version__
 from lemo_hf.tune.measure import saved_bytes
 
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-TRAINING = dict(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=3, logging_steps=1)
-PROBED = 5  # steps of a way of training, of which the last ones tell how many there is time for
+LEARNING_RATE = 1e-3  # the highest: it warms up, and then falls by a cosine over the time
 WAYS = ("dense", "rows cut in half", "LeMo")
 
 
@@ -58,51 +49,6 @@ class Task:
     lemo: LeMoConfig
     results: dict[str, dict] = field(default_factory=dict)
     kept: list[list[int]] = field(default_factory=list)
-
-
-class Clock(TrainerCallback):
-    """Seconds of each step."""
-
-    def __init__(self):
-        self.times = []
-
-    def on_step_begin(self, *args, **kwargs):
-        """The batch is there."""
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        """The optimizer is through."""
-        self.times.append(time.perf_counter() - self.began)
-
-
-class Deadline(TrainerCallback):
-    """Ends a run that other work on the machine has made too slow."""
-
-    def __init__(self, seconds):
-        self.end = time.perf_counter() + seconds
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """It was the last one."""
-        control.should_training_stop |= time.perf_counter() > self.end
-
-
-@contextmanager
-def quiet():
-    """LeMo says nothing within it."""
-    logger = logging.getLogger("lemo_hf")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(before)
-
-
-class QuietProgress(ProgressCallback):
-    """Trainer's progress bar with the loss in it, rather than one printed dictionary a log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """The bar says it."""
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def main() -> None:
@@ -152,7 +98,7 @@ def main() -> None:
             "seconds": args.seconds,
             "seed": args.seed,
             "lora": LORA,
-            "training": TRAINING,
+            "learning_rate": LEARNING_RATE,
             "lemo": {task.name: task.lemo.to_dict() for task in tasks},
         },
         "versions": {
@@ -171,33 +117,22 @@ def main() -> None:
 def run(task: Task, way: str, args) -> None:
     """Train in one way for ``args.seconds``, and evaluate."""
     lemo = task.lemo if way == "LeMo" else None
-    with quiet():
-        probe = make_trainer(task, way, PROBED, args)
-    clock = Clock()
-    probe.add_callback(clock)
-    with quiet():
-        probe.train()
-    if "before" not in task.results:
-        task.results["before"] = {"perplexity": perplexity(make_trainer(task, "dense", 1, args))}
-    step = statistics.median(clock.times[1:])
-    finish = 0.0
+    clock = Clock(args.seconds)
     if lemo is not None and task.name == "text":  # its last steps keep everything
-        step = statistics.median(clock.times[1:-1])
-        finish = lemo.finish
-    whole = task.results.get("dense", {}).get("step_seconds", step)
-    steps = max(5, round(args.seconds / ((1 - finish) * step + finish * whole)))
-    print(f"\n{way}: {steps} steps")
-    trainer = make_trainer(task, way, steps, args)
-    trainer.add_callback(Deadline(1.15 * args.seconds))
-    seconds = trainer.train().metrics["train_runtime"]
+        clock = Clock(args.seconds, lemo.finish, task.results["dense"]["step_seconds"])
+    print(f"\n{way}")
+    trainer = make_trainer(task, way, clock, args)
+    if "before" not in task.results:
+        task.results["before"] = {"perplexity": perplexity(trainer)}
+    trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     retentions = [log.get("lemo/attention_retention", 1.0) for log in logs]
     length = len(trainer.train_dataset[0]["input_ids"])
     task.results[way] = {
         "perplexity": perplexity(trainer),
-        "train_seconds": seconds,
+        "train_seconds": clock.ends[-1],
         "steps": trainer.state.global_step,
-        "step_seconds": step,
+        "step_seconds": clock.ends[-1] / len(clock.ends),
         "rows": trainer.state.global_step * trainer.args.train_batch_size * length / TOKENS,
         "kept_tokens": length * sum(retentions) / len(retentions),
         "saved_mib": training_bytes(trainer) / 2**20,
@@ -206,35 +141,36 @@ def run(task: Task, way: str, args) -> None:
         task.kept = kept_blocks(trainer.lemo)
 
 
-def make_trainer(task: Task, way: str, steps: int, args) -> Trainer:
+def make_trainer(task: Task, way: str, clock: Clock, args) -> Trainer:
     """A LoRA model whose positions are scaled to the new context, and its Trainer."""
     set_seed(args.seed)
-    model = load_model()
+    model = peft.get_peft_model(load_model(), peft.LoraConfig(**LORA))
     halves = way == "rows cut in half"
     kind = partial(LeMoTrainer, lemo_config=task.lemo) if way == "LeMo" else Trainer
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0)
     trainer = kind(
-        model=peft.get_peft_model(model, peft.LoraConfig(**LORA)),
+        model=model,
         args=TrainingArguments(
             output_dir=str(args.output),
-            max_steps=steps,
+            max_steps=OPEN,
             seed=args.seed,
             per_device_train_batch_size=2 if halves else 1,
             per_device_eval_batch_size=2,
             prediction_loss_only=True,
+            logging_steps=1,
             save_strategy="no",
             report_to="none",
-            disable_tqdm=steps in (1, PROBED),
+            disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
-            **TRAINING,
         ),
         train_dataset=cut(task.train) if halves else task.train,
         eval_dataset=task.heldout,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate)),
+        callbacks=[clock],
     )
-    trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(QuietProgress)
     return trainer
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from support.models import batch, make_model
-from support.trainers import FULL, assert_same_weights, losses, make_trainer
+from support.trainers import FULL, assert_same_weights, dataset, losses, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoConfig, LeMoTrainer, apply_lemo
@@ -55,6 +55,15 @@ def test_a_users_training_step_has_chance_and_a_finish(tmp_path):
     share = [log["lemo/attention_retention"] for log in theirs.state.log_history if "loss" in log]
     assert share[:2] == [0.25, 0.25] and share[2:] == [1.0, 1.0]
     assert_same_weights(theirs, ours, rtol=0, atol=0)
+
+
+def test_a_loss_after_the_run_is_not_in_its_finish(tmp_path):
+    config = replace(CHANCE, dense_finish=0.5)
+    trainer = make_trainer(tmp_path, config, data=dataset(tokens=128))
+    trainer.train()
+    assert all(kept(trainer.lemo))
+    trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
+    assert sum(kept(trainer.lemo)) == 4  # a quarter of 16 blocks
 
 
 def masking(base, also):
