@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lemo_hf.cli.idle import refuse_idle
 from lemo_hf.cli.options import (
     MODEL,
     AsJson,
@@ -115,6 +116,7 @@ def perplexity(
 @takes_model
 def longbench(
     options: ModelOptions,
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option(help="Directory for predictions; an interrupted run resumes.")
     ],
@@ -145,6 +147,9 @@ def longbench(
 ) -> None:
     """Answer LongBench and score the answers, as its own scripts do; or only score a folder."""
     if score_only:
+        refuse_idle(
+            context, "with --score-only", but=("output", "score_only", "extended", "as_json")
+        )
         from lemo_hf.eval.longbench_score import score_predictions
 
         scores = score_predictions(output, extended=extended)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lemo_hf.cli.idle import refuse_idle
 from lemo_hf.cli.options import (
     RESERVE_GIB,
     AsJson,
@@ -27,6 +28,7 @@ COLUMNS = {"sparse": "LeMo", "finish": "finish", "stock": "without", "fused": "f
 
 
 def plan(
+    context: typer.Context,
     model: Model,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 32768,
     memory_gib: Annotated[
@@ -117,6 +119,9 @@ def plan(
             f"--offload-gib {lemo.offload_gib:g} moves what recomputed layers store, and none is: "
             "give --gradient-checkpointing, or --recompute selective, lean or full."
         )
+    _refuse_idle(
+        context, lemo, labels is not None, memory_gib, lora_rank, load_in_4bit or load_in_8bit
+    )
     room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
 
     from lemo_hf.cli.gpu import gpu_called, gpu_here
@@ -168,7 +173,8 @@ def plan(
             entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
             if memory_gib is not None and room is not None:
                 alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
-                alone["finish"] = dataclasses.replace(lemo, dense_finish=1)
+                in_bf16 = float(lemo.finish <= lemo.bf16_finish)
+                alone["finish"] = dataclasses.replace(lemo, dense_finish=1, bf16_finish=in_bf16)
                 entry["fits"] = phase.fits(memory_gib - reserve_gib)
                 bar.expect((len(found) - number + 1) * LOOKS)
                 entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
@@ -201,6 +207,25 @@ def plan(
         )
     if "finish" in found:
         print(_on_phases(lemo, result))
+
+
+def _refuse_idle(
+    context: typer.Context,
+    lemo: LeMoConfig,
+    asks: bool,
+    memory_gib: float | None,
+    lora_rank: int,
+    quantised: bool,
+) -> None:
+    if memory_gib is None:
+        refuse_idle(context, "without --memory-gib", ["reserve_gib"])
+    if not lora_rank:
+        refuse_idle(context, "with --lora-rank 0", ["lora_target"])
+    if not quantised:
+        refuse_idle(context, "without --load-in-4bit or --load-in-8bit", ["kbit_training"])
+    if not lemo.finish or (asks and lemo.policy == "auto" and lemo.dense_finish is None):
+        way_out = "set --dense-finish, or leave it out"
+        refuse_idle(context, "where there is no finish", ["finish_retention"], way_out=way_out)
 
 
 def _print_table(

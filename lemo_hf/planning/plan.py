@@ -119,6 +119,8 @@ class Planner:
             ValueError: A value is wrong, or is one whose memory is not predicted.
         """
         check_count("tokens", tokens)
+        if tokens > FARTHEST:
+            raise ValueError(f"tokens={tokens:,}: rows of up to {FARTHEST:,} are planned.")
         if self.window is not None and self.window < tokens:
             raise ValueError(
                 f"the config's sliding_window={self.window} is shorter than {tokens} tokens: "

@@ -158,6 +158,14 @@ def test_longbench(lemo, tmp_path):
     [
         (("longbench", "--output", "nowhere"), "give --model, or --score-only"),
         (("longbench", "--output", "nowhere", "--score-only"), "there is no folder 'nowhere'"),
+        (
+            ("longbench", "--output", "nowhere", "--score-only", "--task", "qasper"),
+            "--task has no effect with --score-only: leave it out.",
+        ),
+        (
+            ("longbench", "--output", "nowhere", "--score-only", "--no-chat-template"),
+            "--no-chat-template has no effect with --score-only",
+        ),
         (("perplexity", "--model", MODEL, "--dataset", "a.bin", "--dataset", "b.txt"), "all .bin"),
         (("perplexity", "--model", MODEL, "--dataset", "none.bin"), "there is no file 'none.bin'"),
         (

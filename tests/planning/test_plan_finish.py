@@ -108,6 +108,19 @@ def test_the_finish_has_copies_in_fp8_if_it_begins_in_fp8(share, copies):
     assert (eight["finish"].peak > without["finish"].peak) == copies
 
 
+def test_the_longest_row_of_a_finish_in_bf16(lemo, tmp_path):
+    """It has no copies in FP8, unless it begins before the bf16 steps."""
+    LLAMA.save_pretrained(tmp_path)
+    found = []
+    for how in ({}, {"fp8": True}, {"fp8": True, "bf16_finish": 0.05}):
+        LeMoConfig(**FULL, **how).save_pretrained(tmp_path)
+        options = ("--config", tmp_path, "--memory-gib", 30, "--gradient-checkpointing", "--json")
+        code, out, err = lemo("plan", "--model", tmp_path, "--tokens", 1024, *options)
+        assert code == 0, err
+        found.append(json.loads(out)["finish"]["longest"])
+    assert found[0] == found[1] > found[2] > 0
+
+
 def test_the_finish_that_fits():
     lemo = LeMoConfig(retention=0.3, **FULL)
     alone = longest(LLAMA, dataclasses.replace(lemo, dense_finish=0), 24)

@@ -3,7 +3,7 @@
 import pytest
 from support.allocations import LLAMA
 from support.plans import plan
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from lemo_hf import LeMoConfig
 
@@ -59,6 +59,7 @@ def test_ways_out_that_the_command_has(kind, options, way_out, lemo, tmp_path):
     ("settings", "message"),
     [
         ({"tokens": 0}, "tokens must be .* got 0"),
+        ({"tokens": 2**22 + 1}, "tokens=4,194,305: rows of up to 4,194,304 are planned"),
         ({"batch_size": 0}, "batch_size must be .* got 0"),
         ({"lora_rank": 1.5}, "lora_rank must be .* got 1.5"),
         ({"lora_targets": ["lm_head"]}, "lora_targets.*lm_head.*q_proj"),
@@ -77,3 +78,31 @@ def test_settings_that_are_refused(settings, message):
     values = {"lemo_config": LeMoConfig(), "tokens": 1024, **settings}
     with pytest.raises(ValueError, match=message):
         plan(LLAMA, values.pop("lemo_config"), values.pop("tokens"), **values)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (["--reserve-gib", 3], "--reserve-gib has no effect without --memory-gib: leave it out."),
+        (["--lora-rank", 0, "--lora-target", "q_proj"], "--lora-target has no effect with"),
+        (["--no-kbit-training"], "--no-kbit-training has no effect without --load-in-4bit or"),
+        (["--finish-retention", 0.5, "--labels", 9], "no effect where there is no finish: set"),
+        (["--finish-retention", 0.5, "--dense-finish", 0], "no effect where there is no finish"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(options, idle, lemo, tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    code, _, err = lemo("plan", "--model", tmp_path, *options)
+    assert code == 2 and idle in err
+
+
+def test_options_that_have_an_effect_are_not(lemo, tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    command = ("plan", "--model", tmp_path, "--tokens", 256, "--json")
+    for options in (
+        ["--load-in-4bit", "--no-kbit-training"],
+        ["--finish-retention", 0.5, "--labels", 9, "--dense-finish", 0.1],
+        ["--finish-retention", 0.5, "--kbit-training", "--load-in-8bit"],
+    ):
+        code, _, err = lemo(*command, *options)
+        assert code == 0, err
