@@ -162,7 +162,7 @@ class LeMoMixin(_Mixed):
             self._check_block_size(inputs, self.lemo.config)
             self._first_batch = False
         self.lemo.begin_step(self.state.global_step, self.state.max_steps)
-        if self._loss_is_overridden() and num_items_in_batch is not None:
+        if self._overrides("compute_loss") and num_items_in_batch is not None:
             device = self.args.device
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=device).float().clone()
         self._items, self._in_step = num_items_in_batch, True
@@ -178,12 +178,14 @@ class LeMoMixin(_Mixed):
         return self._reported(loss)
 
     def _reported(self, loss: Tensor) -> Tensor:
-        """The loss as Trainer reports it, for which the GPU does not wait."""
-        total = getattr(self, "_tr_loss", None)  # since the last log
-        if not self.args.logging_nan_inf_filter or total is None or loss.device != total.device:
+        """The loss as Trainer reports it, for which the GPU does not wait. A `training_step` of the
+        user's gets it as it is."""
+        assert self.lemo is not None
+        no_run = self.lemo.passes.resting or not self.args.logging_nan_inf_filter
+        if no_run or self._overrides("training_step") or loss.device != self._tr_loss.device:
             return loss
         steps = self.state.global_step - self._globalstep_last_logged
-        return finite_loss(loss, total / (1 + steps))
+        return finite_loss(loss, self._tr_loss / (1 + steps))
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """As Trainer's, but parameters are counted once a run: the GPU waits for each count."""
@@ -198,17 +200,17 @@ class LeMoMixin(_Mixed):
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """As Trainer's; a user's own `compute_loss` gets labels that LeMo may strike."""
         inputs = super()._prepare_inputs(inputs)
-        if self._in_step and self._loss_is_overridden() and "labels" in inputs:
+        if self._in_step and self._overrides("compute_loss") and "labels" in inputs:
             assert self.lemo is not None  # or no step would be marked
             labels = self.lemo.passes.announced.expect(inputs["labels"], self._items)
             inputs["labels"] = labels.tensor
         return inputs
 
-    def _loss_is_overridden(self) -> bool:
-        """Whether the user overrides `compute_loss`, which may make a loss of its own."""
-        if "compute_loss" in vars(self):
+    def _overrides(self, method: str) -> bool:
+        """Whether the user overrides a method: `compute_loss` may make a loss of its own."""
+        if method in vars(self):
             return True
-        owners = (base for base in type(self).__mro__ if "compute_loss" in vars(base))
+        owners = (base for base in type(self).__mro__ if method in vars(base))
         known = ("lemo_hf", "transformers", "trl")
         return any(base.__module__.partition(".")[0] not in known for base in owners)
 

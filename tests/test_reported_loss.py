@@ -16,31 +16,51 @@ ODD = {1: math.nan, 2: math.inf, 5: -math.inf}
 class Spoils:
     """Makes some losses NaN or infinite, but not their gradients."""
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        ours = isinstance(self, LeMoTrainer) and self.args.logging_nan_inf_filter
-        assert type(loss) is (FiniteLoss if ours else torch.Tensor)
-        return loss
-
     def compute_loss(self, model, inputs, **kwargs):
         loss = super().compute_loss(model, inputs, **kwargs)
         value = ODD.get(self.state.global_step)
         return loss if value is None else loss + (value - loss).detach()
 
 
+class Looks(Spoils):
+    """With a `training_step` that sees each loss."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        assert type(loss) is torch.Tensor
+        vars(self).setdefault("seen", []).append(loss.item())
+        return loss
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Finite losses that were made."""
+    found = []
+
+    def make(loss, instead):
+        found.append(finite_loss(loss, instead))
+        return found[-1]
+
+    monkeypatch.setattr("lemo_hf.trainer.finite_loss", make)
+    return found
+
+
 @pytest.mark.oldest
+@pytest.mark.parametrize("mixin", [Spoils, Looks])
 @pytest.mark.parametrize("options", [{"logging_steps": 1}, {"logging_steps": 3}])
 @pytest.mark.parametrize("filtered", [True, False])
-def test_it_is_that_of_trainer(options, filtered, tmp_path):
+def test_it_is_that_of_trainer(mixin, options, filtered, made, tmp_path):
     options = {**options, "max_steps": 7, "logging_nan_inf_filter": filtered}
     options |= {"gradient_accumulation_steps": 2, "logging_first_step": True}
-    kinds = [type("Spoiled", (Spoils, kind), {}) for kind in (Trainer, LeMoTrainer)]
-    stock, found = (
-        losses(make_trainer(tmp_path / str(i), FULL, cls=kind, **options))
-        for i, kind in enumerate(kinds)
-    )
+    kinds = [type("Spoiled", (mixin, kind), {}) for kind in (Trainer, LeMoTrainer)]
+    trainers = [make_trainer(tmp_path, FULL, cls=kind, **options) for kind in kinds]
+    stock, found = map(losses, trainers)
     assert found == pytest.approx(stock, rel=1e-5, nan_ok=True)
     assert all(map(math.isfinite, found)) == filtered
+    assert len(made) == (14 if filtered and mixin is Spoils else 0)
+    if mixin is Looks:
+        assert trainers[1].seen == pytest.approx(trainers[0].seen, rel=1e-5, nan_ok=True)
+        assert sum(map(math.isfinite, trainers[1].seen)) == 2 * (7 - len(ODD))
 
 
 def test_nobody_needs_the_numbers_to_know_that_it_is_finite():
@@ -77,8 +97,11 @@ def test_rows_are_copied_without_a_wait_where_they_are_pinned(config, pinned, as
     assert pins._non_blocking == (asked or (pinned and config is not None))
 
 
-def test_a_step_outside_a_run_returns_its_loss(tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_step_outside_a_run_returns_its_loss(trained, tmp_path):
     trainer = make_trainer(tmp_path, FULL)
+    if trained:
+        trainer.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.training_step(trainer.model, inputs)
