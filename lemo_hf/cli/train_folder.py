@@ -23,6 +23,7 @@ LEFT = (
     *("trainer_state.json", "training_args.bin", "adapter_config.json"),
     *("train_results.json", "eval_results.json", "all_results.json"),
 )
+OF_MODEL = ("config.json", "generation_config.json")  # beside weights that are a whole model's
 
 
 def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str | None:
@@ -78,8 +79,10 @@ def check_same(checkpoint: str, settings: str) -> None:
 
 def clear(directory: str) -> None:
     """Remove the run in ``directory``; files of other kinds stay."""
-    card = [CARD_NAME] if is_ours(directory) else []
-    for path in [Path(directory, name) for name in (*LEFT, *card)] + _weights(directory):
+    names, weights = list(LEFT), _weights(directory)
+    names += [CARD_NAME] if is_ours(directory) else []
+    names += OF_MODEL if any(not path.name.startswith("adapter") for path in weights) else ()
+    for path in [Path(directory, name) for name in names] + weights:
         path.unlink(missing_ok=True)
     for path in checkpoints(directory):
         shutil.rmtree(path)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lemo_hf import LeMoConfig, LeMoTrainer
+from lemo_hf.cli.train_folder import clear
 from lemo_hf.cli.train_rows import collator, packed_rows
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.storage.text_rows import token_rows
@@ -236,6 +237,18 @@ def test_a_used_folder_is_refused_or_started_over(lemo, tmp_path, config):
     code, _, err = lemo(*small(config, "--overwrite", "--output", MODEL))
     assert code == 2 and f"--overwrite would remove the model {MODEL}" in err
     assert (Path(MODEL) / "model.safetensors").is_file()
+
+
+def test_a_whole_model_is_removed_with_its_config(lemo, tmp_path, config):
+    out = tmp_path / "out"
+    code, _, err = lemo("train", "--config", config, "--full")
+    assert code == 0 and (out / "config.json").is_file(), err
+    code, _, err = lemo("train", "--config", config, "--overwrite")
+    assert code == 0 and (out / "adapter_config.json").is_file(), err
+    assert not any((out / name).exists() for name in ("config.json", "model.safetensors"))
+    (out / "config.json").write_text("{}")  # not of this run
+    clear(str(out))
+    assert (out / "config.json").is_file() and not (out / "adapter_config.json").exists()
 
 
 def test_resuming_takes_the_newest_whole_checkpoint(lemo, tmp_path, config, caplog):
