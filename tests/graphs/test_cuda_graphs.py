@@ -24,6 +24,7 @@ from support.trainers import SPARSE, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.batch import row_counts
+from lemo_hf.core import fp8
 from lemo_hf.graphs.cuda_graphs import MOST_GRAPHS
 from lemo_hf.report.callback import ReportCallback
 
@@ -340,6 +341,30 @@ def test_weights_that_moved_are_found(device):
         found.backward(), expected.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(model, twin)
+
+
+def test_steps_in_bf16_have_graphs_of_their_own(device, monkeypatch):
+    """A graph with products in FP8 is not replayed when they are no longer, nor the other way."""
+    monkeypatch.setattr(fp8, "FEWEST_ROWS", 16)
+    config = LeMoConfig(retention=0.5, block_size=8, policy="recent", fp8=True, bf16_finish=0.5)
+    twins = [tiny(device).to(torch.bfloat16 if device == "cuda" else torch.float32) for _ in "ab"]
+    with_graphs, without = (
+        apply_lemo(model, replace(config, cuda_graphs=graphs))
+        for model, graphs in zip(twins, (True, False), strict=True)
+    )
+    graphs, found = [], [[], []]
+    for step, inputs in zip((*range(8), 0, 1), 10 * batches(device, steps=1), strict=True):
+        for lemo in (with_graphs, without):
+            lemo.begin_step(step, 8)
+        for model, losses_of in zip(twins, found, strict=True):
+            loss = model(**inputs).loss
+            loss.backward()
+            losses_of.append(loss.item())
+            model.zero_grad()
+        graphs.append(graphs_of(twins[0]))
+    assert graphs == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1]
+    assert found[0] == pytest.approx(found[1], rel=1e-5 if device == "cpu" else 1e-2)
+    assert found[0][3] != found[0][4]  # the same rows, in FP8 and not
 
 
 def in_place(model):
