@@ -114,11 +114,6 @@ class Fp8Switch:
         self._layers = layers
         self._weights = keep_in_fp8(layers)
 
-    @property
-    def on(self) -> bool:
-        """Whether they are in FP8."""
-        return bool(self._weights)
-
     def turn(self, on: bool) -> None:
         """Turn them to FP8, or back; the copies are freed then."""
         if on and not self._weights:
