@@ -129,7 +129,8 @@ class LeMoConfig:
         fp8: Whether products with frozen weights are in FP8, in the forward and for the gradient of
             the input; on a Hopper GPU or newer. The FP8 copies take one byte a weight.
         bf16_finish: Share of the optimizer steps, at the end, in which ``fp8`` is off, so that
-            adapters learn to fit the weights as they are, in [0, 1].
+            adapters learn to fit the weights as they are, in [0, 1]. In a loop of your own call
+            `LeMo.begin_step`.
         seed: Seed of everything drawn by chance, any integer.
 
     Raises:

@@ -64,8 +64,6 @@ class LeMoMixin(_Mixed):
                 getattr(self.accelerator.state, "fsdp_plugin", None),
                 lemo_config,
             )
-            # Pinned rows are copied beside the computation, and the host does not wait for it.
-            self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
             # All processes form groups together, so before they take turns.
             sequence_group(lemo_config.sequence_parallel_size)
             try:
@@ -104,6 +102,12 @@ class LeMoMixin(_Mixed):
                 "this trainer has a lemo_config and a LeMoCallback, and a model can have LeMo only "
                 "once: leave one of them out."
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; the host does not wait until rows in pinned memory are copied."""
+        super().create_accelerator_and_postprocess()
+        if self.lemo_config is not None:
+            self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; the new model gets LeMo too (``model_init``, hyperparameter search)."""
@@ -175,17 +179,18 @@ class LeMoMixin(_Mixed):
         first = self.lemo.take_first_batch()
         if first is not None:
             announce(self.args, first)
-        return self._reported(loss)
+        return loss if self.lemo.passes.resting else self._reported(loss)
 
     def _reported(self, loss: Tensor) -> Tensor:
         """The loss as Trainer reports it, for which the GPU does not wait. A `training_step` of the
         user's gets it as it is."""
-        assert self.lemo is not None
-        no_run = self.lemo.passes.resting or not self.args.logging_nan_inf_filter
-        if no_run or self._overrides("training_step") or loss.device != self._tr_loss.device:
+        total = getattr(self, "_tr_loss", None)  # since the last log; none in a loop of the user's
+        if total is None or loss.device != total.device or self._overrides("training_step"):
+            return loss
+        if not self.args.logging_nan_inf_filter:
             return loss
         steps = self.state.global_step - self._globalstep_last_logged
-        return finite_loss(loss, self._tr_loss / (1 + steps))
+        return finite_loss(loss, total / (1 + steps))
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """As Trainer's, but parameters are counted once a run: the GPU waits for each count."""
@@ -208,11 +213,10 @@ class LeMoMixin(_Mixed):
 
     def _overrides(self, method: str) -> bool:
         """Whether the user overrides a method: `compute_loss` may make a loss of its own."""
-        if method in vars(self):
-            return True
-        owners = (base for base in type(self).__mro__ if method in vars(base))
+        holders = (vars(self), *map(vars, type(self).__mro__))
+        made = (holder[method] for holder in holders if method in holder)
         known = ("lemo_hf", "transformers", "trl")
-        return any(base.__module__.partition(".")[0] not in known for base in owners)
+        return any(function.__module__.partition(".")[0] not in known for function in made)
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; processes that share sequences get the same rows."""

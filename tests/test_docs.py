@@ -38,7 +38,7 @@ STAND_INS = {
     r"max_rows=\d+": "max_rows=4",
     r"bf16=True": "use_cpu=True",
     r"--rows \d\d+": "--rows 3",
-    r" --memory-gib \d+": "",  # a search, which tests of the plan make
+    r" --(memory|reserve)-gib \d+": "",  # a search, which tests of the plan make
     r"--heldout-rows \d+": "--heldout-rows 1",
     r"(--config demo-cpu)": r"\1 --training.max_steps 1 --data.max_rows 2 --data.max_eval_rows 1",
 }

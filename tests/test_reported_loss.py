@@ -95,6 +95,20 @@ def test_rows_are_copied_without_a_wait_where_they_are_pinned(config, pinned, as
     trainer = make_trainer(tmp_path, config, cls=Pins, **own)
     pins = trainer.get_train_dataloader()
     assert pins._non_blocking == (asked or (pinned and config is not None))
+    trainer.create_accelerator_and_postprocess()  # as a search of hyperparameters does
+    assert trainer.get_train_dataloader()._non_blocking == pins._non_blocking
+
+
+def test_a_step_that_replaces_the_classs_own_sees_it_as_it_is(monkeypatch, tmp_path):
+    own, seen = LeMoTrainer.training_step, []
+
+    def step(*args, **kwargs):
+        seen.append(own(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(LeMoTrainer, "training_step", step, raising=False)
+    make_trainer(tmp_path, FULL).train()
+    assert {type(loss) for loss in seen} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("trained", [False, True])

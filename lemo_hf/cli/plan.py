@@ -119,16 +119,14 @@ def plan(
             f"--offload-gib {lemo.offload_gib:g} moves what recomputed layers store, and none is: "
             "give --gradient-checkpointing, or --recompute selective, lean or full."
         )
-    _refuse_idle(
-        context, lemo, labels is not None, memory_gib, lora_rank, load_in_4bit or load_in_8bit
-    )
-    room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
-
     from lemo_hf.cli.gpu import gpu_called, gpu_here
-    from lemo_hf.planning.plan import LOOKS, Planner
+    from lemo_hf.planning.plan import LOOKS, Planner, covers_a_part
     from lemo_hf.planning.speed import step_seconds
     from lemo_hf.planning.trained import dtype_of
 
+    asks = covers_a_part(labels, tokens, lemo.block_size)
+    _refuse_idle(context, lemo, asks, memory_gib, lora_rank, load_in_4bit or load_in_8bit)
+    room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
     of = gpu_here() if gpu is None else gpu_called(gpu)
     card = of.card
     if card is not None and (load_in_4bit or load_in_8bit):

@@ -111,16 +111,15 @@ class Fp8Switch:
     """Turns products with the frozen linears of ``layers`` to FP8 and back; at first they are."""
 
     def __init__(self, layers: Sequence[nn.Module]):
-        self._layers = layers
         self._weights = keep_in_fp8(layers)
 
     def turn(self, on: bool) -> None:
         """Turn them to FP8, or back; the copies are freed then."""
-        if on and not self._weights:
-            self._weights = keep_in_fp8(self._layers)
-        elif not on:
+        if not on:
             forget(self._weights)
-            self._weights = []
+            return
+        for weight in self._weights:
+            _copies.setdefault(weight, None)
 
 
 def check_fp8(weight: Tensor) -> None:

@@ -153,9 +153,10 @@ class Planner:
         Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout
         have a finish. Arguments are those of `plan`.
         """
-        # Without a word from the user it is for rows that are labelled throughout.
-        spared = self._trained.labels is not None and lemo.policy == "auto"
-        finish = 0 if spared and lemo.dense_finish is None else lemo.finish
+        finish = lemo.finish
+        if lemo.policy == "auto" and lemo.dense_finish is None:
+            # Without a word from the user it is for rows that are labelled throughout.
+            finish = 0 if covers_a_part(self._trained.labels, tokens, lemo.block_size) else finish
         phases = {"sparse": finish < 1, "finish": finish > 0}
         return {
             name: self.plan(lemo, tokens, room, name == "finish")
@@ -209,6 +210,11 @@ class Planner:
         return _highest(beyond, 100, first=(100, 50)) / 100 or None
 
 
+def covers_a_part(labels: int | None, tokens: int, block_size: int) -> bool:
+    """Whether labels of the last ``labels`` of ``tokens`` leave a block without one; None: all."""
+    return labels is not None and tokens - labels >= block_size
+
+
 def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
     """A config of which every step is like the one that is planned."""
     if lemo is None:
@@ -232,6 +238,8 @@ def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
             policy="recent" if by_data else lemo.policy,
             fp8=lemo.fp8 and lemo.finish > lemo.bf16_finish,
         )
+    elif lemo.bf16_finish == 1:
+        lemo = replace(lemo, fp8=False)
     for threshold in (lemo.threshold, lemo.mlp_threshold):
         if threshold is not None:
             raise ValueError(

@@ -1,5 +1,7 @@
 """`fp8`: products with frozen weights alone, near those of the model, and gone when LeMo is."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
@@ -132,6 +134,29 @@ def test_the_last_steps_are_in_bf16(finish, bf16, expected, by, tmp_path):
     assert in_fp8(trainer.model) == (by == "LeMoTrainer")
     said = "in FP8, in bf16 in the last" if bf16 != 0 else "in FP8. "
     assert said in describe_run(config, config.layer_rules(4), "sdpa", None)
+
+
+@pytest.mark.parametrize("by", ["LeMoTrainer", "LeMoCallback"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_that_are_trained_at_the_end_do_not_break_it_off(by, fails, tmp_path):
+    """Nor do they hide the user's own error."""
+    config = LeMoConfig(**HALF, fp8=True)
+
+    class Thaws(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 4:
+                model.requires_grad_(True)
+                if fails:
+                    raise OSError("the user's")
+
+    if by == "LeMoTrainer":
+        trainer = make_trainer(tmp_path, config, callbacks=[Thaws()])
+    else:
+        callbacks = [LeMoCallback(config), Thaws()]
+        trainer = make_trainer(tmp_path, None, cls=Trainer, callbacks=callbacks)
+    with pytest.raises(OSError, match="the user's") if fails else nullcontext():
+        trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_a_share_without_fp8_is_said_to_have_no_effect():

@@ -6,11 +6,12 @@ import json
 import pytest
 from support.allocations import LLAMA, peak_of_a_step, tiny
 from support.plans import fitting_finish, longest, plan, plans
+from support.trainers import dataset, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo
 from lemo_hf.memory.offload import GIB
 from lemo_hf.planning.dry_step import workspaces
-from lemo_hf.planning.plan import Planner
+from lemo_hf.planning.plan import Planner, covers_a_part
 
 FULL = {"recompute": "full"}
 
@@ -106,6 +107,26 @@ def test_the_finish_has_copies_in_fp8_if_it_begins_in_fp8(share, copies):
     without = plans(LLAMA, LeMoConfig(), 4096)
     assert eight["sparse"].peak > without["sparse"].peak
     assert (eight["finish"].peak > without["finish"].peak) == copies
+
+
+def test_a_run_in_bf16_alone_has_no_copies_in_fp8():
+    found = plans(LLAMA, LeMoConfig(fp8=True, bf16_finish=1), 4096)
+    without = plans(LLAMA, LeMoConfig(), 4096)
+    assert {name: phase.peak for name, phase in found.items()} == {
+        name: phase.peak for name, phase in without.items()
+    }
+
+
+@pytest.mark.parametrize("labels", [64, 57, 56, 8])
+def test_rows_with_a_label_in_each_block_have_a_finish(labels, tmp_path):
+    """As in training."""
+    config = LeMoConfig(retention=0.25, block_size=8, chunk_size=8)
+    trainer = make_trainer(tmp_path, config, data=dataset(tokens=64, answers=labels))
+    trainer.train()
+    kept = [log.get("lemo/attention_retention") for log in trainer.state.log_history[:-1]]
+    assert covers_a_part(labels, 64, 8) == (kept[0] == kept[-1])
+    found = plans(LLAMA, LeMoConfig(), 512, labels=8 * labels)
+    assert set(found) == ({"sparse", "finish"} if labels >= 57 else {"sparse"})
 
 
 def test_the_longest_row_of_a_finish_in_bf16(lemo, tmp_path):

@@ -103,6 +103,7 @@ def test_options_that_have_an_effect_are_not(lemo, tmp_path):
         ["--load-in-4bit", "--no-kbit-training"],
         ["--finish-retention", 0.5, "--labels", 9, "--dense-finish", 0.1],
         ["--finish-retention", 0.5, "--kbit-training", "--load-in-8bit"],
+        ["--finish-retention", 0.5, "--labels", 256],
     ):
         code, _, err = lemo(*command, *options)
         assert code == 0, err
