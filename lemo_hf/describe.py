@@ -54,7 +54,7 @@ def describe_run(
         f"blocks, {one}. Kept: {_kept(config)}{learned}; always the first and the last block of "
         f"each document and every block with a label where labels cover a part of a row. "
         f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
-        f"{_products(config)}"
+        f"{describe_products(config)}"
         f"{others} and generation stay dense."
     )
 
@@ -73,13 +73,13 @@ def _kept(config: LeMoConfig) -> str:
     return _BEST[config.policy] + chance
 
 
-def _products(config: LeMoConfig) -> str:
+def describe_products(config: LeMoConfig) -> str:
     """One sentence and a space on products in FP8; empty if there are none and none were asked."""
     if not config.fp8:
         share = config.bf16_finish
         unread = f"bf16_finish={share:g} has no effect: set fp8=True, or leave it out. "
         return "" if share == LeMoConfig.bf16_finish else unread
-    last = f", in bf16 in the last {config.bf16_finish:.0%} of the steps"
+    last = f", in bf16 in the last {100 * config.bf16_finish:.3g}% of the steps"
     return f"Products with frozen weights in FP8{last if config.bf16_finish else ''}. "
 
 
@@ -98,7 +98,7 @@ def _finish(config: LeMoConfig) -> str:
     much = "are dense"
     if config.finish_retention < 1:
         much = f"keep {config.finish_retention:.0%} of the blocks"
-    return f"the last {config.finish:.0%} of the steps {much}"
+    return f"the last {100 * config.finish:.3g}% of the steps {much}"
 
 
 def describe_batch(

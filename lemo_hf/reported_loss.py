@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 _ASKS = (torch.isnan, torch.isinf, Tensor.isnan, Tensor.isinf)
 
 
 class FiniteLoss(Tensor):
-    """A loss that is finite by construction: whoever asks has the answer without the GPU.
+    """A loss that is finite by construction: whoever asks has the answer without the GPU, as long
+    as nobody writes into it.
 
-    What is computed from it is a plain tensor.
+    In all else it is a plain tensor, and what is computed from it is one.
     """
 
     @classmethod
@@ -28,13 +30,20 @@ class FiniteLoss(Tensor):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """As without, but for the questions that are answered."""
-        if func in _ASKS and isinstance(args[0], FiniteLoss):
-            return torch.zeros(args[0].shape, dtype=torch.bool)  # on the CPU
+        """As of a plain tensor, but for the questions that are answered."""
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            named = kwargs or {}
+            asked = args[0] if args else named.get("input")
+            if func in _ASKS and isinstance(asked, FiniteLoss) and not asked._version:
+                return torch.zeros(asked.shape, dtype=torch.bool)  # on the CPU
+            plain, named = tree_map_only(FiniteLoss, _plain, (args, named))
+            return func(*plain, **named)
+
+
+def _plain(loss: FiniteLoss) -> Tensor:
+    return loss.as_subclass(Tensor)
 
 
 def finite_loss(loss: Tensor, instead: Tensor) -> FiniteLoss:
     """``loss``, and ``instead`` where that is NaN or infinite; both on one device, shape ``[]``."""
-    return torch.where(torch.isfinite(loss), loss, instead.to(loss.dtype)).as_subclass(FiniteLoss)
+    return torch.where(torch.isfinite(loss), loss, instead).as_subclass(FiniteLoss)

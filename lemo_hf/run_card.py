@@ -166,7 +166,7 @@ def _finish(config: LeMoConfig, state: TrainerState) -> str:
     if config.finish_retention < 1:
         kept = f"keep {config.finish_retention:.0%} of the blocks"
     rows = "" if config.dense_finish is not None else ", for rows that are labelled throughout"
-    said = f"the last {config.finish:.0%} of the steps {kept}{rows}"
+    said = f"the last {100 * config.finish:.3g}% of the steps {kept}{rows}"
     if state.global_step <= state.max_steps - last_steps(config.finish, state.max_steps):
         said += f"; the run ended before, at step {state.global_step:,} of {state.max_steps:,}"
     return said

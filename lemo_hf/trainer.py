@@ -17,6 +17,7 @@ from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_block_size, check_trainer
 from lemo_hf.integrations.callback import LeMoCallback
+from lemo_hf.overrides import overrides
 from lemo_hf.parallel.sequence_parallel import sequence_group
 from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
@@ -166,7 +167,7 @@ class LeMoMixin(_Mixed):
             self._check_block_size(inputs, self.lemo.config)
             self._first_batch = False
         self.lemo.begin_step(self.state.global_step, self.state.max_steps)
-        if self._overrides("compute_loss") and num_items_in_batch is not None:
+        if overrides(self, "compute_loss") and num_items_in_batch is not None:
             device = self.args.device
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=device).float().clone()
         self._items, self._in_step = num_items_in_batch, True
@@ -185,7 +186,7 @@ class LeMoMixin(_Mixed):
         """The loss as Trainer reports it, for which the GPU does not wait. A `training_step` of the
         user's gets it as it is."""
         total = getattr(self, "_tr_loss", None)  # since the last log; none in a loop of the user's
-        if total is None or loss.device != total.device or self._overrides("training_step"):
+        if total is None or loss.device != total.device or overrides(self, "training_step"):
             return loss
         if not self.args.logging_nan_inf_filter:
             return loss
@@ -193,7 +194,8 @@ class LeMoMixin(_Mixed):
         return finite_loss(loss, total / (1 + steps))
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """As Trainer's, but parameters are counted once a run: the GPU waits for each count."""
+        """As Trainer's, but parameters are counted once a run, since each count takes the host
+        milliseconds."""
         count = super().floating_point_ops
         ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         trainers = getattr(count, "__func__", None) is Trainer.floating_point_ops
@@ -205,18 +207,11 @@ class LeMoMixin(_Mixed):
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """As Trainer's; a user's own `compute_loss` gets labels that LeMo may strike."""
         inputs = super()._prepare_inputs(inputs)
-        if self._in_step and self._overrides("compute_loss") and "labels" in inputs:
+        if self._in_step and overrides(self, "compute_loss") and "labels" in inputs:
             assert self.lemo is not None  # or no step would be marked
             labels = self.lemo.passes.announced.expect(inputs["labels"], self._items)
             inputs["labels"] = labels.tensor
         return inputs
-
-    def _overrides(self, method: str) -> bool:
-        """Whether the user overrides a method: `compute_loss` may make a loss of its own."""
-        holders = (vars(self), *map(vars, type(self).__mro__))
-        made = (holder[method] for holder in holders if method in holder)
-        known = ("lemo_hf", "transformers", "trl")
-        return any(function.__module__.partition(".")[0] not in known for function in made)
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; processes that share sequences get the same rows."""

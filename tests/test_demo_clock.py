@@ -1,5 +1,6 @@
 """The demo's clock: equal time, whatever a step takes by then."""
 
+import random
 import runpy
 from itertools import count
 from types import SimpleNamespace
@@ -47,6 +48,15 @@ def test_the_dense_steps_at_the_end_are_their_share(clocked):
     ended, late, _ = clocked(60.0, (1.0 for _ in count()), finish=0.1, dense_step=4.0)
     assert 58 <= ended <= 62
     assert late == sorted(late) and sum(late) == round(0.1 * len(late))
+
+
+def test_dense_steps_are_the_last_ones_whatever_they_take(clocked):
+    for told in (2.0, 4.0, 8.0):
+        chance = random.Random(0)
+        takes = (chance.lognormvariate(0, 0.4) for _ in count())
+        ended, late, _ = clocked(60.0, takes, finish=0.1, dense_step=told)
+        assert abs(ended - 60) <= told
+        assert late == sorted(late) and 1 <= sum(late) <= 0.2 * len(late)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing(clocked):

@@ -22,6 +22,7 @@ IMPORTS = {
     "config": "config_checks shown storage version",
     "kernels": "",
     "predictors": "cards config shown storage version",
+    "overrides": "",
     "reported_loss": "",
     "resuming": "config storage",
     "schedule": "",
@@ -36,7 +37,7 @@ IMPORTS = {
     "check": "config core",
     "patch": "check config core describe graphs kernels load_predictor memory predictors schedule",
     "integrations.callback": "announce config core kernels patch run_card",
-    "trainer": "announce config core integrations.callback parallel patch predictors "
+    "trainer": "announce config core integrations.callback overrides parallel patch predictors "
     "reported_loss resuming run_card storage",
     "integrations": "altered config core integrations.callback kernels patch predictors trainer",
     "eval": "kernels modes patch shown storage",

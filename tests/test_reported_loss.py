@@ -1,6 +1,9 @@
 """The reported loss is Trainer's, and the host asks the GPU nothing for it."""
 
+import copy
+import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from support.trainers import FULL, losses, make_trainer
 from transformers import Trainer
 
 from lemo_hf import LeMoTrainer
+from lemo_hf.overrides import overrides
 from lemo_hf.reported_loss import FiniteLoss, finite_loss
 
 ODD = {1: math.nan, 2: math.inf, 5: -math.inf}
@@ -75,6 +79,27 @@ def test_nobody_needs_the_numbers_to_know_that_it_is_finite():
         bool(torch.isnan(loss / 2))
 
 
+def test_in_all_else_it_is_a_plain_tensor(tmp_path):
+    loss = finite_loss(torch.tensor(1.5), torch.tensor(3.0))
+    assert f"{loss:.3f}" == "1.500" and f"{loss}" == "1.5" and repr(loss) == "tensor(1.5000)"
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.cpu(), loss.float()):
+        assert type(other) is torch.Tensor and other == 1.5
+    torch.save(loss, tmp_path / "loss.pt")
+    assert torch.load(tmp_path / "loss.pt") == 1.5
+    assert not torch.isnan(input=loss)
+    same = loss
+    same += math.nan
+    assert torch.isnan(same) and torch.isnan(loss) and loss.isnan()
+    loss = finite_loss(torch.tensor(1.5), torch.tensor(3.0))
+    torch.add(loss, math.inf, out=loss)
+    assert torch.isinf(loss)
+
+
+def test_what_takes_its_place_is_not_rounded():
+    loss = finite_loss(torch.tensor(math.nan, dtype=torch.bfloat16), torch.tensor(3.3333))
+    assert loss.item() == pytest.approx(3.3333)
+
+
 def test_values():
     for value, expected in ((1.5, 1.5), (math.nan, 3.0), (math.inf, 3.0), (-math.inf, 3.0)):
         loss = finite_loss(torch.tensor(value), torch.tensor(3.0))
@@ -99,16 +124,38 @@ def test_rows_are_copied_without_a_wait_where_they_are_pinned(config, pinned, as
     assert trainer.get_train_dataloader()._non_blocking == pins._non_blocking
 
 
-def test_a_step_that_replaces_the_classs_own_sees_it_as_it_is(monkeypatch, tmp_path):
+@pytest.mark.parametrize("where", ["class", "subclass", "trainer"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_wrapper_of_the_step_sees_it_as_it_is(where, named, monkeypatch, tmp_path):
     own, seen = LeMoTrainer.training_step, []
 
     def step(*args, **kwargs):
         seen.append(own(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(LeMoTrainer, "training_step", step, raising=False)
-    make_trainer(tmp_path, FULL).train()
+    kind = LeMoTrainer
+    step = functools.wraps(own)(step) if named and where != "class" else step
+    if where == "class":
+        monkeypatch.setattr(LeMoTrainer, "training_step", step, raising=False)
+    elif where == "subclass":
+        kind = type("Wrapped", (LeMoTrainer,), {"training_step": step})
+    trainer = make_trainer(tmp_path, FULL, cls=kind)
+    if where == "trainer":
+        trainer.training_step = functools.partial(step, trainer)
+    trainer.train()
     assert {type(loss) for loss in seen} == {torch.Tensor}
+
+
+def test_whose_a_method_is(tmp_path):
+    trainer = make_trainer(tmp_path, FULL)
+    assert not overrides(trainer, "training_step") and not overrides(trainer, "compute_loss")
+    own = functools.wraps(LeMoTrainer.compute_loss)(lambda *args, **kwargs: None)
+    for made in (own, property(own)):
+        kind = type("Own", (LeMoTrainer,), {"compute_loss": made})
+        assert overrides(kind.__new__(kind), "compute_loss")
+        assert not overrides(kind.__new__(kind), "training_step")
+    trainer.compute_loss = own
+    assert overrides(trainer, "compute_loss")
 
 
 @pytest.mark.parametrize("trained", [False, True])

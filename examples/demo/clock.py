@@ -47,23 +47,24 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The clock starts."""
-        self.began, self.next_is_dense, self.finishes = time.perf_counter(), False, False
+        self.began, self.ends, self.finishes = time.perf_counter(), [], False
         self.bar = tqdm(total=self.seconds, bar_format="{percentage:3.0f}% |{bar:30}|{postfix}")
 
     def on_step_end(self, args, state, control, **kwargs):
         """How many steps will there be?"""
         self.ends.append(self.elapsed)
         done, left, step = state.global_step, self.seconds - self.ends[-1], self.step_seconds
-        if self.next_is_dense:  # so this one was
-            self.finishes, self.dense_step = True, self.ends[-1] - self.ends[-2]
-        if self.finishes:
+        if self.finishes:  # so this one was dense
+            self.dense_step = self.ends[-1] - self.ends[-2]
             more = left / self.dense_step
         else:  # the finish's steps take longer, and are a share of all
             longer = self.finish * (self.dense_step - step)
             more = (left - done * longer) / (step + longer)
         state.max_steps = done + max(0, round(more))
-        self.next_is_dense = is_late(self.finish, done, state.max_steps)
-        control.should_training_stop |= done == state.max_steps
+        self.finishes |= is_late(self.finish, done, state.max_steps)
+        if self.finishes:  # to its end: any step that is said to be the last one is dense
+            state.max_steps = min(state.max_steps, done + 1)
+        control.should_training_stop = done == state.max_steps
         loss = f", loss {state.log_history[-1]['loss']:.3f}" if state.log_history else ""
         self.bar.set_postfix_str(f"{self.ends[-1]:.0f} s, {done} steps{loss}", refresh=False)
         self.bar.update(min(self.seconds, self.ends[-1]) - self.bar.n)

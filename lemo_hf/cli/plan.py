@@ -195,6 +195,10 @@ def plan(
             "'eager', transformers' default for this model, each would take more memory: a score "
             "for each pair of tokens."
         )
+    from lemo_hf.describe import describe_products
+
+    if said := describe_products(lemo).strip():
+        print(said)
     if card is not None:
         print(card.said)
     if not of.triton:

@@ -159,6 +159,13 @@ def test_weights_that_are_trained_at_the_end_do_not_break_it_off(by, fails, tmp_
     assert trainer.state.global_step == 4
 
 
+def test_a_small_share_is_not_called_none():
+    config = LeMoConfig(fp8=True, bf16_finish=0.001, dense_finish=0.002)
+    text = describe_run(config, config.layer_rules(4), "sdpa", None)
+    assert "bf16 in the last 0.1% of the steps" in text
+    assert "The last 0.2% of the steps are dense" in text
+
+
 def test_a_share_without_fp8_is_said_to_have_no_effect():
     for share, said in ((0.3, False), (0.5, True)):
         config = LeMoConfig(bf16_finish=share)

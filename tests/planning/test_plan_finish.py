@@ -140,6 +140,8 @@ def test_the_longest_row_of_a_finish_in_bf16(lemo, tmp_path):
         assert code == 0, err
         found.append(json.loads(out)["finish"]["longest"])
     assert found[0] == found[1] > found[2] > 0
+    code, out, _ = lemo("plan", "--model", tmp_path, "--tokens", 1024, "--config", tmp_path)
+    assert code == 0 and "in FP8, in bf16 in the last 5% of the steps." in out
 
 
 def test_the_finish_that_fits():
