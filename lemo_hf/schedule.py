@@ -9,5 +9,6 @@ def last_steps(share: float, steps: int) -> int:
 
 def is_late(share: float, step: int, steps: int | None) -> bool:
     """Whether the step after ``step`` of ``steps`` is one of those; no if ``steps`` is unknown."""
-    last = last_steps(share, steps) if steps else 0
-    return last > 0 and step >= (steps or 0) - last
+    if not steps:
+        return False
+    return share > 0 and step >= steps - last_steps(share, steps)

@@ -120,12 +120,16 @@ def plan(
             "give --gradient-checkpointing, or --recompute selective, lean or full."
         )
     from lemo_hf.cli.gpu import gpu_called, gpu_here
-    from lemo_hf.planning.plan import LOOKS, Planner, covers_a_part
+    from lemo_hf.planning.plan import LOOKS, Planner
     from lemo_hf.planning.speed import step_seconds
     from lemo_hf.planning.trained import dtype_of
 
-    asks = covers_a_part(labels, tokens, lemo.block_size)
-    _refuse_idle(context, lemo, asks, memory_gib, lora_rank, load_in_4bit or load_in_8bit)
+    if memory_gib is None:
+        refuse_idle(context, "without --memory-gib", ["reserve_gib"])
+    if not lora_rank:
+        refuse_idle(context, "with --lora-rank 0", ["lora_target"])
+    if not (load_in_4bit or load_in_8bit):
+        refuse_idle(context, "without --load-in-4bit or --load-in-8bit", ["kbit_training"])
     room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
     of = gpu_here() if gpu is None else gpu_called(gpu)
     card = of.card
@@ -154,6 +158,9 @@ def plan(
         "capability": of.capability,
     }
     planner = Planner(prepared, looked=lambda: bar.update(), **settings)
+    if "finish" not in planner.phases(lemo, tokens):
+        way_out = "set --dense-finish, or leave it out"
+        refuse_idle(context, "where there is no finish", ["finish_retention"], way_out=way_out)
     targets = planner.targets
     settings["lora_targets"] = "all-linear" if targets == ["all-linear"] else targets
     with Estimated(desc="planned steps", unit="step", leave=False, disable=as_json) as bar:
@@ -209,25 +216,6 @@ def plan(
         )
     if "finish" in found:
         print(_on_phases(lemo, result))
-
-
-def _refuse_idle(
-    context: typer.Context,
-    lemo: LeMoConfig,
-    asks: bool,
-    memory_gib: float | None,
-    lora_rank: int,
-    quantised: bool,
-) -> None:
-    if memory_gib is None:
-        refuse_idle(context, "without --memory-gib", ["reserve_gib"])
-    if not lora_rank:
-        refuse_idle(context, "with --lora-rank 0", ["lora_target"])
-    if not quantised:
-        refuse_idle(context, "without --load-in-4bit or --load-in-8bit", ["kbit_training"])
-    if not lemo.finish or (asks and lemo.policy == "auto" and lemo.dense_finish is None):
-        way_out = "set --dense-finish, or leave it out"
-        refuse_idle(context, "where there is no finish", ["finish_retention"], way_out=way_out)
 
 
 def _print_table(

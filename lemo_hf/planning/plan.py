@@ -150,19 +150,26 @@ class Planner:
     def plans(self, lemo: LeMoConfig, tokens: int, room: float | None) -> dict[str, Plan]:
         """The plan of each phase of a run that has steps: of ``"sparse"`` and of ``"finish"``.
 
-        Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout
-        have a finish. Arguments are those of `plan`.
+        Arguments are those of `plan`.
         """
-        finish = lemo.finish
-        if lemo.policy == "auto" and lemo.dense_finish is None:
-            # Without a word from the user it is for rows that are labelled throughout.
-            finish = 0 if covers_a_part(self._trained.labels, tokens, lemo.block_size) else finish
-        phases = {"sparse": finish < 1, "finish": finish > 0}
         return {
             name: self.plan(lemo, tokens, room, name == "finish")
-            for name, there in phases.items()
-            if there
+            for name in self.phases(lemo, tokens)
         }
+
+    def phases(self, lemo: LeMoConfig, tokens: int) -> list[str]:
+        """The phases of a run with rows of ``tokens`` that have steps, of ``"sparse"`` and
+        ``"finish"``.
+
+        Under policy ``"auto"`` without a ``dense_finish`` only rows that are labelled throughout
+        have a finish.
+        """
+        labels, finish = self._trained.labels, lemo.finish
+        covers_a_part = labels is not None and tokens - labels >= lemo.block_size
+        if covers_a_part and lemo.policy == "auto" and lemo.dense_finish is None:
+            finish = 0
+        there = {"sparse": finish < 1, "finish": finish > 0}
+        return [name for name, has_steps in there.items() if has_steps]
 
     def longest(self, lemo: LeMoConfig | None, room: float, fused: bool = False) -> int:
         """The longest row that fits into ``room`` bytes: both phases of a run, if it has two.
@@ -208,11 +215,6 @@ class Planner:
             return self.plan(config, tokens, room, finish=True).peak - room
 
         return _highest(beyond, 100, first=(100, 50)) / 100 or None
-
-
-def covers_a_part(labels: int | None, tokens: int, block_size: int) -> bool:
-    """Whether labels of the last ``labels`` of ``tokens`` leave a block without one; None: all."""
-    return labels is not None and tokens - labels >= block_size
 
 
 def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
