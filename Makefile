@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # The order of files is tests/conftest.py's.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test newest oldest soak crash lint style types tables docs bench sanitize
+.PHONY: demo test newest oldest soak crash gpu lint style types tables docs bench sanitize
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo/run.py --output out/demo
@@ -45,6 +45,12 @@ docs: $(VENV)/ready
 # Commands killed, on full and read-only disks, two at once (minutes); docs/RELIABILITY.md has a tally.
 crash: $(VENV)/ready
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(RUN) -m crash --kills 100 --full 25
+
+# Needs a CUDA GPU, and two for what several share: all tests that launch something on it. Those of
+# memory and of several GPUs have them to themselves.
+gpu:
+	OMP_NUM_THREADS=4 $(PYTHON) -m pytest -m gpu -n 4 --ignore tests/memory --ignore tests/parallel
+	OMP_NUM_THREADS=4 $(PYTHON) -m pytest -m gpu tests/memory tests/parallel
 
 # Needs a CUDA GPU; writes benchmarks/results/ and the tables.
 bench:

@@ -7,10 +7,12 @@ kernel file.
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 OLDEST = (8, 0)  # compute capability (Ampere); Triton makes no code for Volta and Turing
 DEVICES = {"cuda"}  # types of device whose tensors take kernels
@@ -60,7 +62,27 @@ def untouched(module: nn.Module) -> bool:
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
+        or _has_any_global_hook()
     )
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs the forward that transformers gave its class."""
+    # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
+    forward = vars(module).get("_original_forward", vars(module).get("forward"))
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return False
+    return is_of_transformers(type(module).forward)
+
+
+@cache
+def is_of_transformers(function: Any) -> bool:
+    """Whether transformers wrote ``function`` and all that wraps it."""
+    while function is not None:  # who wraps it may call itself by its name and module
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def sharded(module: nn.Module) -> bool:

@@ -101,7 +101,9 @@ class _SegmentCrossEntropy(Function):
             by_autograd = needs_grad and weight is None
             with torch.set_grad_enabled(by_autograd):
                 normed.requires_grad_(by_autograd and (of_hidden or bool(of_norm)))
-                logits = head(normed)
+                made = head(normed)
+            # A hook on the head's backward hands out a view, which may not be overwritten.
+            logits = made.detach().clone() if by_autograd and made._is_view() else made
             segment_losses_(
                 logits, targets[part], weights[part], losses[part], **options, gradient=needs_grad
             )
@@ -110,7 +112,7 @@ class _SegmentCrossEntropy(Function):
             if by_autograd:
                 wanted = ([normed] if normed.requires_grad else []) + list(of_head)
                 grads = list(
-                    torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True)
+                    torch.autograd.grad(made, wanted, logits.detach(), allow_unused=True)
                 )
                 grad_normed = grads.pop(0) if normed.requires_grad else None
                 for total, partial in zip(grad_parameters, grads, strict=False):
@@ -121,7 +123,7 @@ class _SegmentCrossEntropy(Function):
                 grad_normed = logits @ weight if of_hidden or of_norm else None
                 for total, _ in zip(grad_parameters, of_head, strict=False):
                     torch.addmm(total, logits.T, normed, out_dtype=total.dtype, out=total)
-            del logits  # or they would stay until the next segment's exist
+            del made, logits  # or they would stay until the next segment's exist
             if grad_normed is None:
                 continue
             if grad_hidden is None:

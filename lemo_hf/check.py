@@ -3,7 +3,7 @@
 from torch import nn
 
 from lemo_hf.config import LeMoConfig, check_config
-from lemo_hf.core.checks import check_adapters, check_model
+from lemo_hf.core.checks import check_adapters, check_layers, check_model
 from lemo_hf.core.family import Family
 from lemo_hf.core.family_checks import check_family, check_shared_keys
 from lemo_hf.core.inner_model import transformers_model
@@ -29,6 +29,7 @@ def check(model: nn.Module, config: LeMoConfig) -> Family:
     check_adapters(model)
     inner = transformers_model(model)
     family = check_model(inner)
+    check_layers(inner, family)
     config.layer_rules(len(inner.get_submodule(family.layers)))  # type: ignore[arg-type]
     check_family(config, family, inner.config.model_type)
     if family.shares_keys:

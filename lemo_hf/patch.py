@@ -66,10 +66,10 @@ def apply_lemo(
         ValueError: LeMo does not support the model or one of its settings, or the config or the
             predictors do not fit the model.
     """
+    if hasattr(transformers_model(model), _LEMO):
+        raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     family = check(model, config)
     model = transformers_model(model)
-    if hasattr(model, _LEMO):
-        raise ValueError("the model already has LeMo on it: call remove_lemo(model) first.")
     spare_forks()
     lemo = LeMo(model, config, family, predictors)
     setattr(model, _LEMO, lemo)

@@ -35,13 +35,23 @@ LONG = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # -m selects by marks
 def pytest_collection_modifyitems(items):
     """Long files first. GPU tests need a GPU; everywhere else they are shown as skipped."""
     items.sort(key=lambda item: item.path.name not in LONG)
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    gpu = torch.cuda.is_available()
+    for item in items:
+        if gpu and launches_kernels(item):
+            item.add_marker(pytest.mark.gpu)
+        elif not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def launches_kernels(item):
+    """Whether a test runs by kernels, which a GPU compiles where there is one."""
+    given = getattr(item, "callspec", None)
+    by_kernel = given is not None and given.params.get("device") == "kernel"
+    return by_kernel or "kernels_on" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_finish():

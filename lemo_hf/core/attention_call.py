@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lemo_hf.altered import Altered, altering
 from lemo_hf.core import whole_heads
 from lemo_hf.core.lora import has_adapter, linear_of
+from lemo_hf.kernels.launch import runs_own_forward
 from lemo_hf.kernels.rotary import KeptRotary, rotary
 from lemo_hf.parallel.sequence_attention import shared_config
 from lemo_hf.parallel.sequence_parallel import Share
@@ -47,10 +48,10 @@ def call_attention(
         others["config"] = whole_heads.repeating_config(attention.config)
     forward = type(attention).forward
     code: Any = getattr(forward, "__code__", None)
-    known = "forward" not in vars(attention) and code is not None
+    known = "forward" not in vars(attention) and runs_own_forward(attention)
     names = forward.__globals__ if known else {}
     if positions is not None:
-        if known and halves and _ROTARY in code.co_names:
+        if known and halves and _ROTARY in code.co_names and _is_known(names[_ROTARY]):
             names = {**names, _ROTARY: rotary}
             kwargs["position_embeddings"] = positions
         else:
@@ -66,6 +67,11 @@ def call_attention(
     # Else the forward is somebody else's, who may read the module itself.
     with altering(attention, **others):
         return attention(**kwargs)[0]
+
+
+def _is_known(function: Any) -> bool:
+    """Whether a rotary embedding is transformers' or Liger's, which compute the same."""
+    return getattr(function, "__module__", "").startswith(("transformers.", "liger_kernel."))
 
 
 def _linears(attention: nn.Module, unread: str | None) -> dict[str, Any]:

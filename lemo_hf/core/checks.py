@@ -9,6 +9,7 @@ from torch import nn
 from lemo_hf.config import KeepRule, LeMoConfig
 from lemo_hf.core.families import family_of
 from lemo_hf.core.family import Family
+from lemo_hf.kernels.launch import runs_own_forward
 from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 if TYPE_CHECKING:
@@ -42,6 +43,24 @@ def check_model(model: nn.Module) -> Family:
         )
     check_attention(config)
     return family
+
+
+def check_layers(model: nn.Module, family: Family) -> None:
+    """Raises ValueError for a decoder layer that does something else than transformers wrote."""
+    for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
+        if runs_own_forward(layer):
+            continue
+        if "_hf_hook" in vars(layer):
+            raise ValueError(
+                f"layer {index} has hooks of accelerate, which spreads the model over several "
+                "devices (device_map): LeMo's layers would be called past them, and run dense. "
+                "Load the model on one device, and use several GPUs by DDP, FSDP2 or DeepSpeed."
+            )
+        raise ValueError(
+            f"the forward of layer {index} is not that of transformers' {type(layer).__name__}: it "
+            "was replaced, or its class is a subclass with its own, and LeMo would not call it. "
+            "Use forward hooks, or train without LeMo."
+        )
 
 
 # Names are PEFT's.

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from lemo_hf.core.family import Family
 from lemo_hf.core.lora import linear_of
 from lemo_hf.kernels.gated_activation import gated_activation
-from lemo_hf.kernels.launch import sharded, untouched
+from lemo_hf.kernels.launch import runs_own_forward, sharded, untouched
 from lemo_hf.kernels.norm import KINDS, Norm
 
 _ACTIVATIONS = {
@@ -31,10 +31,10 @@ _ACTIVATIONS = {
 
 def norm_of(module: nn.Module | None, kind: str) -> Norm | None:
     """A norm module as the kernels need it; None if the module itself must be called."""
-    if module is None or not untouched(module) or getattr(module, "weight", None) is None:
+    if module is None or kind not in KINDS or getattr(module, "weight", None) is None:
         return None
-    pytorchs = kind == "layer" and type(module) is nn.LayerNorm
-    if kind not in KINDS or not (pytorchs or _of_transformers(module)):
+    pytorchs = kind == "layer" and type(module) is nn.LayerNorm and untouched(module)
+    if not (pytorchs or _is_stock(module)):
         return None
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     weight = cast(Tensor, module.weight)
@@ -61,7 +61,7 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
     found = [projection for projection in projections if projection is not None]
     if activation is None or not found or len(found) < len(projections):
         return None
-    if not (untouched(mlp) and _of_transformers(mlp)):
+    if not (_is_stock(mlp) and untouched(getattr(mlp, family.activation))):
         return None
 
     linears = [linear_of(projection) for projection in found]
@@ -74,5 +74,7 @@ def gated_activations(layer: nn.Module, family: Family) -> Callable[[Tensor], Te
     return run
 
 
-def _of_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a call of the module does what transformers wrote, and nothing else."""
+    known = type(module).__module__.startswith("transformers.models.")
+    return known and untouched(module) and runs_own_forward(module)

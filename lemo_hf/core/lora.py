@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lemo_hf.altered import altering
 from lemo_hf.core.fp8 import fp8_weight, has_fp8
 from lemo_hf.kernels import launch
 from lemo_hf.kernels.launch import untouched
@@ -99,7 +100,9 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
         values: Whether the result is read; if False only its gradients are right.
     """
     base, adapter = _parts(module)
-    if base is None or (values and adapter is None and not has_fp8(base.weight)):
+    if base is None:
+        return _called(module) if values else module
+    if values and adapter is None and not has_fp8(base.weight):
         return module
 
     def run(x: Tensor) -> Tensor:
@@ -107,11 +110,33 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         same = base.weight.dtype == x.dtype and low in (None, x.dtype)
         if not same or (adapter and low is None and adapter.first.dtype != x.dtype):
-            return module(x)  # in another precision
+            return _called(module)(x)  # in another precision
         # Autocast finds nothing to cast: all that is multiplied has its dtype.
         parts = adapter or (None, None, 1.0)
         out = _Linear.apply(x.flatten(0, -2), base.weight, base.bias, *parts, values)
         return out.view(*x.shape[:-1], -1) if values else out.unflatten(0, x.shape[:-1])
+
+    return run
+
+
+def _called(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Function that calls the module; PEFT's multiplies by its frozen weight in FP8, if it may."""
+    base = getattr(module, "base_layer", None)
+    if base is None or not _is_frozen(base) or not has_fp8(base.weight):
+        return module
+
+    def multiply(x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        if x.dtype != base.weight.dtype:
+            return nn.Linear.forward(base, x)
+        parts = base.weight, base.bias, None, None, 1.0, True
+        return _Linear.apply(x.flatten(0, -2), *parts).view(*x.shape[:-1], -1)
+
+    def run(x: Tensor) -> Tensor:
+        with altering(base, forward=multiply):
+            return module(x)
 
     return run
 
@@ -129,7 +154,11 @@ def _parts(module: Any) -> tuple[nn.Linear | None, _Adapter | None]:
     layers = sys.modules.get("peft.tuners.lora.layer")
     if layers is None or type(module) is not layers.Linear or not untouched(module):
         return None, None
-    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
+    if module.merged:
+        return None, None
+    if module.disable_adapters:
+        return (module.base_layer if _is_frozen(module.base_layer) else None), None
+    if len(module.active_adapters) != 1:
         return None, None
     (name,) = module.active_adapters
     if name not in module.lora_A or name in module.lora_variant:

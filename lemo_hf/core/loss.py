@@ -29,8 +29,8 @@ def of_tokens(targets: Tensor, sparse_pass: SparsePass) -> Tensor:
 def supervised(sparse_pass: SparsePass) -> Tensor:
     """Tokens kept at least as often as the average token of their row: ``[B, T]`` bool."""
     times = sparse_pass.times_kept
-    mean = times.sum(1, keepdim=True) / sparse_pass.row_tokens.clamp_min(1)
-    found = times >= mean
+    # In whole numbers: rounded, the mean of a long row may be more than what all were kept.
+    found = times.long() * sparse_pass.row_tokens.clamp_min(1) >= times.sum(1, keepdim=True)
     return found if sparse_pass.valid is None else found & sparse_pass.valid
 
 

@@ -20,7 +20,7 @@ from lemo_hf.core.fused import final_norm
 from lemo_hf.core.lazy_logits import Logits, with_logits
 from lemo_hf.core.loss import segment_loss
 from lemo_hf.core.sparse_pass import SparsePass
-from lemo_hf.kernels.launch import sharded, untouched
+from lemo_hf.kernels.launch import runs_own_forward, sharded, untouched
 from lemo_hf.kernels.norm import Norm
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 
@@ -48,20 +48,6 @@ def returns_tuple(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether the caller gets a tuple, which includes the logits."""
     wanted = kwargs.get("return_dict")
     return not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
-
-
-def runs_own_forward(module: nn.Module) -> bool:
-    """Whether ``module`` runs the forward that transformers gave its class."""
-    # Under mixed precision accelerate puts a wrapper there, and keeps what it calls by this name.
-    forward = vars(module).get("_original_forward", vars(module).get("forward"))
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        return False
-    function: Any = type(module).forward
-    while function is not None:  # who wraps it may call itself by its name and module
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
 
 
 def norm_before_the_head(model: PreTrainedModel, family: Family) -> Norm | None:

@@ -1,6 +1,6 @@
 """A model with LeMo on it is pickled as the plain model, which loads without lemo-hf.
 
-`copy.deepcopy` uses the methods of `pickle`, unless it finds a ``__deepcopy__``. A copy keeps LeMo.
+`copy.deepcopy` uses the methods of `pickle`. A copy keeps LeMo.
 """
 
 import copy
@@ -33,25 +33,38 @@ def deep_copy(module: _Module, memo: dict[int, Any]) -> _Module:
 
 def pickle_plain(model: nn.Module, own: Iterable[str]) -> None:
     """From now on ``model`` is pickled without attributes ``own`` and without hooks of lemo-hf."""
-    # Its class stays as it is. Methods, for the same reason as in `compiled`.
+    # Its class stays as it is. A method, for the same reason as in `compiled`. No __deepcopy__:
+    # PEFT's and torch.compile's wrappers would answer with it for themselves.
     vars(model)["__reduce_ex__"] = MethodType(partial(_reduce, own), model)
-    vars(model)["__deepcopy__"] = MethodType(deep_copy, model)
 
 
 def pickle_whole(model: nn.Module) -> None:
     """Undo `pickle_plain`."""
-    for name in ("__reduce_ex__", "__deepcopy__"):
-        del vars(model)[name]
+    del vars(model)["__reduce_ex__"]
+
+
+class _State(dict):
+    """State of a model as `pickle` gets it; `copy.deepcopy` copies the whole state."""
+
+    def __init__(self, plain: dict[str, Any], whole: dict[str, Any]):
+        super().__init__(plain)
+        self.whole = whole
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.whole, memo)
 
 
 def _reduce(own: Iterable[str], model: nn.Module, protocol: int) -> tuple[Callable, tuple, dict]:
-    names = {*own, "__reduce_ex__", "__deepcopy__"}
+    names = {*own, "__reduce_ex__"}
     make, args, state = pickled_as(type(model), model, names)
     ours = {i for name in _HOOKS for i, hook in state[name].items() if _is_ours(hook)}
     for name, table in state.items():
         if name.startswith(_HOOKS):  # what says how hooks are called, too
             state[name] = type(table)((i, x) for i, x in table.items() if i not in ours)
-    return make, args, state
+    return make, args, _State(state, model.__getstate__())
 
 
 def _is_ours(hook: Any) -> bool:

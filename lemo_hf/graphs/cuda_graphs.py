@@ -42,7 +42,7 @@ DEVICE = "cuda"
 MOST_GRAPHS = 8  # each holds its launches and gradients; memory of activations is shared
 REMEMBERED = 64  # batches whose shapes are remembered until they come again
 
-_INPUTS = ("input_ids", "labels", "num_items_in_batch")
+_INPUTS = {"input_ids": None, "labels": None, "num_items_in_batch": torch.float32}  # dtypes
 _PLAIN = ("use_cache", "return_dict")
 
 
@@ -169,8 +169,8 @@ class CudaGraphs:
     def _record(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> RecordedPass:
         device = kwargs["input_ids"].device
         inputs = {
-            name: torch.as_tensor(kwargs[name], device=device).clone()
-            for name in _INPUTS
+            name: torch.as_tensor(kwargs[name], dtype=dtype, device=device).clone()
+            for name, dtype in _INPUTS.items()
             if kwargs.get(name) is not None
         }
         plain = {name: kwargs[name] for name in _PLAIN if name in kwargs}

@@ -65,6 +65,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
         lemo.passes.pairs = self._pairs
         reference = None if self._pairs.fixed else self._reference()
         if reference is not None and self._follower(reference) is None:
+            if config.fp8:
+                reference.requires_grad_(False)  # products with weights that train are in bf16
             follower = take_over(reference, _following(config))
             if len(follower.rules) != len(lemo.rules):
                 raise ValueError(
@@ -86,13 +88,15 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As DPOTrainer's; the reference's pass is sparse if the trained model's is."""
+        lemo, reference = lemo_of(self._model()), self._reference()
+        follower = None if reference is None else self._follower(reference)
+        if lemo is not None and follower is not None:
+            follower.set_fp8(lemo.passes.in_fp8)  # both round alike
         try:
             with quickly_disabled(self._model(), self._switches):
                 return super().compute_loss(*args, **kwargs)
         finally:
             self._pairs.latest = None
-            reference = self._reference()
-            follower = None if reference is None else self._follower(reference)
             if follower is not None:
                 follower.passes.drop()
 
@@ -151,6 +155,11 @@ def _check(args: Any, config: LeMoConfig) -> None:
         raise ValueError(
             f"sequence_parallel_size={config.sequence_parallel_size}: it needs the model's own "
             "loss, and DPO uses TRL's. Set it to 1."
+        )
+    if config.fp8 and args.sync_ref_model:
+        raise ValueError(
+            "fp8=True and sync_ref_model=True: FP8 copies are made of weights that stay, and TRL "
+            "changes the reference's in a way that nobody can notice. Set one of them to False."
         )
     if not args.precompute_ref_log_probs:
         return

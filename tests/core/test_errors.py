@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from support.models import batch, make_model
 from support.trainers import dataset, make_trainer
 from transformers import AutoModel, DynamicCache
@@ -129,3 +130,29 @@ def test_a_refusal_leaves_the_model_as_it_was():
     lemo = apply_lemo(model, CONFIG)
     model(**batch()).loss.backward()
     assert lemo.report()
+
+
+def test_layers_that_do_something_else():
+    """LeMo would not call what was put around a layer, or into it, and the layer would be dense."""
+    spread = make_model("llama")
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    parts += [f"model.layers.{i}" for i in range(4)]
+    dispatch_model(spread, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    with pytest.raises(ValueError, match=r"layer 0 has hooks of accelerate.*on one device"):
+        apply_lemo(spread, CONFIG)
+
+    wrapped = make_model("llama")
+    layer = wrapped.model.layers[2]
+    stock = layer.forward
+    layer.forward = lambda *args, **kwargs: stock(*args, **kwargs)
+    with pytest.raises(ValueError, match="the forward of layer 2 is not that of transformers' Lla"):
+        apply_lemo(wrapped, CONFIG)
+
+    class Own(type(layer)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) * 0.9
+
+    subclassed = make_model("llama")
+    subclassed.model.layers[1].__class__ = Own
+    with pytest.raises(ValueError, match="the forward of layer 1 is not that of transformers' Own"):
+        apply_lemo(subclassed, CONFIG)

@@ -202,3 +202,40 @@ def test_refusals():
     for share in (1.1, -0.1, None):
         with pytest.raises(ValueError, match=r"bf16_finish must lie in \[0, 1\], got"):
             LeMoConfig(bf16_finish=share)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_dropout": 1e-9}, {"use_dora": True}, {"dtype": torch.bfloat16}],
+    ids=["dropout", "DoRA", "adapters in fp32"],
+)
+def test_adapters_that_must_be_called(options):
+    """The frozen product below them is in FP8 too."""
+    model = make_model("llama").to(options.pop("dtype", torch.float32))
+    model = with_lora(model, **options)
+    if model.dtype == torch.bfloat16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    apply_lemo(model, LeMoConfig(**HALF))
+    loss, gradients = loss_and_gradients(model, **batch())
+    remove_lemo(model)
+    apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    found, others = loss_and_gradients(model, **batch())
+    weights = [w for w in model.parameters() if fp8.has_fp8(w)]
+    assert weights and all(fp8._copies[weight] is not None for weight in weights)
+    assert found != loss and found == pytest.approx(loss, rel=0.02)
+    assert all(relative_error(others[name], gradients[name]) < 0.5 for name in gradients)
+    assert not any("forward" in vars(module) for module in model.modules() if module is nn.Linear)
+
+
+def test_a_model_without_its_adapter_is_in_fp8_as_with_it():
+    """Which DPO compares: a new adapter changes nothing."""
+    model = with_lora(make_model("llama"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    loss, _ = loss_and_gradients(model, **batch())
+    with model.disable_adapter():
+        assert model(**batch()).loss.item() == loss

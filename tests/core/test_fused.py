@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama import modeling_llama
 
 from lemo_hf import LeMoConfig, apply_lemo
@@ -122,3 +123,88 @@ def test_a_fused_pass_saves_less(kernels_on):
     rows = [shape for dtype, shape in saved.values() if shape[:2] == (2, 5)]
     assert rows.count((2, 5, 96)) == 2  # gate and up
     assert all(dtype != torch.float32 for dtype, shape in saved.values() if shape[:2] == (2, 5))
+
+
+def doubled(old):
+    return lambda *args, **kwargs: old(*args, **kwargs) * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, patch: patch.setattr(
+            modeling_llama.LlamaMLP, "forward", doubled(modeling_llama.LlamaMLP.forward)
+        ),
+        lambda model, patch: patch.setattr(
+            modeling_llama.LlamaRMSNorm, "forward", doubled(modeling_llama.LlamaRMSNorm.forward)
+        ),
+        lambda model, patch: patch.setattr(
+            modeling_llama, "apply_rotary_pos_emb", lambda q, k, *args: (q, k)
+        ),
+        lambda model, patch: model.model.layers[0].mlp.act_fn.register_forward_hook(
+            lambda module, args, out: out * 2
+        ),
+    ],
+    ids=["MLPs", "norms", "rotary positions", "an activation"],
+)
+def test_what_a_user_changed_is_what_trains(change, monkeypatch):
+    model = tiny("llama")
+    stock, _ = loss_and_gradients(model, **batch(2, 9))
+    change(model, monkeypatch)
+    expected, _ = loss_and_gradients(model, **batch(2, 9))
+    assert expected != pytest.approx(stock, abs=1e-3)
+    apply_lemo(model, LeMoConfig(retention=1.0))
+    assert loss_and_gradients(model, **batch(2, 9))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_hooks_on_all_modules():
+    model = tiny("llama")
+
+    def halve(module, args, out):
+        return out / 2 if isinstance(module, modeling_llama.LlamaRMSNorm) else None
+
+    handle = register_module_forward_hook(halve)
+    try:
+        expected, _ = loss_and_gradients(model, **batch(2, 9))
+        apply_lemo(model, LeMoConfig(retention=1.0))
+        assert loss_and_gradients(model, **batch(2, 9))[0] == pytest.approx(expected, rel=1e-6)
+    finally:
+        handle.remove()
+
+
+def test_a_subclass_of_the_attention_is_called_itself():
+    class Own(modeling_llama.LlamaAttention):
+        def forward(self, *args, **kwargs):
+            assert isinstance(self, torch.nn.Module)
+            out, weights = super().forward(*args, **kwargs)
+            return out * 0.5, weights
+
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Own
+    expected, _ = loss_and_gradients(model, **batch(2, 9))
+    apply_lemo(model, LeMoConfig(retention=1.0))
+    assert loss_and_gradients(model, **batch(2, 9))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_hook_on_the_backward_of_the_head():
+    model = tiny("llama")
+    stock, expected = loss_and_gradients(model, **batch(2, 9))
+    model.lm_head.register_full_backward_hook(lambda *_: None)
+    apply_lemo(model, LeMoConfig(retention=1.0))
+    loss, gradients = loss_and_gradients(model, **batch(2, 9))
+    assert loss == pytest.approx(stock, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("place", ["embed_tokens", "layers.0", "layers.1"])
+def test_hooks_whose_backward_reads_what_they_return(place):
+    model = tiny("llama")
+    model.model.get_submodule(place).register_forward_hook(lambda module, args, out: out.tanh())
+    stock, expected = loss_and_gradients(model, **batch(2, 9))
+    apply_lemo(model, LeMoConfig(retention=1.0))
+    loss, gradients = loss_and_gradients(model, **batch(2, 9))
+    assert loss == pytest.approx(stock, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 1e-4, name

@@ -115,3 +115,16 @@ def test_what_a_trainer_has_trained(tmp_path):
     with torch.no_grad():
         expected = trainer.model.eval()(**batch()).logits
         assert torch.equal(by_torch(trainer.model)(**batch()).logits, expected)
+
+
+def test_deep_copies_of_wrappers_are_wrappers():
+    """PEFT's and torch.compile's answer for what they lack with what the model has."""
+    model = with_lora(make_model("llama"))
+    apply_lemo(model, CONFIG)
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model) and lemo_of(twin) is not lemo_of(model)
+    twin(**batch()).loss.backward()
+    assert lemo_of(twin).report() and not lemo_of(model).report()
+    compiled = torch.compile(make_model("llama"), backend="eager")
+    apply_lemo(compiled._orig_mod, CONFIG)
+    assert type(copy.deepcopy(compiled)) is type(compiled)

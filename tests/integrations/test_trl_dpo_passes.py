@@ -1,12 +1,14 @@
 """What `LeMoDPOTrainer` refuses, and what its passes leave out beside tokens."""
 
+import dataclasses
+
 import pytest
 import torch
 from support.models import make_model
 
 trl = pytest.importorskip("trl", minversion="1.16")
 
-from peft import PromptTuningConfig  # noqa: E402
+from peft import PromptTuningConfig, get_peft_model  # noqa: E402
 from support.dpo import (  # noqa: E402
     HALF,
     MODELS,
@@ -18,6 +20,7 @@ from support.dpo import (  # noqa: E402
 )
 
 from lemo_hf import LeMoConfig  # noqa: E402
+from lemo_hf.core import fp8  # noqa: E402
 from lemo_hf.kernels import norm_rows  # noqa: E402
 
 
@@ -122,3 +125,23 @@ def test_mixed_precision(tmp_path, models):
     assert found[0]["lemo/attention_retention"] < 0.9
     assert found[0]["logps/chosen"] == pytest.approx(stock[0]["logps/chosen"], rel=0.1)
     assert all(0 < log["loss"] < 5 for log in found)
+
+
+@pytest.mark.parametrize("models", ["new-adapter", "ref_model"])
+def test_fp8_rounds_both_alike(tmp_path, monkeypatch, models):
+    """Nothing is learned, so policy and reference are the same model: also after FP8 has ended."""
+    monkeypatch.setattr(fp8, "FEWEST_ROWS", 8)
+    options = MODELS["new-adapter"]()
+    if models == "ref_model":  # that nobody has frozen, as TRL leaves it
+        options["model"] = get_peft_model(options["model"], options.pop("peft_config"))
+        options["ref_model"] = model(lora=False).eval()
+    config = dataclasses.replace(HALF, fp8=True, bf16_finish=0.5)
+    trainer = make_trainer(tmp_path, config, **options, learning_rate=0.0, max_steps=2)
+    for log in logs(trainer):
+        assert log["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert log["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_fp8_and_a_reference_that_moves_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp8=True and sync_ref_model=True"):
+        make_trainer(tmp_path, LeMoConfig(fp8=True), sync_ref_model=True)

@@ -78,14 +78,14 @@ def steps(config, number, longest=300, kinds=None, device="cpu"):
 
 def assert_no_growth(found):
     tensors, objects, host, on_gpu = zip(*found[1:], strict=True)  # the first part is to get warm
-    assert len(set(tensors)) == 1, tensors
+    assert len(set(tensors)) == 1, found
     grown = [later - earlier for earlier, later in pairwise(objects)]
     if on_gpu[-1]:  # Triton keeps what it compiles for a new shape; what leaks does so in each part
-        assert min(grown) < 10, objects
+        assert min(grown) < 10, found
     else:
-        assert sum(grown) < 50, objects
-    assert host[-1] - host[0] < 32, host
-    assert on_gpu[-1] - on_gpu[0] < 1, on_gpu
+        assert sum(grown) < 50, found
+    assert host[-1] - host[0] < 32, found
+    assert on_gpu[-1] - on_gpu[0] < 1, found
 
 
 @pytest.mark.parametrize(
