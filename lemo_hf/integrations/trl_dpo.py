@@ -176,6 +176,12 @@ def _check(args: Any, config: LeMoConfig) -> None:
             "keep more than the reference has read. Set dense_finish=0, or "
             "precompute_ref_log_probs=False."
         )
+    if config.fp8 and config.bf16_finish:
+        raise ValueError(
+            f"precompute_ref_log_probs=True, fp8=True and bf16_finish={config.bf16_finish}: the "
+            "reference is computed in FP8, and the last steps are not. Set bf16_finish=0, or "
+            "precompute_ref_log_probs=False."
+        )
 
 
 def _check_adapters(model: nn.Module) -> None:

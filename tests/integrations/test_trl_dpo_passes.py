@@ -145,3 +145,9 @@ def test_fp8_rounds_both_alike(tmp_path, monkeypatch, models):
 def test_fp8_and_a_reference_that_moves_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fp8=True and sync_ref_model=True"):
         make_trainer(tmp_path, LeMoConfig(fp8=True), sync_ref_model=True)
+
+
+def test_a_reference_computed_in_fp8_is_that_of_every_step(tmp_path):
+    options = {"precompute_ref_log_probs": True}
+    with pytest.raises(ValueError, match=r"fp8=True and bf16_finish=0.3.*Set bf16_finish=0"):
+        make_trainer(tmp_path, LeMoConfig(fp8=True), **options)
