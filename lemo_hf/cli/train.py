@@ -125,15 +125,16 @@ def train(
         )
     if not trainer.is_world_process_zero():
         return
-    wrote = [run.training.output_dir]
+    idle = trainer.saved and trainer.eval_dataset is None
+    wrote = [] if idle else [run.training.output_dir]
     if report:  # the callback's page, and what was evaluated since
         from lemo_hf.report.page import write_report
 
         wrote.append(write_report(run.training.output_dir))
     if as_json:
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        result = {"output": wrote[0], "steps": trainer.state.global_step, "losses": losses}
-        print(json.dumps({**result, "metrics": metrics}))
+        result = {"output": run.training.output_dir, "steps": trainer.state.global_step}
+        print(json.dumps({**result, "losses": losses, "metrics": metrics}))
         return
     for name, value in metrics.items():
         print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
@@ -180,16 +181,25 @@ def _fine_tune(
                 f"data.tokens={run.data.tokens:,}: nothing was trained or saved. Give longer rows "
                 "by --tokens, or other rows."
             )
-        trainer.save_model()
-        trainer.save_metrics("train", metrics)
+        if trainer.finished and main:
+            print(
+                f"No step is left: the run in {args.output_dir} was finished at step "
+                f"{trainer.state.global_step:,}. More training.max_steps or "
+                "training.num_train_epochs go on."
+            )
+        if not trainer.saved:
+            trainer.save_model()
+        if not trainer.finished:  # else its loss and time are those of no step
+            trainer.save_metrics("train", metrics)
         if trainer.eval_dataset is not None:
             evaluated = trainer.evaluate()
             trainer.save_metrics("eval", evaluated)
             metrics = {**metrics, **evaluated}
-        trainer.save_state()
+        if not trainer.saved or trainer.eval_dataset is not None:
+            trainer.save_state()
         if args.push_to_hub:
             trainer.push_to_hub()  # with a model card
-        else:
+        elif not trainer.saved or trainer.eval_dataset is not None:
             trainer.create_model_card()
     return trainer, metrics
 
