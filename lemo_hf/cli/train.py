@@ -159,6 +159,7 @@ def _fine_tune(
     if not progress:
         args.disable_tqdm = True
     trainer = make_trainer(run, found, asked, main and progress)
+    _check_drop_last(trainer)
     if report:
         from lemo_hf.report.callback import ReportCallback
 
@@ -204,6 +205,18 @@ def _fine_tune(
     return trainer, metrics
 
 
+def _check_drop_last(trainer: Any) -> None:
+    """Raises ValueError if the rows are fewer than a batch, which is left out."""
+    args, rows = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(rows, "__len__") and len(rows) < batch:
+        raise ValueError(
+            f"no step would be made: training.dataloader_drop_last leaves out a batch that is not "
+            f"whole, and {len(rows):,} rows are fewer than one of {batch:,}: leave it out, give "
+            "more rows, or a lower training.per_device_train_batch_size."
+        )
+
+
 def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
     """Print what is about to be trained, and on what."""
     from rich.console import Console
@@ -219,17 +232,34 @@ def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
     if found.form is not None:
         lengths = f"of at most {run.data.tokens:,} tokens, labels on "
         lengths += "the answers alone" if run.data.answers_only else "all of them"
+    sparse = "off: every token in every layer" if run.lemo is None else "on, see below"
+    if run.lemo is not None and _only_finishes(run, trainer, step, found):
+        kept = run.lemo.finish_retention
+        how = "is dense" if kept == 1 else f"keeps {kept:.0%} of the blocks"
+        sparse = (
+            f"the only step of this run {how} (the finish): take at least 2 steps to see LeMo's"
+        )
     table = Table(show_header=False, box=None)
     for name, value in (
         ("model", f"{run.model.name}, {total:,} parameters, {trainer.model.dtype}"),
         ("trained", f"{what}: {trained:,} parameters ({trained / total:.2%})"),
         ("data", f"{_rows(trainer.train_dataset)} {lengths}, {step} a step"),
         ("evaluation", _rows(trainer.eval_dataset, ", dense")),
-        ("LeMo", "off: every token in every layer" if run.lemo is None else "on, see below"),
+        ("LeMo", sparse),
         ("output", args.output_dir),
     ):
         table.add_row(f"[bold]{name}[/]", value)
     Console().print(table)
+
+
+def _only_finishes(run: "Run", trainer: Any, step: int, found: "Found") -> bool:
+    """Whether the run has one step, which is its finish."""
+    answers = found.form is not None and run.data.answers_only  # which have none, unless asked for
+    if run.lemo is None or not run.lemo.finish or (answers and run.lemo.dense_finish is None):
+        return False
+    if run.training.max_steps > 0:
+        return run.training.max_steps == 1
+    return len(trainer.train_dataset) * run.training.num_train_epochs <= step
 
 
 def _rows(dataset: Any, how: str = "") -> str:

@@ -86,6 +86,11 @@ class Settings:
                 data, training = found["data"], found["training"]
                 if data.streaming and training.max_steps <= 0:
                     mistakes.add("data.streaming has no last row: set training.max_steps.")
+                if training.max_steps <= 0 and training.num_train_epochs <= 0:
+                    mistakes.add(
+                        f"training.num_train_epochs={training.num_train_epochs:g} makes no step: "
+                        "give a number above 0, or training.max_steps."
+                    )
                 if training.do_eval and data.heldout is None and data.eval_share is None:
                     mistakes.add(
                         "training.eval_strategy needs rows to evaluate on: set data.eval_dataset, "
