@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from lemo_hf.cli.options import AsJson
 from lemo_hf.progress import Estimated
@@ -16,6 +17,7 @@ from lemo_hf.storage.outputs import check_output, only_run
 if TYPE_CHECKING:
     from lemo_hf.cli.train_look import Found
     from lemo_hf.cli.train_sections import Run
+    from lemo_hf.cli.train_settings import Settings
 
 # Settings of any section are left for `read_settings`, which knows their names.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -89,11 +91,11 @@ def train(
         if value is not None:
             settings.set(section, key, value, flag)
     if full:
+        _refuse_flags(settings, "lora", "--full trains all parameters, without LoRA")
         settings.values.pop("lora", None)
         settings.full = True
-    if dense and retention is not None:
-        raise ValueError("--dense trains without LeMo, and --retention sets it: give one of them.")
     if dense:
+        _refuse_flags(settings, "lemo", "--dense trains without LeMo")
         settings.values["lemo"] = False
     planned = None
     if memory_gib is not None:
@@ -105,6 +107,10 @@ def train(
         run = settings.build()
         found = look(run)
     asked = dump(run, settings)
+    if dry_run and as_json:
+        facts = [*filter(None, (*found.facts, planned))]
+        print(json.dumps({"found": facts, "settings": yaml.safe_load(asked)}))
+        return
     if dry_run:
         for fact in filter(None, (*found.facts, planned)):
             print(f"# {fact}")
@@ -140,6 +146,13 @@ def train(
         print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
     for path in wrote:
         print(f"Wrote {path}")
+
+
+def _refuse_flags(settings: "Settings", section: str, why: str) -> None:
+    """Refuse flags of a section that is ignored; a file's section may well be there."""
+    for name, source in settings.sources.items():
+        if name.startswith(f"{section}."):
+            raise ValueError(f"{why}, and {source} sets it: give one of them.")
 
 
 def _fine_tune(
