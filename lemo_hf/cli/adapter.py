@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lemo_hf.cli.train_settings import FILE_NAME, read_settings
+
 logger = logging.getLogger(__name__)
 
 # Of the tensors of an adapter that belong to a table, which dimension is the table's rows.
@@ -87,6 +89,12 @@ def file_of(adapter: str, name: str) -> str | None:
         return download(adapter, name, "give a directory")
     except EntryNotFound:
         return None
+
+
+def settings_of(adapter: str) -> Any:
+    """Settings of `lemo train` that lie beside an adapter, or None; errors as of `file_of`."""
+    path = file_of(adapter, FILE_NAME)
+    return None if path is None else read_settings(path)
 
 
 def tokenizer_of(adapter: str, **shared: Any) -> Any:

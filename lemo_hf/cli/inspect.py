@@ -12,6 +12,7 @@ from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
 from lemo_hf.config import POLICIES, LeMoConfig
 from lemo_hf.storage.files import near_path, read_text
 from lemo_hf.storage.outputs import check_output
+from lemo_hf.storage.tables import suffix_of
 
 if TYPE_CHECKING:
     from lemo_hf.inspection.kept import KeptByPolicy
@@ -55,6 +56,10 @@ def inspect(
         raise ValueError("give --output DIR for the pictures, or --json for the numbers, or both.")
     if not text.is_file():
         raise FileNotFoundError(f"--text {text}: there is no such file{near_path(text)}")
+    if suffix_of(str(text)) not in (None, ".txt"):
+        raise ValueError(
+            f"--text {text} holds rows, not a text: write the text of one row into a .txt file."
+        )
     if (question is None) != (answer is None):
         lone = f"--question {question!r} without --answer"
         if question is None:

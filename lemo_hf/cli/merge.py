@@ -117,13 +117,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 def _trained(adapter: str, config: Any, model: str | None) -> tuple[Any, int | None]:
     """How `lemo train` loaded the base model, and the tokens of its rows."""
-    from lemo_hf.cli.adapter import file_of
+    from lemo_hf.cli.adapter import settings_of
     from lemo_hf.cli.train_config import ModelSection
-    from lemo_hf.cli.train_settings import FILE_NAME, read_settings
 
-    path = file_of(adapter, FILE_NAME)
-    if path is not None:
-        settings = read_settings(path)
+    settings = settings_of(adapter)
+    if settings is not None:
         return settings.model(), settings.data().tokens
     base = config.base_model_name_or_path or model
     if base is None:

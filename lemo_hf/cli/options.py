@@ -106,14 +106,7 @@ class ModelOptions:
         from transformers import AutoTokenizer
 
         trust = {"trust_remote_code": self.trust_remote_code}
-        config = prepared_config(
-            self.model,
-            rope_type=self.rope_type,
-            rope_parameters=_json_object(self.rope_parameters) if self.rope_parameters else None,
-            max_position_embeddings=self.max_position_embeddings,
-            length=length,
-            **trust,
-        )
+        config = self._config(length)
         device = self.device
         if device is None:
             several = PartialState().num_processes > 1
@@ -134,6 +127,30 @@ class ModelOptions:
             model, own = load_adapter(model, self.adapter, tokenizer, is_trainable=True, **trust)
             tokenizer = tokenizer if len(own) == len(tokenizer) else own
         return model.to(place), tokenizer
+
+    def _config(self, length: int | None) -> Any:
+        """The config, with positions as the options ask; without one, as an adapter of `lemo train`
+        was trained with."""
+        asked: dict[str, Any] = {
+            "rope_type": self.rope_type,
+            "rope_parameters": _json_object(self.rope_parameters) if self.rope_parameters else None,
+            "max_position_embeddings": self.max_position_embeddings,
+        }
+        stretched = length
+        if self.adapter is not None and all(value is None for value in asked.values()):
+            from lemo_hf.cli.adapter import settings_of
+
+            settings = settings_of(self.adapter)
+            if settings is not None:
+                trained = settings.model()
+                asked = {name: getattr(trained, name) for name in asked}
+                if trained.rope_type is not None:
+                    stretched = settings.data().tokens
+        asked |= {"trust_remote_code": self.trust_remote_code, "length": stretched}
+        config = prepared_config(self.model, **asked)
+        if stretched != length:
+            check_length(config, length)
+        return config
 
 
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:

@@ -55,7 +55,7 @@ def change_positions(
             f"{text.model_type!r} has no rotary positions to change: leave out --rope-type, "
             "--rope-parameters and --max-position-embeddings."
         )
-    given = dict(rope_parameters or {})
+    given, most = dict(rope_parameters or {}), text.max_position_embeddings
     nested = all(value is None or isinstance(value, dict) for value in own.values())
     if rope_type is not None:
         _check_stretched(text, own, nested, rope_type, length, max_position_embeddings)
@@ -81,8 +81,19 @@ def change_positions(
         text.max_position_embeddings = max_position_embeddings
     elif rope_type in ("linear", "yarn"):
         # Dynamic scaling begins behind this many: the model's own.
-        text.max_position_embeddings = max(text.max_position_embeddings, length or 0)
+        text.max_position_embeddings = max(most, length or 0)
+    elif not nested and "factor" in given:
+        text.max_position_embeddings = max(most, _reach(text.rope_parameters, own, most))
     _check_saved(config)
+
+
+def _reach(changed: dict[str, Any], own: dict[str, Any], most: int) -> int:
+    """Positions that a factor makes of the original ones; 0 if these are not known, or if the type
+    needs their number to stay."""
+    if changed["rope_type"] not in ("linear", "yarn", "llama3"):
+        return 0
+    fresh = own.get("rope_type", "default") in ("default", "dynamic")
+    return int((changed.get(ORIGINAL) or (most if fresh else 0)) * changed["factor"])
 
 
 def check_length(config: Any, length: int | None) -> None:

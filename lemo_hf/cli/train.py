@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from lemo_hf.cli.options import AsJson
 from lemo_hf.progress import Estimated
@@ -16,6 +17,7 @@ from lemo_hf.storage.outputs import check_output, only_run
 if TYPE_CHECKING:
     from lemo_hf.cli.train_look import Found
     from lemo_hf.cli.train_sections import Run
+    from lemo_hf.cli.train_settings import Settings
 
 # Settings of any section are left for `read_settings`, which knows their names.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -89,11 +91,11 @@ def train(
         if value is not None:
             settings.set(section, key, value, flag)
     if full:
+        _refuse_flags(settings, "lora", "--full trains all parameters, without LoRA")
         settings.values.pop("lora", None)
         settings.full = True
-    if dense and retention is not None:
-        raise ValueError("--dense trains without LeMo, and --retention sets it: give one of them.")
     if dense:
+        _refuse_flags(settings, "lemo", "--dense trains without LeMo")
         settings.values["lemo"] = False
     planned = None
     if memory_gib is not None:
@@ -105,6 +107,10 @@ def train(
         run = settings.build()
         found = look(run)
     asked = dump(run, settings)
+    if dry_run and as_json:
+        facts = [*filter(None, (*found.facts, planned))]
+        print(json.dumps({"found": facts, "settings": yaml.safe_load(asked)}))
+        return
     if dry_run:
         for fact in filter(None, (*found.facts, planned)):
             print(f"# {fact}")
@@ -125,20 +131,28 @@ def train(
         )
     if not trainer.is_world_process_zero():
         return
-    wrote = [run.training.output_dir]
+    idle = trainer.saved and trainer.eval_dataset is None
+    wrote = [] if idle else [run.training.output_dir]
     if report:  # the callback's page, and what was evaluated since
         from lemo_hf.report.page import write_report
 
         wrote.append(write_report(run.training.output_dir))
     if as_json:
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        result = {"output": wrote[0], "steps": trainer.state.global_step, "losses": losses}
-        print(json.dumps({**result, "metrics": metrics}))
+        result = {"output": run.training.output_dir, "steps": trainer.state.global_step}
+        print(json.dumps({**result, "losses": losses, "metrics": metrics}))
         return
     for name, value in metrics.items():
         print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
     for path in wrote:
         print(f"Wrote {path}")
+
+
+def _refuse_flags(settings: "Settings", section: str, why: str) -> None:
+    """Refuse flags of a section that is ignored; a file's section may well be there."""
+    for name, source in settings.sources.items():
+        if name.startswith(f"{section}."):
+            raise ValueError(f"{why}, and {source} sets it: give one of them.")
 
 
 def _fine_tune(
@@ -158,6 +172,7 @@ def _fine_tune(
     if not progress:
         args.disable_tqdm = True
     trainer = make_trainer(run, found, asked, main and progress)
+    _check_drop_last(trainer)
     if report:
         from lemo_hf.report.callback import ReportCallback
 
@@ -180,18 +195,39 @@ def _fine_tune(
                 f"data.tokens={run.data.tokens:,}: nothing was trained or saved. Give longer rows "
                 "by --tokens, or other rows."
             )
-        trainer.save_model()
-        trainer.save_metrics("train", metrics)
+        if trainer.finished and main:
+            print(
+                f"No step is left: the run in {args.output_dir} was finished at step "
+                f"{trainer.state.global_step:,}. More training.max_steps or "
+                "training.num_train_epochs go on."
+            )
+        if not trainer.saved:
+            trainer.save_model()
+        if not trainer.finished:  # else its loss and time are those of no step
+            trainer.save_metrics("train", metrics)
         if trainer.eval_dataset is not None:
             evaluated = trainer.evaluate()
             trainer.save_metrics("eval", evaluated)
             metrics = {**metrics, **evaluated}
-        trainer.save_state()
+        if not trainer.saved or trainer.eval_dataset is not None:
+            trainer.save_state()
         if args.push_to_hub:
             trainer.push_to_hub()  # with a model card
-        else:
+        elif not trainer.saved or trainer.eval_dataset is not None:
             trainer.create_model_card()
     return trainer, metrics
+
+
+def _check_drop_last(trainer: Any) -> None:
+    """Raises ValueError if the rows are fewer than a batch, which is left out."""
+    args, rows = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(rows, "__len__") and len(rows) < batch:
+        raise ValueError(
+            f"no step would be made: training.dataloader_drop_last leaves out a batch that is not "
+            f"whole, and {len(rows):,} rows are fewer than one of {batch:,}: leave it out, give "
+            "more rows, or a lower training.per_device_train_batch_size."
+        )
 
 
 def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
@@ -209,17 +245,34 @@ def _print_plan(run: "Run", trainer: Any, found: "Found") -> None:
     if found.form is not None:
         lengths = f"of at most {run.data.tokens:,} tokens, labels on "
         lengths += "the answers alone" if run.data.answers_only else "all of them"
+    sparse = "off: every token in every layer" if run.lemo is None else "on, see below"
+    if run.lemo is not None and _only_finishes(run, trainer, step, found):
+        kept = run.lemo.finish_retention
+        how = "is dense" if kept == 1 else f"keeps {kept:.0%} of the blocks"
+        sparse = (
+            f"the only step of this run {how} (the finish): take at least 2 steps to see LeMo's"
+        )
     table = Table(show_header=False, box=None)
     for name, value in (
         ("model", f"{run.model.name}, {total:,} parameters, {trainer.model.dtype}"),
         ("trained", f"{what}: {trained:,} parameters ({trained / total:.2%})"),
         ("data", f"{_rows(trainer.train_dataset)} {lengths}, {step} a step"),
         ("evaluation", _rows(trainer.eval_dataset, ", dense")),
-        ("LeMo", "off: every token in every layer" if run.lemo is None else "on, see below"),
+        ("LeMo", sparse),
         ("output", args.output_dir),
     ):
         table.add_row(f"[bold]{name}[/]", value)
     Console().print(table)
+
+
+def _only_finishes(run: "Run", trainer: Any, step: int, found: "Found") -> bool:
+    """Whether the run has one step, which is its finish."""
+    answers = found.form is not None and run.data.answers_only  # which have none, unless asked for
+    if run.lemo is None or not run.lemo.finish or (answers and run.lemo.dense_finish is None):
+        return False
+    if run.training.max_steps > 0:
+        return run.training.max_steps == 1
+    return len(trainer.train_dataset) * run.training.num_train_epochs <= step
 
 
 def _rows(dataset: Any, how: str = "") -> str:

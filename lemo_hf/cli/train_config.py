@@ -24,6 +24,12 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# Names of transformers 4, and what is to be done instead.
+GONE = {
+    "group_by_length": "give --training.train_sampling_strategy group_by_length",
+    "no_cuda": "give --training.use_cpu true",
+    "evaluation_strategy": "give --training.eval_strategy",
+}
 # What is to be given, by the key it stands for.
 _FLAGS = {
     "model.name": "--model NAME",
@@ -86,6 +92,11 @@ class Settings:
                 data, training = found["data"], found["training"]
                 if data.streaming and training.max_steps <= 0:
                     mistakes.add("data.streaming has no last row: set training.max_steps.")
+                if training.max_steps <= 0 and training.num_train_epochs <= 0:
+                    mistakes.add(
+                        f"training.num_train_epochs={training.num_train_epochs:g} makes no step: "
+                        "give a number above 0, or training.max_steps."
+                    )
                 if training.do_eval and data.heldout is None and data.eval_share is None:
                     mistakes.add(
                         "training.eval_strategy needs rows to evaluate on: set data.eval_dataset, "
@@ -107,6 +118,11 @@ class Settings:
         names = {new: old for old, new in RENAMED.items() if new not in _fields(TrainingArguments)}
         values = self.values.get("training", {})
         renamed = {names.get(key, key): value for key, value in values.items()}
+        if values.get("do_train") is False:
+            raise ValueError(
+                f"{self._source('training', 'do_train')}: training.do_train=False has no effect, "
+                "since lemo train trains: leave it out. lemo eval evaluates."
+            )
         return self._make(TrainingArguments, "training", renamed)
 
     def _lora(self) -> Any:
@@ -117,6 +133,12 @@ class Settings:
         except ImportError as error:
             raise ImportError('LoRA needs peft: pip install "lemo-hf[peft]".') from error
         values = {"task_type": "CAUSAL_LM", **self.values["lora"]}
+        kind = values.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise ValueError(
+                f"{self._source('lora', 'peft_type')}: lora.peft_type={shown(kind)} has no effect, "
+                "since lemo train makes LoRA adapters: leave it out."
+            )
         return self._make(LoraConfig, "lora", values)
 
     def _lemo(self) -> LeMoConfig | None:
@@ -137,7 +159,9 @@ class Settings:
             by_score = start.policy == "auto" and {"threshold", "mlp_threshold"} & values.keys()
             if "predictor" in values or by_score:
                 values.setdefault("policy", None)
-            return dataclasses.replace(start, **values)
+            config = dataclasses.replace(start, **values)
+            _check_finish(config, values)
+            return config
 
     def _make(self, cls: type, section: str, given: dict[str, Any] | None = None) -> Any:
         values = dict(self.values.get(section, {}) if given is None else given)
@@ -158,6 +182,8 @@ class Settings:
     def _check_key(self, key: str, value: Any, known: Sequence[str], section: str) -> None:
         if key not in known:
             where = f"{self._source(section, key)}: {section}.{key}={shown(value)}"
+            if section == "training" and key in GONE:
+                raise ValueError(f"{where}: transformers has no such key any more: {GONE[key]}.")
             raise ValueError(f"{where}: there is no such key{nearest(key, known)}")
 
     def _source(self, section: str, key: str = "") -> str:
@@ -167,6 +193,17 @@ class Settings:
             return self.sources.get(f"{section}.{key}") or self.sources.get(section, "flags")
         own = [source for name, source in self.sources.items() if name.startswith(f"{section}.")]
         return ", ".join(filter(None, [self.sources.get(section), *own])) or "flags"
+
+
+def _check_finish(config: LeMoConfig, given: dict[str, Any]) -> None:
+    """Raises ValueError if a finish that was asked for keeps less than the steps before it."""
+    share, kept = config.finish_retention, config.retention
+    least = min(kept) if isinstance(kept, tuple) else kept
+    if "finish_retention" in given and config.finish and least is not None and share < least:
+        raise ValueError(
+            f"finish_retention={share:g} keeps less than retention={shown(kept)} of the steps "
+            "before the finish, which it is to repair: give more, or leave it out."
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ made."""
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import yaml
 from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
-from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, damage, newest_whole_checkpoint
+from lemo_hf.storage.checkpoints import (
+    checkpoints,
+    damage,
+    newest_whole_checkpoint,
+)
+from lemo_hf.storage.checkpoints import weights_in as _weights
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
 
 logger = logging.getLogger(__name__)
@@ -59,7 +65,8 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
 
 
 def check_same(checkpoint: str, settings: str) -> None:
-    """Raises ValueError if a checkpoint's run trained other parameters than ``settings`` (YAML)."""
+    """Raises ValueError if a checkpoint's run trained another model or other parameters than
+    ``settings`` (YAML); warns of other rows, which may well be meant."""
     path = Path(checkpoint, FILE_NAME)
     if not path.is_file():  # of a run without `lemo train`
         return
@@ -70,11 +77,37 @@ def check_same(checkpoint: str, settings: str) -> None:
             f"--resume: {checkpoint} was made with lora={shown(was)}, and this run has "
             f"lora={shown(wanted)}: go on with the same, or start over with --overwrite."
         )
+    for section, key, was, wanted in _differences(before, now):
+        if section == "model":
+            raise ValueError(
+                f"--resume: {checkpoint} was made with model.{key}={shown(was)}, and this run has "
+                f"model.{key}={shown(wanted)}: go on with the same, or start over with --overwrite."
+            )
+        logger.warning(
+            "--resume: %s was made with data.%s=%s, and this run goes on with data.%s=%s.",
+            *(checkpoint, key, shown(was), key, shown(wanted)),
+        )
     if bool(before["lemo"]) != bool(now["lemo"]):
         logger.warning(
             "--resume: %s was made %s LeMo, and this run goes on %s it.",
             *(checkpoint, *("with" if x["lemo"] else "without" for x in (before, now))),
         )
+
+
+def _differences(before: dict, now: dict) -> Iterator[tuple[str, str, Any, Any]]:
+    """Section, key and both values of what the weights or the rows follow from."""
+    for section, free in (("model", ("attn_implementation", "trust_remote_code")), ("data", ())):
+        was, wanted = before.get(section) or {}, now[section]
+        for key in [key for key in wanted if key in was and key not in free]:
+            if key.startswith(("eval_", "max_eval_")) or was[key] == wanted[key]:
+                continue
+            if (section, key) == ("model", "name") and _same_folder(was[key], wanted[key]):
+                continue
+            yield section, key, was[key], wanted[key]
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
 
 
 def clear(directory: str) -> None:
@@ -110,12 +143,3 @@ def write_first_settings(directory: str, settings: str) -> None:
     not make."""
     if not _weights(directory):
         write_settings(directory, settings)
-
-
-def _weights(directory: str) -> list[Path]:
-    folder = Path(directory)
-    if not folder.is_dir():
-        return []
-    kinds = (".safetensors", ".bin", ".index.json")
-    found = [path for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
-    return sorted(path for path in found if path.is_file() and path.name.endswith(kinds))

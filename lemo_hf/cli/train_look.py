@@ -134,8 +134,8 @@ def _try_without_memory(run: Run, config: Any) -> str:
             )
     except (RuntimeError, NotImplementedError):  # it computes with what it has no memory for
         return f"{run.model.name} is a {config.model_type}."
-    _check_targets(run.lora, [name for name, _ in model.named_modules()])
     text = config.get_text_config()
+    _check_targets(run.lora, model, text.num_hidden_layers)
     said = (
         f"{run.model.name} is a {config.model_type} of {text.num_hidden_layers} layers, "
         f"{model.num_parameters():,} parameters and {text.max_position_embeddings:,} positions."
@@ -147,20 +147,38 @@ def _try_without_memory(run: Run, config: Any) -> str:
     return said
 
 
-def _check_targets(lora: Any, modules: list[str]) -> None:
-    """Raises ValueError for a target that no module has: PEFT ignores it silently if another target
-    has one."""
-    targets = None if lora is None else lora.target_modules
-    if isinstance(targets, str):
-        if targets != "all-linear" and not any(re.fullmatch(targets, name) for name in modules):
+def _check_targets(lora: Any, model: Any, layers: int) -> None:
+    """Raises ValueError for a name that no module or parameter has, or a layer that the model
+    lacks: PEFT ignores it silently if another one is there."""
+    if lora is None:
+        return
+    modules = [name for name, _ in model.named_modules()]
+    if lora.target_modules != "all-linear":
+        _check_names("target_modules", lora.target_modules, modules, "module")
+    _check_names("exclude_modules", lora.exclude_modules, modules, "module")
+    parameters = [name for name, _ in model.named_parameters()]
+    _check_names("target_parameters", lora.target_parameters, parameters, "parameter")
+    chosen = lora.layers_to_transform
+    for layer in [chosen] if isinstance(chosen, int) else chosen or ():
+        if not 0 <= layer < layers:
             raise ValueError(
-                f"lora.target_modules: {targets!r} is a regular expression, and it matches the "
-                f"whole name of no module. For names of modules give a list: [{targets}]."
+                f"lora.layers_to_transform: the model has no layer {layer}: its layers are 0 to "
+                f"{layers - 1}."
+            )
+
+
+def _check_names(key: str, asked: Any, known: list[str], what: str) -> None:
+    """Raises ValueError unless each name is the end of a known one, or the regular expression
+    matches one."""
+    if isinstance(asked, str):
+        if not any(re.fullmatch(asked, name) for name in known):
+            raise ValueError(
+                f"lora.{key}: {asked!r} is a regular expression, and it matches the whole name of "
+                f"no {what}. For names of {what}s give a list: [{asked}]."
             )
         return
-    for target in targets or ():
-        if not any(f".{name}".endswith(f".{target}") for name in modules):
-            last = sorted({name.rpartition(".")[2] for name in modules})
-            raise ValueError(
-                f"lora.target_modules: the model has no module {target!r}{nearest(target, last)}"
-            )
+    for name in asked or ():
+        if not any(f".{there}".endswith(f".{name}") for there in known):
+            dots = name.count(".")
+            last = sorted({".".join(there.split(".")[-1 - dots :]) for there in known})
+            raise ValueError(f"lora.{key}: the model has no {what} {name!r}{nearest(name, last)}")

@@ -10,7 +10,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.cli.train_folder import write_settings
-from lemo_hf.storage.checkpoints import STATE_NAME
+from lemo_hf.storage.checkpoints import STATE_NAME, weights_in
 from lemo_hf.storage.files import read_json, whole_file
 from lemo_hf.trainer import LeMoMixin, LeMoTrainer
 
@@ -22,6 +22,10 @@ class RunMixin(LeMoMixin):
         settings: Settings of the run, as YAML text.
         **options: Arguments of the trainer.
     """
+
+    # Whether training went on from a checkpoint of the last step, so that no step was left, and
+    # whether what such a run writes at its end lay there.
+    finished = saved = False
 
     def __init__(self, settings: str, **options: Any):
         self.settings = settings
@@ -35,13 +39,25 @@ class RunMixin(LeMoMixin):
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, STATE_NAME))
             whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            if whole and 0 < self.args.max_steps <= state.global_step:
+            if whole and _is_last(state, self.args):
                 self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
+                self.finished, self.state = True, state
+                if (ended := self._ended(state.global_step)) is not None:
+                    self.saved, self.state = True, ended  # its log has the end of training too
                 if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {"epoch": state.epoch or 0.0})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _ended(self, step: int) -> TrainerState | None:
+        """The state that the run left when it had written everything else; None: it did not."""
+        path = Path(self._output_dir(), STATE_NAME)
+        try:
+            state = TrainerState.load_from_json(str(path))
+        except (OSError, ValueError, TypeError):  # never written, or damaged
+            return None
+        whole = state.global_step == step and weights_in(path.parent)
+        return state if whole else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As LeMoTrainer's; writes the settings first, so that a complete checkpoint has them."""
@@ -66,6 +82,12 @@ class RunMixin(LeMoMixin):
 
 class RunTrainer(RunMixin, LeMoTrainer):
     """`LeMoTrainer` of a run of `lemo train`."""
+
+
+def _is_last(state: TrainerState, args: Any) -> bool:
+    if args.max_steps > 0:
+        return args.max_steps <= state.global_step
+    return 0 < args.num_train_epochs <= (state.epoch or 0.0)
 
 
 def _write(path: Path, metrics: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What lies in the directory of a run, for its page."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.report.checks import check_history, check_recall, check_record, has_rows
+from lemo_hf.storage.checkpoints import weights_in
 from lemo_hf.storage.files import CONFIG_NAME, near_path, read_json, read_text
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "lemo_report.json"
 STATE_NAME = "trainer_state.json"
@@ -33,6 +37,7 @@ class RunFiles:
         settings: Text of files, or mappings, by title.
         recall: Rows of the predictor's recall table; empty without a predictor.
         evaluations: JSON results by path; see `evaluations_in`.
+        outdated: Paths of results that are older than the weights, and so of others.
     """
 
     name: str
@@ -41,6 +46,7 @@ class RunFiles:
     settings: dict[str, Any]
     recall: list[dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
+    outdated: list[str]
 
 
 def read_run(directory: str | os.PathLike) -> RunFiles:
@@ -68,13 +74,22 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
     section = predictor if isinstance(predictor, dict) else {}
     recall = section.get("recall") or []
     check_recall(recall, str(folder / CONFIG_NAME))
+    evaluations = dict(evaluations_in(folder))
+    outdated = [path for path in evaluations if _is_outdated(folder, path)]
+    if outdated:
+        logger.warning(
+            "%s: %s left out of the page: evaluated before the weights there were written, and so "
+            "with others. Evaluate again with lemo eval.",
+            *(folder, f"{', '.join(outdated)} {'is' if len(outdated) == 1 else 'are'}"),
+        )
     return RunFiles(
         name=folder.resolve().name,
         history=[] if state is None else read_history(state),
         record=record,
         settings=dict(_settings(folder, record, lemo)),
         recall=recall,
-        evaluations=dict(evaluations_in(folder)),
+        evaluations={k: v for k, v in evaluations.items() if k not in outdated},
+        outdated=outdated,
     )
 
 
@@ -113,6 +128,11 @@ def evaluations_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if (kind := _kind(values)) is not None:
             yield str(path.relative_to(folder)), {**values, "kind": kind}
+
+
+def _is_outdated(folder: Path, path: str) -> bool:
+    written = max((x.stat().st_mtime_ns for x in weights_in(folder)), default=0)
+    return (folder / path).stat().st_mtime_ns < written
 
 
 def _kind(values: dict[str, Any]) -> str | None:

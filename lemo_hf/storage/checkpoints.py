@@ -27,6 +27,16 @@ def checkpoints(directory: str | os.PathLike) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name[11:]), reverse=True)
 
 
+def weights_in(directory: str | os.PathLike) -> list[Path]:
+    """Files of weights of a model or an adapter, by name, also those that say where shards lie."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    kinds = (".safetensors", ".bin", ".index.json")
+    found = [path for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
+    return sorted(path for path in found if path.is_file() and path.name.endswith(kinds))
+
+
 def newest_whole_checkpoint(args: Any) -> str | None:
     """The newest checkpoint from which a Trainer with these arguments can continue, or None.
 

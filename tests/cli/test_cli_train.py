@@ -130,11 +130,25 @@ def test_flags_alone(lemo, config, tmp_path):
     assert code == 0 and found["policy"] == "pooled" and found["retention"] is None, err
 
 
-def test_the_summary(lemo, config):
+def test_the_summary(lemo, config, tmp_path):
     code, out, err = lemo("train", "--config", config, "--training.max_steps", 1)
     assert code == 0, err
     assert "LoRA r=4" in out and "rows of 256 tokens, 2 a step" in out
     assert "9 of 10 layers" in out and "train_loss" in out and "rows of tokens" in err
+    once = "the only step of this run is dense (the finish): take at least 2 steps to see LeMo's"
+    assert once in " ".join(out.split())
+    more = ("--lemo.dense_finish", 0, "--output", tmp_path / "out2")
+    code, out, err = lemo("train", "--config", config, "--training.max_steps", 1, *more)
+    assert code == 0 and "the only step" not in out, err
+
+
+def test_why_no_step_would_be_made(lemo, config):
+    code, _, err = lemo("train", "--config", config, "--training.max_steps", -1,
+                        "--training.num_train_epochs", 0)  # fmt: skip
+    assert code == 2 and "training.num_train_epochs=0 makes no step: give a number above 0" in err
+    few = ("--data.max_rows", 2, "--training.per_device_train_batch_size", 8)
+    code, _, err = lemo("train", "--config", config, *few, "--training.dataloader_drop_last")
+    assert code == 2 and "2 rows are fewer than one of 8" in err and "label" not in err
 
 
 def test_calibrated_config_to_start_from(config, tmp_path):

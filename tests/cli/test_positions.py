@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import LoraConfig, get_peft_model
 from support.grids import covering
 from support.models import make_model
 from support.paths import DEMO
@@ -68,7 +70,8 @@ def test_all_types_are_known():
 def test_every_type(kind, key, most, ids):
     given, needed = GIVEN[kind]
     config = asked(rope_parameters={key: kind, **given}, max_position_embeddings=most)
-    expected = by_hand({"rope_type": kind, **given, **needed}, most or 512)
+    reach = 2048 if kind in ("linear", "yarn", "llama3") else 512  # four times the original
+    expected = by_hand({"rope_type": kind, **given, **needed}, most or reach)
     assert config.rope_parameters == expected.rope_parameters
     assert config.max_position_embeddings == expected.max_position_embeddings
     found = logits(config, ids)
@@ -230,6 +233,27 @@ def test_rows_longer_than_the_positions(tmp_path, caplog):
     assert not caplog.records
     asked(length=length)
     assert "rows of 1,048,576 tokens are longer than" in caplog.text and "yarn" in caplog.text
+
+
+def test_a_factor_gives_as_many_positions(caplog):
+    for kind in ("yarn", "linear", "llama3"):
+        given = {**GIVEN[kind][0], "rope_type": kind}
+        config = asked(rope_parameters=given, length=2048)
+        assert config.max_position_embeddings == 2048 and not caplog.records
+    asked(rope_parameters={"rope_type": "yarn", "factor": 2.0}, length=2048)
+    assert "longer than the 1,024 positions" in caplog.text
+
+
+def test_an_adapter_has_the_positions_it_was_trained_with(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    settings = {"model": {"name": MODEL, "rope_type": "yarn"}, "full": True}
+    settings["data"] = {"dataset": "b.txt", "tokens": 2048}
+    (tmp_path / "lemo_train.yaml").write_text(yaml.safe_dump(settings))
+    config = ModelOptions(MODEL, adapter=str(tmp_path)).load(1024)[0].config
+    assert config.rope_parameters["rope_type"] == "yarn" and config.rope_parameters["factor"] == 4
+    own = ModelOptions(MODEL, adapter=str(tmp_path), rope_type="linear").load(1024)[0].config
+    assert own.rope_parameters["rope_type"] == "linear" and own.rope_parameters["factor"] == 2
 
 
 def test_broken_configs(lemo, tmp_path):

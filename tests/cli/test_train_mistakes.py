@@ -93,6 +93,15 @@ def test_what_is_not_there_is_told_at_once(lemo, asked, tmp_path):
         ("--lora.target_modules", "[q_proj, v_prj]", "no module 'v_prj'; did you mean 'v_proj'?"),
         ("--lora.target_modules", "qq", "'qq' is a regular expression, and it matches the whole"),
         ("--lora.target_modules", "q_proj", "For names of modules give a list: [q_proj]."),
+        ("--lora.exclude_modules", "[nosuch]", "exclude_modules: the model has no module 'nosuch'"),
+        ("--lora.target_parameters", "[q_proj.wight]", "did you mean 'q_proj.weight'?"),
+        ("--lora.layers_to_transform", "[0, 99]", "the model has no layer 99: its layers are 0 to"),
+        ("--lora.layers_to_transform", 10, "the model has no layer 10: its layers are 0 to 9."),
+        ("--lora.peft_type", "IA3", "lora.peft_type='IA3' has no effect, since lemo train makes"),
+        ("--training.do_train", "false", "training.do_train=False has no effect"),
+        ("--training.group_by_length", "true", "train_sampling_strategy group_by_length."),
+        ("--training.no_cuda", "true", "no such key any more: give --training.use_cpu true."),
+        ("--lemo.finish_retention", 0.1, "0.1 keeps less than retention=0.3 of the steps before"),
         ("--data.eval_split", "test", "eval_split='test': files have no splits, so these are the"),
         ("--data.split", "odd", "split='odd': files have no splits"),
         ("--lemo.dense_first_layers", 10, "leave no sparse layer: the model has 10"),
@@ -109,6 +118,15 @@ def test_what_may_have_been_meant(flag, value, message, lemo, asked):
     assert code == 2 and message in err and not out
 
 
+def test_flags_of_a_section_that_is_left_out_are_refused(lemo, asked):
+    for flags, message in (
+        ({"--lemo.retention": 0.4, "--dense": "--report"}, "--lemo.retention sets it"),
+        ({"--full": "--report"}, "--full trains all parameters, without LoRA, and --lora.r sets"),
+    ):
+        code, out, err = lemo(*asked(**flags))
+        assert code == 2 and message in err and not out
+
+
 def test_yaml_reads_no_as_false_and_a_strategy_is_called_no(lemo, asked):
     code, out, err = lemo(*asked(**{"--training.save_strategy": "no"}), "--dry-run")
     assert code == 0, err
@@ -121,6 +139,9 @@ def test_a_dry_run_reads_model_and_data(lemo, asked):
     assert f"# {MODEL} is a llama of 10 layers, 1,862,272 parameters and 512 positions." in out
     assert "# books.jsonl has rows of text." in out
     assert yaml.safe_load(out)["data"]["tokens"] == 8
+    code, out, err = lemo(*asked(), "--dry-run", "--json")
+    found = json.loads(out)
+    assert found["settings"]["data"]["tokens"] == 8 and len(found["found"]) == 2
     code, _, err = lemo(*asked(**{"--data.text_column": "bod"}), "--dry-run")
     assert code == 2 and "did you mean 'body'?" in err
 
@@ -143,6 +164,13 @@ def test_other_commands_look_at_the_data_first(command, more, lemo, asked, monke
     code, _, err = lemo(*shared, "--dataset", "books.jsonl", "--text-column", "bdy")
     assert code == 2 and "has no column 'bdy', its columns are: text, body; did you mean" in err
     assert not loaded
+
+
+@pytest.mark.parametrize("name", ["books.jsonl", "books.json", "books.parquet"])
+def test_a_picture_is_of_a_text(name, lemo, asked, tmp_path):
+    (tmp_path / name).write_text("{}")
+    code, _, err = lemo("inspect", "--model", MODEL, "--text", name, "--json")
+    assert code == 2 and f"--text {name} holds rows, not a text: write the text of one" in err
 
 
 def test_a_task_is_looked_up_first(lemo, asked, monkeypatch):
