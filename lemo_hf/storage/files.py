@@ -27,7 +27,12 @@ def near_path(path: str | os.PathLike) -> str:
     """The end of a sentence that says ``path`` is not there: a question for a similar name beside
     it, or a full stop."""
     folder, name = os.path.split(os.path.normpath(path))
-    return nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    near = nearest(name, there)
+    if folder and near != ".":  # the name alone would not be found
+        found = next(x for x in there if near == f"; did you mean {x!r}?")
+        return f"; did you mean {os.path.join(folder, found)!r}?"
+    return near
 
 
 def find_files(

@@ -1,7 +1,9 @@
 """What newcomers give instead of what is meant is told in words that help them on."""
 
+import json
 import shutil
 
+import datasets
 import pytest
 from peft import LoraConfig, get_peft_model
 from support.paths import DEMO
@@ -70,3 +72,51 @@ def test_a_file_where_a_folder_is_meant(lemo, folder):
         code, _, err = lemo(*command, "--model", "model")
         assert code == 2 and "'run.yaml' is a file: give the directory that holds lemo_con" in err
         assert "did you mean" not in err
+
+
+@pytest.fixture
+def train(lemo, folder):
+    """`lemo train` with some more flags: its code and its messages."""
+    asked = {"--model": "model", "--dataset": "book.txt", "--tokens": 64, "--lora.r": 2}
+    asked |= {"--output": "out", "--training.use_cpu": "true", "--training.max_steps": 1}
+
+    def told(**more):
+        given = {name: value for name, value in {**asked, **more}.items() if value is not None}
+        code, _, err = lemo("train", *(word for pair in given.items() for word in pair))
+        assert code == 2 and "Traceback" not in err
+        return err
+
+    return told
+
+
+def test_data_that_lemo_train_cannot_take(train, folder):
+    (folder / "short.txt").write_text("one")
+    for more in ({}, {"--data.packing": "true"}):
+        assert "of short.txt ha" in train(**{"--dataset": "short.txt"}, **more)
+    rows = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (folder / "pairs.jsonl").write_text(json.dumps(rows))
+    assert "LeMoDPOTrainer of lemo_hf.integrations" in train(**{"--dataset": "pairs.jsonl"})
+    one = datasets.Dataset.from_list([{"text": "a"}])
+    one.save_to_disk("one")
+    datasets.DatasetDict({"train": one}).save_to_disk("several")
+    for name in ("one", "several"):
+        assert "write it with ds.to_parquet('x.parquet') and give" in train(**{"--dataset": name})
+    for name, content in (("l.txt", "café"), ("l.jsonl", '{"text": "café"}')):
+        (folder / name).write_bytes(content.encode("latin-1"))
+        message = train(**{"--dataset": name})
+        assert f"{name}" in message and "is not UTF-8 text" in message and "as UTF-8." in message
+    template = train(**{"--data.chat_template": "l.txt"})
+    assert "l.txt is not UTF-8 text" in template
+    nothing = train(**{"--dataset": None, "--data.dataset": "[]"})
+    assert "dataset=[] names nothing: name a dataset" in nothing
+
+
+def test_names_that_are_nearly_right(train, folder):
+    message = train(**{"--model.rope_type": "yarnn"})
+    assert (
+        "must be one of linear, yarn, dynamic, None, got 'yarnn'; did you mean 'yarn'?" in message
+    )
+    assert "--lora.r: lora.r must be at least 1, got 0." in train(**{"--lora.r": 0})
+    (folder / "data").mkdir()
+    (folder / "data" / "books.txt").write_text("a")
+    assert "did you mean 'data/books.txt'?" in train(**{"--dataset": "data/boks.txt"})
