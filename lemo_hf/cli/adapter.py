@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lemo_hf.cli.train_settings import FILE_NAME, read_settings
+from lemo_hf.storage.files import EntryNotFound, download, near_path
 
+CONFIG = "adapter_config.json"
 logger = logging.getLogger(__name__)
 
 # Of the tensors of an adapter that belong to a table, which dimension is the table's rows.
@@ -74,19 +76,27 @@ def _on_other_model(model: Any, adapter: str, reason: str) -> str:
     )
 
 
+def check_adapter(adapter: str) -> None:
+    """Raises OSError or ValueError unless there is an adapter of that name."""
+    if Path(adapter, "config.json").is_file() and file_of(adapter, CONFIG) is None:
+        raise ValueError(
+            f"--adapter {adapter} is a whole model, not an adapter: give it as --model alone."
+        )
+    if file_of(adapter, CONFIG) is None:
+        raise ValueError(f"--adapter {adapter} has no {CONFIG}: give a folder with a PEFT adapter.")
+
+
 def file_of(adapter: str, name: str) -> str | None:
     """Path of a file that lies beside an adapter, or None.
 
     Raises:
         OSError: There is no such adapter, or it cannot be reached.
     """
-    from lemo_hf.storage.files import EntryNotFound, download
-
     if Path(adapter).is_dir():
         path = Path(adapter, name)
         return str(path) if path.is_file() else None
     try:
-        return download(adapter, name, "give a directory")
+        return download(adapter, name, f"give a directory{near_path(adapter).rstrip('.')}")
     except EntryNotFound:
         return None
 

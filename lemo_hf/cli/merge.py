@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, prepared_config
+from lemo_hf.shown import shortened
 from lemo_hf.storage.outputs import check_output
 
 
@@ -46,10 +47,11 @@ def merge(
 
     from transformers import AutoModelForCausalLM
 
-    from lemo_hf.cli.adapter import load_adapter
+    from lemo_hf.cli.adapter import check_adapter, load_adapter
     from lemo_hf.cli.merging import difference, logits, merged, probe
     from lemo_hf.cli.train_model import load_base
 
+    check_adapter(adapter)
     section, tokens = _trained(adapter, PeftConfig.from_pretrained(adapter), model)
     changes: dict[str, Any] = {"name": model or section.name}
     changes |= {"trust_remote_code": trust_remote_code, "attn_implementation": None}
@@ -58,7 +60,15 @@ def merge(
     if model not in (None, section.name):
         changes["revision"] = None
     section = dataclasses.replace(section, **changes)
-    _check_weights(section)
+    try:
+        _check_weights(section)
+    except OSError as error:
+        if model is not None:
+            raise
+        raise OSError(
+            f"{adapter} names its base model {section.name!r}, which is not here: give it by "
+            f"--model ({shortened(' '.join(str(error).split()))})."
+        ) from error
     trust = {"trust_remote_code": trust_remote_code}
     lm, tokenizer = load_base(section, tokens)
     tuned, tokenizer = load_adapter(lm, adapter, tokenizer, **trust)

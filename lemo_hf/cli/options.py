@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,7 +14,7 @@ import typer
 from lemo_hf.cli.loading import load_causal_lm, loading
 from lemo_hf.cli.positions import change_positions, check_length
 from lemo_hf.shown import shortened
-from lemo_hf.storage.files import near_path, parse_json
+from lemo_hf.storage.files import near_path, parse_json, read_json
 
 
 class DType(StrEnum):
@@ -137,11 +138,12 @@ class ModelOptions:
             "max_position_embeddings": self.max_position_embeddings,
         }
         stretched = length
-        if self.adapter is not None and all(value is None for value in asked.values()):
-            from lemo_hf.cli.adapter import settings_of
+        if self.adapter is not None:
+            from lemo_hf.cli.adapter import check_adapter, settings_of
 
+            check_adapter(self.adapter)
             settings = settings_of(self.adapter)
-            if settings is not None:
+            if settings is not None and all(value is None for value in asked.values()):
                 trained = settings.model()
                 asked = {name: getattr(trained, name) for name in asked}
                 if trained.rope_type is not None:
@@ -229,6 +231,13 @@ def prepared_config(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    adapted = os.path.join(name, "adapter_config.json")
+    if os.path.isfile(adapted) and not os.path.isfile(os.path.join(name, "config.json")):
+        base = read_json(adapted).get("base_model_name_or_path")
+        raise ValueError(
+            f"model {name!r} is an adapter over {base!r}: merge it first (lemo merge), or give "
+            f"--model {base} with --adapter {name} where the command takes it."
+        )
     try:
         config = AutoConfig.from_pretrained(name, **from_pretrained)
     except OSError as error:

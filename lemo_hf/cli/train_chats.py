@@ -10,11 +10,11 @@ Datasets of different forms that are trained together all become ``messages``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lemo_hf.cli.train_sections import DataSection
 from lemo_hf.shown import nearest, shortened, shown
+from lemo_hf.storage.files import read_text
 from lemo_hf.storage.json_lines import read_file
 from lemo_hf.storage.tables import check_file, interleaved, load_table, paths_of, suffix_of
 
@@ -42,6 +42,12 @@ def kind_of(row: Mapping[str, Any], data: DataSection, name: str) -> tuple[str, 
     column = data.text_column or "text"
     if column in row:
         return None
+    if data.text_column is None and {"chosen", "rejected"} <= row.keys():
+        raise ValueError(
+            f"{name} holds preferences (chosen, rejected), on which lemo train does not train: "
+            "write a script with LeMoDPOTrainer of lemo_hf.integrations.trl_dpo, or name a column "
+            "of text in data.text_column."
+        )
     known = "" if data.text_column else f" nor those of chats ({', '.join(map('+'.join, KINDS))})"
     raise ValueError(
         f"{name} has no column {column!r}{known}; its columns are: "
@@ -114,7 +120,7 @@ def use_template(tokenizer: Any, data: DataSection) -> None:
     """Give the tokenizer the template of ``data.chat_template``, if it is set."""
     if data.chat_template is not None:
         check_file(data.chat_template)
-        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(data.chat_template)
 
 
 def _chat(

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lemo_hf.cli.mistakes import Mistakes, Several
 from lemo_hf.cli.train_sections import DataSection, ModelSection, Run
@@ -139,6 +140,10 @@ class Settings:
                 f"{self._source('lora', 'peft_type')}: lora.peft_type={shown(kind)} has no effect, "
                 "since lemo train makes LoRA adapters: leave it out."
             )
+        rank = values.get("r", 8)
+        if type(rank) is int and rank < 1:
+            where = f"{self._source('lora', 'r')}: lora.r"
+            raise ValueError(f"{where} must be at least 1, got {rank}.")
         return self._make(LoraConfig, "lora", values)
 
     def _lemo(self) -> LeMoConfig | None:
@@ -246,8 +251,11 @@ def _meant(value: Any, expected: Any) -> str:
     for a choice with nearly that name."""
     if not isinstance(value, str):
         return "."
-    if get_origin(expected) is Literal:
-        return nearest(value, get_args(expected))
+    choices = [
+        c for kind in _kinds(expected) if get_origin(kind) is Literal for c in get_args(kind)
+    ]
+    if choices:
+        return nearest(value, choices)
     try:
         meant = parse_yaml(value, "it")
         meant = value if isinstance(meant, str) else _checked(meant, expected, "it")
@@ -256,7 +264,17 @@ def _meant(value: Any, expected: Any) -> str:
     return "." if meant == value else f": did you mean {meant}, without quotes?"
 
 
+def _kinds(expected: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    union = get_origin(expected) in (Union, UnionType)
+    return get_args(expected) if union else (expected,)
+
+
 def _type_name(expected: Any) -> str:
+    kinds = _kinds(expected)
+    if any(get_origin(kind) is Literal for kind in kinds):
+        choices = [c for kind in kinds for c in get_args(kind) or ("None",)]
+        return f"one of {', '.join(map(str, choices))}"
     text = expected.__name__ if isinstance(expected, type) else str(expected)
     return re.sub(r"\b\w+\.", "", text).replace("NoneType", "None")
 

@@ -62,13 +62,14 @@ def _rows(data: DataSection, tokenizer: Any, seed: int) -> Iterator[dict[str, li
         tables = [load_table(name, data.split).select_columns([column]) for name in data.dataset]
         mixed = interleaved(tables, data.weights, seed)
         documents = texts_of(named_rows(", ".join(data.dataset), mixed), column)
+    name = data.dataset if isinstance(data.dataset, str) else ", ".join(data.dataset)
     if data.packing:
-        return packed_rows(documents, tokenizer, data.tokens)
-    return cut_rows(documents, tokenizer, data.tokens, data.min_tokens)
+        return packed_rows(documents, tokenizer, data.tokens, name)
+    return cut_rows(documents, tokenizer, data.tokens, data.min_tokens, name)
 
 
 def packed_rows(
-    documents: Iterable[str], tokenizer: Any, tokens: int
+    documents: Iterable[str], tokenizer: Any, tokens: int, name: str = ""
 ) -> Iterator[dict[str, list[int]]]:
     """Documents one after the other in rows of ``tokens`` tokens; the rest is dropped.
 
@@ -97,8 +98,8 @@ def packed_rows(
                 row, made = {name: [] for name in row}, made + 1
     if not made:
         raise ValueError(
-            f"the documents have {len(row['input_ids'])} tokens in all, fewer than a row of "
-            f"{tokens}: ask for shorter rows, or use more text."
+            f"the documents {f'of {name} ' if name else ''}have {len(row['input_ids'])} tokens in "
+            f"all, fewer than a row of {tokens}: ask for shorter rows, or use more text."
         )
 
 

@@ -81,6 +81,9 @@ class DataSection:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     mistakes.add(f"{name} must be at least {least}, got {value}")
+            for name in ("dataset", "eval_dataset"):
+                if getattr(self, name) in ("", []):
+                    mistakes.add(f"{name}={getattr(self, name)!r} names nothing: name a dataset")
             if self.packing and self.min_tokens is not None:
                 mistakes.add(
                     f"min_tokens={self.min_tokens} has no meaning with packing: leave it out"
@@ -135,7 +138,7 @@ class DataSection:
 
 
 def _are_files(dataset: str | list[str]) -> bool:
-    return are_files([dataset] if isinstance(dataset, str) else dataset)
+    return bool(dataset) and are_files([dataset] if isinstance(dataset, str) else dataset)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,12 @@ def near_path(path: str | os.PathLike) -> str:
     """The end of a sentence that says ``path`` is not there: a question for a similar name beside
     it, or a full stop."""
     folder, name = os.path.split(os.path.normpath(path))
-    return nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    near = nearest(name, there)
+    if folder and near != ".":  # the name alone would not be found
+        found = next(x for x in there if near == f"; did you mean {x!r}?")
+        return f"; did you mean {os.path.join(folder, found)!r}?"
+    return near
 
 
 def find_files(
@@ -51,6 +56,11 @@ def find_files(
             if not os.path.isfile(os.path.join(source, name)):
                 raise ValueError(f"{source!r} has no {name}. {_WRITTEN_BY[name]}")
         return [os.path.join(source, name) for name in names]
+    if os.path.isfile(source):
+        said = f"{source!r} is a file: give the directory that holds {names[0]}."
+        if source.endswith((".yaml", ".yml")):
+            said += " Settings in YAML are those of lemo train --config."
+        raise ValueError(said)
     paths = []
     for name in names:
         try:
@@ -93,7 +103,8 @@ def download(repo: str, name: str, otherwise: str, **hub_kwargs: Any) -> str:
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
             f"{name} of {repo!r}{at} is not in the Hub's cache, and the Hub cannot be reached or "
-            f"HF_HUB_OFFLINE=1 is set: download it once while online, or {otherwise}."
+            f"HF_HUB_OFFLINE=1 is set: download it once while online, or {otherwise}"
+            f"{'' if otherwise.endswith('?') else '.'}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise EntryNotFound(f"{repo!r}{at} has no {name}.") from error

@@ -76,6 +76,10 @@ def read_rows(file: IO[bytes], name: Any, most: int | None = None) -> Iterator[R
             continue
         try:
             values = parse_json(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number} is not UTF-8 text ({error}): save the file as UTF-8."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{name}, line {number} is not valid JSON: {error}") from error
         if not isinstance(values, dict):

@@ -13,6 +13,7 @@ from lemo_hf.storage.json_lines import damage_told, read_file
 # datasets' builder by the end of a file's name; what compresses it (.gz, .xz, .zst) comes behind.
 BUILDERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+SAVED = ("state.json", "dataset_dict.json")  # of `datasets`' save_to_disk
 Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 
@@ -79,6 +80,11 @@ def load_table(dataset: Names, split: str = "train", *, streaming: bool = True) 
     from datasets.exceptions import DatasetGenerationError
 
     paths = paths_of(dataset)
+    if any(Path(paths[0], name).is_file() for name in SAVED):
+        raise ValueError(
+            f"{paths[0]} was written by save_to_disk, which only load_from_disk reads: write it "
+            "with ds.to_parquet('x.parquet') and give that file."
+        )
     arguments: dict[str, Any] = {"path": paths[0], "split": split}
     texts = os.path.isdir(paths[0]) and any(Path(paths[0]).glob("**/*.txt"))
     if are_files(paths):
@@ -129,5 +135,7 @@ def told(name: str) -> Iterator[None]:
             yield
         except StopIteration as error:
             raise ValueError(f"{name} is empty.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text ({error}): save it as UTF-8.") from error
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(f"{name}: {error}") from error

@@ -131,7 +131,11 @@ def token_rows(
 
 
 def cut_rows(
-    documents: Iterable[str], tokenizer: Any, tokens: int, min_tokens: int | None = None
+    documents: Iterable[str],
+    tokenizer: Any,
+    tokens: int,
+    min_tokens: int | None = None,
+    name: str = "",
 ) -> Iterator[dict[str, list[int]]]:
     """Cut each document into rows of ``tokens`` tokens; no row spans two documents.
 
@@ -144,6 +148,7 @@ def cut_rows(
         tokens: Length of a row.
         min_tokens: Least number of tokens for which the rest of a document is a shorter row; None:
             the rest is dropped.
+        name: Name of the dataset, for messages.
 
     Returns:
         ``{"input_ids": [...], "labels": [...]}`` for each row, with the ids as labels.
@@ -151,9 +156,9 @@ def cut_rows(
     Raises:
         ValueError: A number is too small, or no document is long enough.
     """
-    for name, value, least in (("tokens", tokens, 2), ("min_tokens", min_tokens, 1)):
+    for key, value, least in (("tokens", tokens, 2), ("min_tokens", min_tokens, 1)):
         if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+            raise ValueError(f"{key} must be at least {least}, got {value}.")
     min_tokens = min(tokens, tokens if min_tokens is None else min_tokens)
     start = start_tokens(tokenizer)
     longest = 0
@@ -166,8 +171,8 @@ def cut_rows(
                 yield {"input_ids": row, "labels": list(row)}
     if longest < min_tokens:
         raise ValueError(
-            f"no document has {min_tokens} tokens: the longest has {longest}. Ask for shorter "
-            "rows, or use longer documents."
+            f"no document {f'of {name} ' if name else ''}has {min_tokens} tokens: the longest has "
+            f"{longest}. Ask for shorter rows, or use longer documents."
         )
 
 

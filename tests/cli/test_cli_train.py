@@ -240,7 +240,7 @@ def test_rows_of_different_lengths_are_padded():
         (("--training.bf16", "7"), "training.bf16 must be bool, got 7"),
         (("--training.optim", "sgdd"), "--training.optim: training: sgdd is not a valid"),
         (("--lora.r", "0.5"), "lora.r must be int, got 0.5"),
-        (("--model.dtype", "int4"), "model.dtype must be Literal"),
+        (("--model.dtype", "int4"), "model.dtype must be one of auto, bfloat16"),
         (("--lora.target_modules", "[q"), "--lora.target_modules is not valid YAML"),
         (("--lemo.threshold", "0.5", "--retention", "0.4"), "both say how much is kept"),
         (("--data.packing", "--data.min_tokens", "9"), "min_tokens=9 has no meaning with packing"),
