@@ -14,6 +14,7 @@ from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
 from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, damage, newest_whole_checkpoint
+from lemo_hf.storage.config_file import check_no_predictor
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def starting_point(
                     f"output {directory}: give another --output."
                 )
     there = [*_weights(directory), *checkpoints(directory)]
+    if not there and not Path(directory, FILE_NAME).is_file():  # or it is a run's own
+        check_no_predictor(directory, None)
     if resume:
         found = newest_whole_checkpoint(args)
         if found is None:
