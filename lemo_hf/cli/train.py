@@ -109,13 +109,14 @@ def train(
             print(f"# {fact}")
         print(asked, end="")
         return
-    from lemo_hf.cli.train_folder import check_same, starting_point
+    from lemo_hf.cli.train_folder import check_same, check_settings_file, starting_point
     from lemo_hf.cli.train_replaced import put_back
 
     check_output(run.training.output_dir, "training.output_dir", directory=True)
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         put_back(run.training)
+        check_settings_file(run.training.output_dir)
         checkpoint = starting_point(run.training, resume, overwrite, run.reads)
         if checkpoint is not None:
             check_same(checkpoint, asked)

@@ -15,7 +15,7 @@ from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
 from lemo_hf.storage.checkpoints import WEIGHTS, checkpoints, damage, newest_whole_checkpoint
 from lemo_hf.storage.config_file import check_no_predictor
-from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, read_text, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,24 @@ def _lies_in(path: str, directory: str) -> bool:
     """Whether a path is a directory or lies in it, whatever links lead there."""
     inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     return inner.is_relative_to(outer)
+
+
+def check_settings_file(directory: str) -> None:
+    """Raises ValueError if the file where the run writes its settings has text of the user's, such
+    as comments."""
+    path = Path(directory, FILE_NAME)
+    if not path.is_file():
+        return
+    text = read_text(path)
+    try:
+        own = yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    except yaml.YAMLError:
+        own = False
+    if not own:
+        raise ValueError(
+            f"{path} was not written by lemo train, or was changed since, and this run would "
+            "replace it by its settings, without comments: give the file another name."
+        )
 
 
 def check_same(checkpoint: str, settings: str) -> None:
