@@ -15,8 +15,8 @@ from lemo_hf.config_checks import (
     knows_its_fields,
 )
 from lemo_hf.shown import nearest, shortened, shown
-from lemo_hf.storage.files import CONFIG_NAME, find_files, read_json, whole_file, write_json
-from lemo_hf.storage.outputs import locked
+from lemo_hf.storage.config_file import write_config
+from lemo_hf.storage.files import CONFIG_NAME, find_files, read_json
 from lemo_hf.version import __version__
 
 __all__ = ["LEVELS", "POLICIES", "UNITS", "KeepRule", "LeMoConfig"]
@@ -305,23 +305,18 @@ class LeMoConfig:
             )
         return cls(**values)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, replace_predictor: bool = False
+    ) -> None:
         """Write ``lemo_config.json`` into ``save_directory``, which is made if missing.
 
         If ``save_directory`` is this config's own ``predictor``, what the file there says of the
         predictor is kept.
+
+        Raises:
+            ValueError: Another predictor lies there, and ``replace_predictor`` is False.
         """
-        os.makedirs(save_directory, exist_ok=True)
-        target = os.path.join(save_directory, CONFIG_NAME)
-        values = self.to_dict()
-        with locked(save_directory):  # against a save of its predictor
-            if self.predictor and os.path.exists(self.predictor) and os.path.isfile(target):
-                section = read_json(target).get("predictor")
-                if isinstance(section, dict) and os.path.samefile(self.predictor, save_directory):
-                    values["predictor"] = section
-                    del values["predictor_revision"]
-            with whole_file(target) as path:
-                write_json(path, values)
+        write_config(save_directory, self.to_dict(), replace_predictor)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "LeMoConfig":

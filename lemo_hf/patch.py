@@ -343,6 +343,6 @@ class LeMo:
     def save_files(self, directory: str | os.PathLike) -> None:
         """Write ``lemo_config.json``, and the predictor if there is one, into ``directory``."""
         if self.predictor is None:
-            self.config.save_pretrained(directory)
+            self.config.save_pretrained(directory, replace_predictor=True)
         else:
             self.predictor.save_files(directory, self.config)

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 TAGS = ("lemo-hf", "lemo")
 _BEGINS, _ENDS = "<!-- lemo-hf: what trained -->", "<!-- lemo-hf: end -->"
+_BEGUN_BY_OTHERS = (
+    "<!-- This model card has been generated automatically",  # Trainer
+    "It has been trained using [TRL]",
+)
 _LINKED = (  # what may lie beside the card
     ("report.html", "the page of the run"),
     (CONFIG_NAME, "LeMo's settings"),
@@ -56,6 +60,12 @@ def is_ours(folder: str | os.PathLike) -> bool:
     """Whether the card there has the section."""
     path = Path(folder, CARD_NAME)
     return path.is_file() and _BEGINS in read_text(path)
+
+
+def is_run_card(path: Path) -> bool:
+    """Whether a file is a card of a run: with our section, or as Trainer or TRL begins it."""
+    text = path.read_bytes().decode("utf-8", "replace")
+    return any(sign in text for sign in (_BEGINS, *_BEGUN_BY_OTHERS))
 
 
 def add_run(folder: str | os.PathLike, facts: RunFacts) -> None:

@@ -1,13 +1,19 @@
 """The model card of predictors: their purpose, their measurements, and how they were made."""
 
 import json
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from lemo_hf.cards import PAPER, block, code, is_repository, plain, table
+from lemo_hf.storage.files import whole_file
 from lemo_hf.version import __version__
 
 TAG = "lemo-predictor"  # by which the Hub's models are searched
+_LAST_LINE = "Written by lemo-hf "
+
+logger = logging.getLogger(__name__)
 
 
 def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
@@ -48,8 +54,29 @@ def model_card(info: Any, layers: Sequence[Any], source: str) -> str:
         parts.append(table(rows))
     if command:
         parts.append(block("bash", command))
-    parts += ["## Sizes", _sizes(layers), f"Written by lemo-hf {__version__}."]
+    parts += ["## Sizes", _sizes(layers), f"{_LAST_LINE}{__version__}."]
     return "\n\n".join(parts) + "\n"
+
+
+def write_card(path: str, card: str) -> None:
+    """Write a card, or replace the one of an earlier save; what the user wrote below it stays.
+
+    A file that no save has written stays as it is, and a warning says so.
+    """
+    below = ""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+        _, last_line, below = text.partition(_LAST_LINE)
+        if TAG not in text or not last_line:
+            logger.warning("%s is no card of a predictor: it stays as it is.", path)
+            return
+        below = below.partition("\n")[2]
+    with (
+        whole_file(path) as part,
+        open(part, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        file.write(card + below)
 
 
 def _how_to_use(info: Any, source: str) -> str:

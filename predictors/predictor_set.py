@@ -13,7 +13,7 @@ from torch import nn
 from lemo_hf.config import LeMoConfig
 from lemo_hf.predictors.base_model import BaseModel
 from lemo_hf.predictors.block_predictor import BlockPredictor
-from lemo_hf.predictors.model_card import model_card
+from lemo_hf.predictors.model_card import model_card, write_card
 from lemo_hf.predictors.predictor_files import (
     named_weights,
     read_section,
@@ -21,7 +21,7 @@ from lemo_hf.predictors.predictor_files import (
     write_predictor_files,
 )
 from lemo_hf.shown import shortened, shown
-from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, find_files, whole_file
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lemo_hf.storage.outputs import locked
 
 
@@ -176,7 +176,8 @@ class LeMoPredictor(nn.Module):
         *,
         repo_id: str | None = None,
     ) -> None:
-        """Write what `save_files` writes, and a model card ``README.md``.
+        """Write what `save_files` writes, and a model card ``README.md``, which replaces an earlier
+        one of a predictor and nothing else.
 
         Args:
             directory: Directory, made if missing.
@@ -188,11 +189,7 @@ class LeMoPredictor(nn.Module):
         """
         self.save_files(directory, lemo_config)
         card = model_card(self.info, self.layers, repo_id or os.fspath(directory))
-        with (
-            whole_file(os.path.join(directory, "README.md")) as path,
-            open(path, "w", encoding="utf-8") as file,
-        ):
-            file.write(card)
+        write_card(os.path.join(directory, "README.md"), card)
 
     def push_to_hub(
         self,

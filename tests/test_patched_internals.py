@@ -21,7 +21,17 @@ pytestmark = pytest.mark.oldest
 PAGE = (ROOT / "docs" / "patched-internals.md").read_text(encoding="utf-8")
 TEST = re.compile(r"\[test_\w+\.py\]\(\.\./(tests/[\w/]+\.py)\)((?:,? `test_\w+`)+)")
 # Private names that are LeMo's own, or of what no Trainer run depends on: a tracker's, a token's.
-OWN = {"_lemo_logits", "_lemo_setup", "_lock", "_original", "_runtime", "_token"}
+OWN = {
+    "_available",
+    "_lemo_logits",
+    "_lemo_setup",
+    "_lock",
+    "_original",
+    "_removed",
+    "_replaced",
+    "_runtime",
+    "_token",
+}
 # Eager attention never becomes a CUDA graph.
 BY_SDPA = [family for family in FAMILIES if family not in EAGER]
 

@@ -15,9 +15,11 @@ from lemo_hf.cli.options import (
     Split,
     TextColumn,
     Tokens,
+    given_path,
     takes_model,
 )
 from lemo_hf.config import LeMoConfig
+from lemo_hf.storage.config_file import check_no_predictor
 from lemo_hf.storage.outputs import check_output
 
 
@@ -25,7 +27,10 @@ from lemo_hf.storage.outputs import check_output
 def calibrate(
     model: ModelOptions,
     dataset: Dataset,
-    output: Annotated[Path, typer.Option(help="Directory for lemo_config.json.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=given_path, metavar="PATH", help="Directory for lemo_config.json."),
+    ],
     retention: Annotated[
         float, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")
     ],
@@ -45,6 +50,7 @@ def calibrate(
     """Find a score threshold for each layer on text like yours, and write them as a LeMoConfig."""
     check_output(output, "--output", directory=True)
     start = _start_config(config, predictor, block_size)
+    check_no_predictor(output, start.predictor)
 
     from lemo_hf.storage.text_rows import check_documents, load_documents, token_rows
     from lemo_hf.tune.calibrate import calibrate_thresholds

@@ -16,6 +16,7 @@ from lemo_hf.cli.options import (
     ModelOptions,
     Split,
     TextColumn,
+    given_path,
     takes_model,
 )
 from lemo_hf.storage.files import whole_file, write_json
@@ -26,8 +27,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Output = Annotated[Path | None, typer.Option(help="JSON file for the result.")]
-Plot = Annotated[Path | None, typer.Option(help="PNG file for the picture.")]
+Output = Annotated[
+    Path | None, typer.Option(parser=given_path, metavar="PATH", help="JSON file for the result.")
+]
+Plot = Annotated[
+    Path | None, typer.Option(parser=given_path, metavar="PATH", help="PNG file for the picture.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass on each device.")]
 
 
@@ -67,7 +72,7 @@ def perplexity(
 ) -> None:
     """Measure the perplexity of whole documents, overall and by position, in text or .bin files
     (uint16)."""
-    _check(output, plot)
+    _check(output, plot, dataset)
 
     from accelerate import PartialState
 
@@ -118,7 +123,12 @@ def longbench(
     options: ModelOptions,
     context: typer.Context,
     output: Annotated[
-        Path, typer.Option(help="Directory for predictions; an interrupted run resumes.")
+        Path,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Directory for predictions; an interrupted run resumes.",
+        ),
     ],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     task: Annotated[
@@ -219,7 +229,7 @@ def retrieval(
     as_json: AsJson = False,
 ) -> None:
     """Ask for lines hidden in real text at chosen lengths and depths (needle in a haystack)."""
-    _check(output, plot)
+    _check(output, plot, dataset)
 
     from accelerate import PartialState
 
@@ -305,14 +315,16 @@ def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:
     return {"model": model.model, "adapter": model.adapter, "dataset": list(dataset)}
 
 
-def _check(output: Path | None, plot: Path | None) -> None:
+def _check(output: Path | None, plot: Path | None, dataset: Sequence[str]) -> None:
     """Refuse, before the evaluation, outputs that could not be written after it."""
+    if output is not None and plot is not None and output.absolute() == plot.absolute():
+        raise ValueError(f"--output and --plot are both {output}: give two names.")
     if output is not None:
-        check_output(output, "--output")
+        check_output(output, "--output", inputs=dataset, ending=".json")
     if plot is not None:
         from lemo_hf.eval.plots import check_plots
 
-        check_output(plot, "--plot")
+        check_output(plot, "--plot", inputs=dataset, ending=".png")
         check_plots()
 
 

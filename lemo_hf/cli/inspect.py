@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, ModelOptions, takes_model
+from lemo_hf.cli.options import AsJson, ModelOptions, given_path, takes_model
 from lemo_hf.config import POLICIES, LeMoConfig
 from lemo_hf.storage.files import near_path, read_text
 from lemo_hf.storage.outputs import check_output
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelOptions,
     text: Annotated[Path, typer.Option(help="Text file.")],
-    output: Annotated[Path | None, typer.Option(help="Directory for the pictures.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="PATH", help="Directory for the pictures."),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Number of first tokens to read; default: at most 8192."),
@@ -67,6 +70,8 @@ def inspect(
         raise ValueError(f"{lone}: give both, or neither to label the whole text.")
     if output is not None:
         check_output(output, "--output", directory=True)
+        for name in ("kept.txt", "kept.json"):
+            check_output(output / name, "--output", inputs=[text])
     start = LeMoConfig() if config is None else LeMoConfig.from_pretrained(config)
     given = {"retention": retention, "policy": policy, "block_size": block_size}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

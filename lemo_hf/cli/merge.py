@@ -10,14 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, prepared_config
+from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, given_path, prepared_config
 from lemo_hf.shown import shortened
 from lemo_hf.storage.outputs import check_output
 
 
 def merge(
     adapter: Annotated[str, typer.Option(help="PEFT adapter: Hub id or directory.")],
-    output: Annotated[Path, typer.Option(help="Directory for the merged model.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=given_path, metavar="PATH", help="Directory for the merged model."),
+    ],
     model: Annotated[
         str | None, typer.Option(help="Base model; default: the one that the adapter names.")
     ] = None,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,14 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens a row: the length to tr
 Rows = Annotated[int, typer.Option(min=1, help="Rows to use.")]
 Dtype = Annotated[DType, typer.Option(help="Dtype of the model's weights.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
+
+
+def given_path(text: str) -> Path:
+    """A path from the command line. An empty one, as of a variable that is not set, would be the
+    current directory."""
+    if not text.strip():
+        raise typer.BadParameter(f"{text!r} is empty: give a path ('.' is this directory).")
+    return Path(text)
 
 
 def _without_bars(context: typer.Context, as_json: bool) -> bool:

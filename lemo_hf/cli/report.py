@@ -5,18 +5,24 @@ from typing import Annotated
 
 import typer
 
+from lemo_hf.cli.options import given_path
 from lemo_hf.storage.outputs import check_output
 
 
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run.")],
     output: Annotated[
-        Path | None, typer.Option(help="HTML file; default: report.html in the directory.")
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="HTML file; default: report.html in the directory.",
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page of a training run."""
     from lemo_hf.report.page import write_report
 
     if output is not None:
-        check_output(output, "--output")
+        check_output(output, "--output", ending=".html")
     print(f"Wrote {write_report(run_dir, output)}")

@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +37,7 @@ def train(
     retention: Annotated[
         float | None, typer.Option(help="lemo.retention: share that each layer keeps, in (0, 1].")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="training.output_dir.")] = None,
+    output: Annotated[str | None, typer.Option(help="training.output_dir.")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all parameters: ignore the section lora.")
     ] = False,
@@ -86,7 +85,7 @@ def train(
         ("data", "dataset", datasets, "--dataset"),
         ("data", "tokens", tokens, "--tokens"),
         ("lemo", "retention", retention, "--retention"),
-        ("training", "output_dir", output and str(output), "--output"),
+        ("training", "output_dir", output, "--output"),
     ):
         if value is not None:
             settings.set(section, key, value, flag)
@@ -116,12 +115,15 @@ def train(
             print(f"# {fact}")
         print(asked, end="")
         return
-    from lemo_hf.cli.train_folder import check_same, starting_point
+    from lemo_hf.cli.train_folder import check_same, check_settings_file, starting_point
+    from lemo_hf.cli.train_replaced import put_back
 
     check_output(run.training.output_dir, "training.output_dir", directory=True)
     # Trainer and LeMo print on stdout, which is the result's alone with --json.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        checkpoint = starting_point(run.training, resume, overwrite, run.model.name)
+        put_back(run.training)
+        check_settings_file(run.training.output_dir)
+        checkpoint = starting_point(run.training, resume, overwrite, run.reads)
         if checkpoint is not None:
             check_same(checkpoint, asked)
         if planned is not None and run.training.process_index == 0:
@@ -165,7 +167,8 @@ def _fine_tune(
     progress: bool,
 ) -> tuple[Any, dict[str, float]]:
     """Train, evaluate and save. Returns the Trainer and its metrics."""
-    from lemo_hf.cli.train_folder import clear, starting_point, write_first_settings
+    from lemo_hf.cli.train_folder import starting_point, write_first_settings
+    from lemo_hf.cli.train_replaced import replaced
     from lemo_hf.cli.train_trainer import make_trainer
 
     args, main = run.training, run.training.process_index == 0
@@ -177,15 +180,14 @@ def _fine_tune(
         from lemo_hf.report.callback import ReportCallback
 
         trainer.add_callback(ReportCallback())
-    with only_run(args.output_dir) if main else nullcontext():
+    with ExitStack() as held:
         if main:
+            held.enter_context(only_run(args.output_dir))
             if checkpoint is None:
                 # Another run may have ended meanwhile.
-                starting_point(args, False, overwrite, run.model.name)
+                starting_point(args, False, overwrite, run.reads)
             if overwrite:
-                if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-                    trainer.create_optimizer()  # what it refuses costs no run
-                clear(args.output_dir)
+                held.enter_context(replaced(args.output_dir, trainer))
             write_first_settings(args.output_dir, asked)
             _print_plan(run, trainer, found)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

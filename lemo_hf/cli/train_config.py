@@ -38,6 +38,10 @@ _FLAGS = {
     "data.tokens": "--tokens NUMBER, or --memory-gib, which finds the longest that fits",
     "training.output_dir": "--output DIR",
 }
+_COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    "gradient_accumulation_steps",
+)
 
 
 @dataclass
@@ -98,6 +102,9 @@ class Settings:
                         f"training.num_train_epochs={training.num_train_epochs:g} makes no step: "
                         "give a number above 0, or training.max_steps."
                     )
+                for name in _COUNTS:
+                    if (number := getattr(training, name)) < 1:
+                        mistakes.add(f"training.{name} must be at least 1, got {number}.")
                 if training.do_eval and data.heldout is None and data.eval_share is None:
                     mistakes.add(
                         "training.eval_strategy needs rows to evaluate on: set data.eval_dataset, "

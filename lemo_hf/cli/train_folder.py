@@ -4,7 +4,7 @@ made."""
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,10 @@ import yaml
 from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
-from lemo_hf.storage.checkpoints import (
-    checkpoints,
-    damage,
-    newest_whole_checkpoint,
-)
+from lemo_hf.storage.checkpoints import checkpoints, damage, newest_whole_checkpoint
 from lemo_hf.storage.checkpoints import weights_in as _weights
-from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, whole_file
+from lemo_hf.storage.config_file import check_no_predictor
+from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, read_text, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +29,40 @@ LEFT = (
 OF_MODEL = ("config.json", "generation_config.json")  # beside weights that are a whole model's
 
 
-def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str | None:
+def starting_point(
+    args: Any, resume: bool, overwrite: bool, reads: Iterable[str] = ()
+) -> str | None:
     """The checkpoint from which training continues; None: from the beginning.
 
+    Args:
+        args: Arguments of the Trainer.
+        resume: Whether to go on from the newest whole checkpoint.
+        overwrite: Whether to replace the run in the directory.
+        reads: Names of what the run reads, such as the base model, as the user gave them.
+
     Raises:
-        ValueError: There is no checkpoint to continue from, or the directory holds a run or the
-            base model, which would be lost.
+        ValueError: There is no checkpoint to continue from, or the directory holds another run or
+            what this one reads, which would be lost.
     """
-    directory = args.output_dir
+    directory, given = args.output_dir, args.resume_from_checkpoint
     if resume and overwrite:
         raise ValueError("--resume goes on and --overwrite starts over: give one of them.")
-    own = os.path.isdir(model) and os.path.isdir(directory) and os.path.samefile(model, directory)
-    if overwrite and own:
-        raise ValueError(f"--overwrite would remove the model {model}: give another --output.")
+    if given is not None and (resume or overwrite):
+        does = "--resume goes on from the newest" if resume else "--overwrite starts over"
+        raise ValueError(
+            f"{does}, and training.resume_from_checkpoint={given} names another start: give one "
+            "of them."
+        )
+    if overwrite:
+        for name in reads:
+            if os.path.exists(name) and _lies_in(name, directory):
+                raise ValueError(
+                    f"--overwrite would remove {name}, which this run reads, since it lies in the "
+                    f"output {directory}: give another --output."
+                )
     there = [*_weights(directory), *checkpoints(directory)]
+    if not there and not Path(directory, FILE_NAME).is_file():  # or it is a run's own
+        check_no_predictor(directory, None)
     if resume:
         found = newest_whole_checkpoint(args)
         if found is None:
@@ -56,12 +73,36 @@ def starting_point(args: Any, resume: bool, overwrite: bool, model: str) -> str 
             way_out = "start over with --overwrite" if there else "leave the flag out"
             raise ValueError(f"--resume: {directory} has {state}: {way_out}.")
         return found
-    if there and not overwrite and args.resume_from_checkpoint is None:
+    if there and not overwrite and not (given is not None and _lies_in(given, directory)):
         raise ValueError(
             f"{directory} holds a run already ({there[0].name}): go on with --resume, start over "
             "with --overwrite, which removes it, or give another --output."
         )
-    return args.resume_from_checkpoint
+    return given
+
+
+def _lies_in(path: str, directory: str) -> bool:
+    """Whether a path is a directory or lies in it, whatever links lead there."""
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    return inner.is_relative_to(outer)
+
+
+def check_settings_file(directory: str) -> None:
+    """Raises ValueError if the file where the run writes its settings has text of the user's, such
+    as comments."""
+    path = Path(directory, FILE_NAME)
+    if not path.is_file():
+        return
+    text = read_text(path)
+    try:
+        own = yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    except yaml.YAMLError:
+        own = False
+    if not own:
+        raise ValueError(
+            f"{path} was not written by lemo train, or was changed since, and this run would "
+            "replace it by its settings, without comments: give the file another name."
+        )
 
 
 def check_same(checkpoint: str, settings: str) -> None:
@@ -110,15 +151,22 @@ def _same_folder(one: str, other: str) -> bool:
     return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
 
 
-def clear(directory: str) -> None:
-    """Remove the run in ``directory``; files of other kinds stay."""
+def of_run(directory: str) -> list[Path]:
+    """The files and the checkpoints of the run in ``directory``."""
     names, weights = list(LEFT), _weights(directory)
     names += [CARD_NAME] if is_ours(directory) else []
     names += OF_MODEL if any(not path.name.startswith("adapter") for path in weights) else ()
-    for path in [Path(directory, name) for name in names] + weights:
-        path.unlink(missing_ok=True)
-    for path in checkpoints(directory):
-        shutil.rmtree(path)
+    files = [path for path in (Path(directory, name) for name in names) if path.is_file()]
+    return [*files, *weights, *checkpoints(directory)]
+
+
+def clear(directory: str) -> None:
+    """Remove the run in ``directory``; files of other kinds stay."""
+    for path in of_run(directory):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_settings(directory: str, settings: str) -> None:

@@ -45,6 +45,9 @@ def look(run: Run) -> Found:
     firsts: list[tuple[Mapping[str, Any], tuple[str, ...] | None]] = []
     facts = []
     with Mistakes() as mistakes:
+        for tracker in run.training.report_to:
+            with mistakes.noted():
+                _check_tracker(tracker)
         with mistakes.noted():
             config = load_config(run.model, run.data.tokens)
             tokenizer = load_tokenizer(run.model)
@@ -66,7 +69,37 @@ def look(run: Run) -> Found:
         if firsts and tokenizer is not None:
             with mistakes.noted():
                 form = _form(firsts, run, tokenizer)
+                if form is None:
+                    _check_metric(run.training)
     return Found(config, tokenizer, form, facts)
+
+
+def _check_tracker(name: str) -> None:
+    """Raises an error for a tracker of ``report_to`` that Trainer could not make."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    if name not in known:
+        raise ValueError(
+            f"training.report_to: there is no tracker {name!r}{nearest(name, known)} Trackers: "
+            f"{', '.join(known)}, or 'none'."
+        )
+    is_there = getattr(integration_utils, f"is_{name}_available", lambda: True)
+    if not is_there():
+        raise ImportError(
+            f"training.report_to={name!r} needs a package that is not installed: pip install "
+            f"{name}, or leave it out."
+        )
+
+
+def _check_metric(training: Any) -> None:
+    """Raises ValueError for a metric that no evaluation of text has: only losses are computed."""
+    name = training.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") != "loss":
+        raise ValueError(
+            f"training.metric_for_best_model={name!r}: evaluation computes the loss alone: leave "
+            "it out, or give loss."
+        )
 
 
 def _datasets(data: DataSection) -> Iterator[tuple[Any, DataSection]]:

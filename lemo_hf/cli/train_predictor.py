@@ -17,6 +17,7 @@ from lemo_hf.cli.options import (
     Split,
     TextColumn,
     Tokens,
+    given_path,
     takes_model,
 )
 from lemo_hf.storage.outputs import check_output, only_run
@@ -27,7 +28,12 @@ def train_predictor(
     model: ModelOptions,
     dataset: Dataset,
     output: Annotated[
-        Path, typer.Option(help="Directory for the predictor; an interrupted run resumes.")
+        Path,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Directory for the predictor; an interrupted run resumes.",
+        ),
     ],
     push_to_hub: Annotated[
         str | None, typer.Option(help="Repository to upload the result to.")

@@ -2,6 +2,7 @@
 left."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.cli.train_folder import write_settings
+from lemo_hf.run_card import CARD_NAME, is_run_card
 from lemo_hf.storage.checkpoints import STATE_NAME, weights_in
 from lemo_hf.storage.files import read_json, whole_file
 from lemo_hf.trainer import LeMoMixin, LeMoTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class RunMixin(LeMoMixin):
@@ -29,6 +33,8 @@ class RunMixin(LeMoMixin):
 
     def __init__(self, settings: str, **options: Any):
         self.settings = settings
+        self._card_lay_there = False
+        self._users_card: bytes | None = None
         super().__init__(**options)
 
     def train(
@@ -36,6 +42,7 @@ class RunMixin(LeMoMixin):
     ) -> TrainOutput:
         """As LeMoTrainer's, but from a checkpoint of the last step it takes no further step, as
         Trainer would."""
+        self._look_for_card()
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, STATE_NAME))
             whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -63,7 +70,39 @@ class RunMixin(LeMoMixin):
         """As LeMoTrainer's; writes the settings first, so that a complete checkpoint has them."""
         if self.args.should_save:
             write_settings(output_dir or self._output_dir(), self.settings)
-        super().save_model(output_dir, _internal_call=_internal_call)
+        try:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        finally:
+            self._put_card_back()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As LeMoTrainer's if the run found no card; else only the section on what trained is
+        written anew, and a card of the user's stays as it is."""
+        if not self._card_lay_there:
+            super().create_model_card(*args, **kwargs)
+        elif self._users_card is None:
+            self._add_to_card(self._output_dir())
+
+    def _look_for_card(self) -> None:
+        path = Path(self._output_dir(), CARD_NAME)
+        self._card_lay_there = path.is_file()
+        if not self._card_lay_there or is_run_card(path):
+            return
+        self._users_card = path.read_bytes()
+        if self.is_world_process_zero():
+            logger.warning(
+                "%s is no model card of a run: it stays as it is, and what trained is not written.",
+                path,
+            )
+
+    def _put_card_back(self) -> None:
+        """PEFT and LeMoTrainer write into any card that lies beside weights."""
+        path = Path(self._output_dir(), CARD_NAME)
+        mine = self._users_card
+        if mine is None or not self.args.should_save or path.read_bytes() == mine:
+            return
+        with whole_file(path) as part:
+            Path(part).write_bytes(mine)
 
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
         """As Trainer's; files are written as a whole, and an ``all_results.json`` that a killed

@@ -150,3 +150,12 @@ class Run:
     lora: Any
     lemo: LeMoConfig | None
     training: Any
+
+    @property
+    def reads(self) -> list[str]:
+        """Names of what the run reads: the model, the data, a predictor, a checkpoint."""
+        names = [self.model.name, self.training.resume_from_checkpoint]
+        for dataset in (self.data.dataset, self.data.eval_dataset):
+            names += [dataset] if isinstance(dataset, str) else dataset or []
+        names += [] if self.lemo is None else [self.lemo.predictor]
+        return [name for name in names if name is not None]

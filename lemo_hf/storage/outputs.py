@@ -4,7 +4,7 @@ writes there."""
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 try:
@@ -18,17 +18,39 @@ LOCK_NAME = "_lock"  # Trainer's pushes leave it out
 SAMPLE = b"\0" * 65536  # what a full disk has no room for
 
 
-def check_output(path: str | os.PathLike, name: str, *, directory: bool = False) -> None:
+def check_output(
+    path: str | os.PathLike,
+    name: str,
+    *,
+    directory: bool = False,
+    inputs: Iterable[str | os.PathLike] = (),
+    ending: str | None = None,
+) -> None:
     """Check by a trial that ``path`` can be written later. Nothing is left of the trial.
 
     Args:
         path: File or directory; it and the directories above it may be missing.
         name: Name of the path for the user, such as ``"--output"``.
         directory: Whether it will be a directory.
+        inputs: What the command reads, some of it not files: no output may replace it.
+        ending: How the names of such files end: one of another name is not replaced.
 
     Raises:
         OSError: It cannot be written; the message says why.
+        ValueError: It would replace what the command reads, or a file of another kind.
     """
+    if os.path.isfile(path):
+        for read in inputs:
+            if os.path.isfile(read) and os.path.samefile(read, path):
+                raise ValueError(
+                    f"{name} {os.fspath(path)} would replace {os.fspath(read)}, which is read: "
+                    "give another name."
+                )
+        if ending is not None and not os.fspath(path).lower().endswith(ending):
+            raise ValueError(
+                f"{name} {os.fspath(path)} would replace a file that is no {ending}: give a name "
+                f"that ends in {ending}, or remove the file."
+            )
     target = os.path.realpath(path)
     try:
         if os.path.exists(path):

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from peft import PeftModel
 from support.train_run import MODEL
+from transformers import TrainingArguments
 
-from lemo_hf.cli.train_folder import clear
+from lemo_hf.cli.train_folder import clear, starting_point
 
 
 def small(config, *more):
@@ -47,7 +48,7 @@ def test_a_used_folder_is_refused_or_started_over(lemo, tmp_path, config):
     code, _, err = lemo(*small(config, *other, "--output", tmp_path / "fresh"))
     assert code == 0 and adapter_of(out) == adapter_of(tmp_path / "fresh"), err
     code, _, err = lemo(*small(config, "--overwrite", "--output", MODEL))
-    assert code == 2 and f"--overwrite would remove the model {MODEL}" in err
+    assert code == 2 and f"--overwrite would remove {MODEL}, which this run" in err
     assert (Path(MODEL) / "model.safetensors").is_file()
 
 
@@ -136,3 +137,91 @@ def test_settings_lie_beside_the_weights_they_made(lemo, tmp_path, config, monke
     code, _, err = lemo(*longer)
     assert code == 0 and adapter_of(out) != before, err
     assert yaml.safe_load((out / "lemo_train.yaml").read_text())["training"]["max_steps"] == 6
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def used(lemo, tmp_path, config):
+    """A folder with a run of two checkpoints, and what lies in it."""
+    code, _, err = lemo(*small(config))
+    assert code == 0, err
+    return tmp_path / "out", files_of(tmp_path / "out")
+
+
+def test_what_a_run_reads_is_not_overwritten(lemo, tmp_path, config, used):
+    out, before = used
+    (tmp_path / "link").symlink_to(out)
+    (out / "held.txt").write_text("words " * 4000)
+    for path in (out / "held.txt", tmp_path / "link" / "held.txt"):
+        code, _, err = lemo(*small(config, "--overwrite", "--data.eval_dataset", path))
+        assert code == 2 and f"--overwrite would remove {path}, which this run reads" in err
+    for path in (out / "checkpoint-2", out / "checkpoint-2" / "model"):  # a base model
+        path.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="would remove"):
+            starting_point(_arguments(out), False, True, [MODEL, str(path)])
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def _arguments(out, **more):
+    return TrainingArguments(output_dir=str(out), use_cpu=True, report_to="none", **more)
+
+
+def test_a_checkpoint_of_another_run_needs_a_fresh_folder(lemo, tmp_path, config, used):
+    out, before = used
+    given = ("--training.resume_from_checkpoint", out / "checkpoint-2")
+    other = ("--output", tmp_path / "other")
+    for flag in ("--resume", "--overwrite"):
+        code, _, err = lemo(*small(config, *given, flag))
+        assert code == 2 and flag in err and "names another start" in err
+    code, _, err = lemo(*small(config, *given, *other))
+    assert code == 0, err
+    theirs = files_of(tmp_path / "other")
+    code, _, err = lemo(*small(config, *given, *other))
+    assert code == 2 and "other holds a run already" in err
+    assert files_of(tmp_path / "other") == theirs and files_of(out) == before
+    code, _, err = lemo(*small(config, *given))  # of this run
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--training.lr_scheduler_type", "cosine_with_min_lr"),
+        ("--training.num_train_epochs", 0, "--training.max_steps", -1),
+        ("--training.max_grad_norm", "1.0", "--lemo.block_size", 4096),
+    ],
+)
+def test_a_run_is_removed_at_the_first_step_of_the_next(lemo, config, used, wrong, caplog):
+    out, before = used
+    code, _, err = lemo(*small(config, "--overwrite", "--report", *wrong))
+    assert code == 2, err
+    assert {path: content for path, content in files_of(out).items() if path.name != "_lock"} == {
+        path: content for path, content in before.items() if path.name != "_lock"
+    }
+    assert "is there again" in caplog.text
+    code, _, err = lemo(*small(config, "--overwrite", "--training.save_steps", 3))
+    assert code == 0 and not (out / "checkpoint-2").exists(), err
+    assert not list(out.glob("_re*"))
+
+
+def test_a_run_whose_replacement_was_killed_is_put_back(lemo, config, used, caplog):
+    out, before = used
+    aside = out / "_replaced"
+    aside.mkdir()
+    for name in ("lemo_train.yaml", "checkpoint-4"):  # the rest was not yet moved
+        (out / name).rename(aside / name)
+    (out / "lemo_train.yaml").write_text("of: the new run")
+    (out / "_removed").mkdir()
+    code, _, err = lemo(*small(config))
+    assert code == 2 and "holds a run already" in err
+    assert files_of(out) == before and not list(out.glob("_re*"))
+    assert "was ended before its first step: that run is there again" in caplog.text
+
+
+def test_an_empty_output_is_refused(lemo, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = lemo(*small(config, "--output", ""))
+    assert code == 2 and "training.output_dir is missing: --output DIR" in err

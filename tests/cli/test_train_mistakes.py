@@ -186,3 +186,52 @@ def test_checkpointing_has_two_names(lemo, asked):
         code, out, err = lemo(*asked(**{f"--training.{name}": "true"}), "--dry-run")
         assert code == 0 and "deprecated" not in err, err
         assert yaml.safe_load(out)["training"]["activation_checkpointing"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"--training.report_to": "clearml"},
+            "training.report_to='clearml' needs a package that is not installed: pip install",
+        ),
+        ({"--training.report_to": "wandbb"}, "there is no tracker 'wandbb'; did you mean 'wandb'?"),
+        (
+            {
+                "--training.load_best_model_at_end": "true",
+                "--training.metric_for_best_model": "accuracy",
+                "--training.eval_strategy": "steps",
+                "--training.save_strategy": "steps",
+                "--data.eval_dataset": "books.jsonl",
+            },
+            "training.metric_for_best_model='accuracy': evaluation computes the loss alone",
+        ),
+        (
+            {"--training.gradient_accumulation_steps": 0},
+            "training.gradient_accumulation_steps must be at least 1, got 0",
+        ),
+        (
+            {"--training.per_device_train_batch_size": 0},
+            "training.per_device_train_batch_size must be at least 1, got 0",
+        ),
+    ],
+)
+def test_what_trainer_would_only_find_later(flags, said, lemo, asked, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_clearml_available", lambda: False)
+    code, out, err = lemo(*asked(**flags))
+    assert code == 2 and said in err and not out, err
+    assert "Traceback" not in err
+
+
+def test_settings_that_a_user_wrote_are_not_replaced(lemo, asked, tmp_path):
+    code, text, err = lemo(*asked(), "--dry-run")
+    assert code == 0, err
+    written = tmp_path / "out" / "lemo_train.yaml"
+    written.parent.mkdir()
+    written.write_text("# why\n" + text)
+    for flags in ((), ("--overwrite",)):
+        code, _, err = lemo("train", "--config", written, *flags)
+        assert code == 2 and "lemo_train.yaml was not written by lemo train" in err
+    assert written.read_text().startswith("# why")

@@ -99,3 +99,19 @@ def test_a_repository_is_a_string_of_the_example(name, tmp_path):
     ticks, own = re.search(r"Settings of your own: (`+) ?(.*?) ?\1\.", text).groups()
     call = ast.parse(own.replace(", ...", "")).body[0].value
     assert call.keywords[0].value.value == name and ticks not in own
+
+
+def test_a_card_of_the_users_is_not_replaced(tmp_path, caplog):
+    card = tmp_path / "README.md"
+    card.write_bytes(b"# My model\n\xff")
+    make_predictor(dense=[0]).save_pretrained(tmp_path)
+    assert card.read_bytes() == b"# My model\n\xff"
+    assert "README.md is no card of a predictor: it stays as it is" in caplog.text
+    card.unlink()
+    make_predictor(dense=[0]).save_pretrained(tmp_path, repo_id="me/first")
+    with card.open("a") as file:
+        file.write("\nMy notes.\n")
+    make_predictor(dense=[0]).save_pretrained(tmp_path, repo_id="me/second")
+    text = card.read_text()
+    assert "me/second" in text and "me/first" not in text and text.endswith("\n\nMy notes.\n")
+    assert text.count("Written by lemo-hf") == 1
