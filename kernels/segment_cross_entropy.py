@@ -111,9 +111,7 @@ class _SegmentCrossEntropy(Function):
                 continue
             if by_autograd:
                 wanted = ([normed] if normed.requires_grad else []) + list(of_head)
-                grads = list(
-                    torch.autograd.grad(made, wanted, logits.detach(), allow_unused=True)
-                )
+                grads = list(torch.autograd.grad(made, wanted, logits.detach(), allow_unused=True))
                 grad_normed = grads.pop(0) if normed.requires_grad else None
                 for total, partial in zip(grad_parameters, grads, strict=False):
                     if partial is not None:

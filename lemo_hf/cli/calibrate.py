@@ -59,7 +59,8 @@ def calibrate(
     lm, tokenizer = model.load(tokens)
     progress = not as_json
     documents = load_documents(dataset, split, text_column)
-    samples = token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)
+    name = ", ".join(dataset)
+    samples = token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress, name=name)
     found = calibrate_thresholds(lm, samples, start, retention, progress=progress)
     first, last = found.history[0], found.history[-1]
     if as_json:

@@ -224,14 +224,17 @@ def _print_table(
     """A column for each phase, and two for the stock model."""
     names = [COLUMNS[name] for name in found]
     phases = found.values()
-    lines = [["GiB", *names]]
+    size, unit, digits = _unit(min(phase.peak for phase in phases))
+    lines = [[unit, *names]]
     for part in dict.fromkeys(part for phase in phases for part in phase.parts):
-        lines.append([part, *(f"{phase.parts.get(part, 0) / GIB:.2f}" for phase in phases)])
-    lines.append(["peak", *(f"{phase.peak / GIB:.2f}" for phase in phases)])
+        lines.append([part, *(f"{phase.parts.get(part, 0) / size:.{digits}f}" for phase in phases)])
+    lines.append(["peak", *(f"{phase.peak / size:.{digits}f}" for phase in phases)])
     lines.append(["reached in", *(phase.phase for phase in phases)])
     lines.append(["recomputed", *("/".join(dict.fromkeys(x.levels)) or "-" for x in phases)])
     if any(phase.pinned for phase in phases):
-        lines.append(["pinned host memory", *(f"{phase.pinned / GIB:.2f}" for phase in phases)])
+        lines.append(
+            ["pinned host memory", *(f"{phase.pinned / size:.{digits}f}" for phase in phases)]
+        )
     if "step_ms" in result[names[0]]:
         for title, key in (("step, ms", "step_ms"), ("tokens a second", "tokens_per_s")):
             lines.append([title, *(f"{result[name][key]:,.0f}" for name in names)])
@@ -249,6 +252,11 @@ def _print_table(
         print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
 
 
+def _unit(peak: int) -> tuple[int, str, int]:
+    """Bytes, name and digits of the unit in which the lowest peak has figures that say much."""
+    return (GIB, "GiB", 2) if peak >= GIB / 10 else (2**20, "MiB", 1)
+
+
 def _on_phases(lemo: LeMoConfig, result: dict[str, Any]) -> str:
     """In plain words: what the finish is, which phase sets the peak, and what would fit."""
     from lemo_hf.describe import describe_finish
@@ -259,9 +267,12 @@ def _on_phases(lemo: LeMoConfig, result: dict[str, Any]) -> str:
         return f"{said}There are no other steps."
     ends = finish["peak"] > sparse["peak"]
     high, low = ("finish", "sparse steps") if ends else ("sparse steps", "finish")
-    peaks = sorted((finish["peak"] / GIB, sparse["peak"] / GIB), reverse=True)
+    size, unit, digits = _unit(min(x["peak"] for x in (finish, sparse)))
+    high_peak, low_peak = (
+        f"{x['peak'] / size:.{digits}f}" for x in ((finish, sparse) if ends else (sparse, finish))
+    )
     verb, other = ("sets", "take") if ends else ("set", "takes")
-    said += f"The {high} {verb} the peak, {peaks[0]:.2f} GiB; the {low} {other} {peaks[1]:.2f}."
+    said += f"The {high} {verb} the peak, {high_peak} {unit}; the {low} {other} {low_peak}."
     if "fits" in finish:
         rows = min(finish["longest"], sparse["longest"])
         said += f" Both fit with rows of up to {rows:,} tokens."

@@ -152,4 +152,5 @@ def _rows(
     if _is_labelled(first):
         return labelled_rows(chain([first], examples), tokenizer, tokens, rows, progress)
     documents = load_documents(dataset, split, text_column)
-    return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress)
+    name = ", ".join(dataset)
+    return token_rows(documents, tokenizer, tokens, max_rows=rows, progress=progress, name=name)

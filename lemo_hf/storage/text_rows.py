@@ -115,6 +115,7 @@ def token_rows(
     max_rows: int | None = None,
     min_tokens: int | None = None,
     progress: bool = True,
+    name: str = "",
 ) -> list[dict[str, list[int]]]:
     """The rows of `cut_rows` in a list. Errors are those of `cut_rows` and `collected`.
 
@@ -126,8 +127,9 @@ def token_rows(
         min_tokens: Least number of tokens for which the rest of a document is a shorter row; None:
             the rest is dropped.
         progress: Whether a progress bar is shown.
+        name: Name of the dataset, for messages.
     """
-    return collected(cut_rows(documents, tokenizer, tokens, min_tokens), max_rows, progress)
+    return collected(cut_rows(documents, tokenizer, tokens, min_tokens, name), max_rows, progress)
 
 
 def cut_rows(

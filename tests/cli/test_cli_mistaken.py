@@ -120,3 +120,18 @@ def test_names_that_are_nearly_right(train, folder):
     (folder / "data").mkdir()
     (folder / "data" / "books.txt").write_text("a")
     assert "did you mean 'data/books.txt'?" in train(**{"--dataset": "data/boks.txt"})
+
+
+def test_documents_that_are_too_short_are_named(lemo, folder):
+    (folder / "short.txt").write_text("one")
+    for command, more in (("calibrate", ("--retention", 0.5)), ("train-predictor", ())):
+        data = ("--model", "model", "--dataset", "short.txt", "--tokens", 64, "--output", "out")
+        code, _, err = lemo(command, *data, *more)
+        assert code == 2 and "no document of short.txt has 64 tokens: the longest has" in err
+
+
+def test_small_plans_are_in_mebibytes(lemo, folder):
+    code, out, err = lemo("plan", "--model", "model", "--tokens", 512)
+    assert code == 0 and out.split()[:2] == ["MiB", "LeMo"], err
+    peak = next(line.split()[1] for line in out.splitlines() if line.startswith("peak"))
+    assert float(peak) > 60 and f" {peak}." in out and "GiB" not in out

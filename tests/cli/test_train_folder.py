@@ -190,7 +190,6 @@ def test_a_checkpoint_of_another_run_needs_a_fresh_folder(lemo, tmp_path, config
     "wrong",
     [
         ("--training.lr_scheduler_type", "cosine_with_min_lr"),
-        ("--training.num_train_epochs", 0, "--training.max_steps", -1),
         ("--training.max_grad_norm", "1.0", "--lemo.block_size", 4096),
     ],
 )

@@ -144,5 +144,5 @@ def test_the_command_plans_old_gpus(lemo, tmp_path):
     assert "without" not in found and "step_ms" not in found["LeMo"]
     code, out, _ = lemo(*options, "--load-in-4bit")
     assert code == 0 and "nothing was measured on such a card" in out
-    assert out.splitlines()[0].split() == ["GiB", "LeMo", "finish"]
+    assert out.splitlines()[0].split() == ["MiB", "LeMo", "finish"]
     assert "no bfloat16 either: give dtype='float16'" in lemo(*options, "--dtype", "bfloat16")[2]
