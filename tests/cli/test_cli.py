@@ -172,7 +172,7 @@ def test_train_predictor_on_answers(lemo, tmp_path, columns):
             "--device 'cuda': PyTorch finds no CUDA GPU here: give cpu.",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
-        (("--retention", 0.5, "--tokens", 10**7), "no document has 10000000 tokens"),
+        (("--retention", 0.5, "--tokens", 10**7), "txt has 10000000 tokens: the longest"),
         (("--retention", 0.5, "--predictor", DEMO / "model"), "has no lemo_config.json"),
         (("--retention", 0.5, "--rows", 0), "--rows"),
     ],
