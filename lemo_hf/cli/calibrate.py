@@ -15,7 +15,7 @@ from lemo_hf.cli.options import (
     Split,
     TextColumn,
     Tokens,
-    given_path,
+    path_option,
     takes_model,
 )
 from lemo_hf.config import LeMoConfig
@@ -29,7 +29,7 @@ def calibrate(
     dataset: Dataset,
     output: Annotated[
         Path,
-        typer.Option(parser=given_path, metavar="PATH", help="Directory for lemo_config.json."),
+        path_option(help="Directory for lemo_config.json."),
     ],
     retention: Annotated[
         float, typer.Option(help="Mean retention of the sparse layers, in (0, 1].")

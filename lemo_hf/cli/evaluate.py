@@ -16,7 +16,7 @@ from lemo_hf.cli.options import (
     ModelOptions,
     Split,
     TextColumn,
-    given_path,
+    path_option,
     takes_model,
 )
 from lemo_hf.storage.files import whole_file, write_json
@@ -27,12 +27,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Output = Annotated[
-    Path | None, typer.Option(parser=given_path, metavar="PATH", help="JSON file for the result.")
-]
-Plot = Annotated[
-    Path | None, typer.Option(parser=given_path, metavar="PATH", help="PNG file for the picture.")
-]
+Output = Annotated[Path | None, path_option(help="JSON file for the result.")]
+Plot = Annotated[Path | None, path_option(help="PNG file for the picture.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass on each device.")]
 
 
@@ -124,9 +120,7 @@ def longbench(
     context: typer.Context,
     output: Annotated[
         Path,
-        typer.Option(
-            parser=given_path,
-            metavar="PATH",
+        path_option(
             help="Directory for predictions; an interrupted run resumes.",
         ),
     ],

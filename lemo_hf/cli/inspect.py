@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, ModelOptions, given_path, takes_model
+from lemo_hf.cli.options import AsJson, ModelOptions, path_option, takes_model
 from lemo_hf.config import POLICIES, LeMoConfig
 from lemo_hf.storage.files import near_path, read_text
 from lemo_hf.storage.outputs import check_output
@@ -25,7 +25,7 @@ def inspect(
     text: Annotated[Path, typer.Option(help="Text file.")],
     output: Annotated[
         Path | None,
-        typer.Option(parser=given_path, metavar="PATH", help="Directory for the pictures."),
+        path_option(help="Directory for the pictures."),
     ] = None,
     tokens: Annotated[
         int | None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, given_path, prepared_config
+from lemo_hf.cli.options import AsJson, DType, TrustRemoteCode, path_option, prepared_config
 from lemo_hf.shown import shortened
 from lemo_hf.storage.outputs import check_output
 
@@ -19,7 +19,7 @@ def merge(
     adapter: Annotated[str, typer.Option(help="PEFT adapter: Hub id or directory.")],
     output: Annotated[
         Path,
-        typer.Option(parser=given_path, metavar="PATH", help="Directory for the merged model."),
+        path_option(help="Directory for the merged model."),
     ],
     model: Annotated[
         str | None, typer.Option(help="Base model; default: the one that the adapter names.")

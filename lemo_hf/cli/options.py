@@ -49,6 +49,9 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
+path_option = functools.partial(typer.Option, parser=given_path, metavar="PATH")
+
+
 def _without_bars(context: typer.Context, as_json: bool) -> bool:
     """Transformers shows none either, when it loads and writes weights, until the command ends."""
     if as_json:

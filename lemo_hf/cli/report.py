@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lemo_hf.cli.options import given_path
+from lemo_hf.cli.options import path_option
 from lemo_hf.storage.outputs import check_output
 
 
@@ -13,9 +13,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Output directory of a training run.")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            parser=given_path,
-            metavar="PATH",
+        path_option(
             help="HTML file; default: report.html in the directory.",
         ),
     ] = None,

@@ -13,8 +13,12 @@ import yaml
 from lemo_hf.cli.train_settings import FILE_NAME
 from lemo_hf.run_card import CARD_NAME, is_ours
 from lemo_hf.shown import shown
-from lemo_hf.storage.checkpoints import checkpoints, damage, newest_whole_checkpoint
-from lemo_hf.storage.checkpoints import weights_in as _weights
+from lemo_hf.storage.checkpoints import (
+    checkpoints,
+    damage,
+    newest_whole_checkpoint,
+    weights_in,
+)
 from lemo_hf.storage.config_file import check_no_predictor
 from lemo_hf.storage.files import CONFIG_NAME, WEIGHTS_NAME, read_text, whole_file
 
@@ -60,7 +64,7 @@ def starting_point(
                     f"--overwrite would remove {name}, which this run reads, since it lies in the "
                     f"output {directory}: give another --output."
                 )
-    there = [*_weights(directory), *checkpoints(directory)]
+    there = [*weights_in(directory), *checkpoints(directory)]
     if not there and not Path(directory, FILE_NAME).is_file():  # or it is a run's own
         check_no_predictor(directory, None)
     if resume:
@@ -153,7 +157,7 @@ def _same_folder(one: str, other: str) -> bool:
 
 def of_run(directory: str) -> list[Path]:
     """The files and the checkpoints of the run in ``directory``."""
-    names, weights = list(LEFT), _weights(directory)
+    names, weights = list(LEFT), weights_in(directory)
     names += [CARD_NAME] if is_ours(directory) else []
     names += OF_MODEL if any(not path.name.startswith("adapter") for path in weights) else ()
     files = [path for path in (Path(directory, name) for name in names) if path.is_file()]
@@ -179,7 +183,7 @@ def write_settings(directory: str, settings: str) -> None:
     path = Path(directory, FILE_NAME)
     if path.is_file() and path.read_text(encoding="utf-8") == settings:
         return
-    for weights in _weights(directory):
+    for weights in weights_in(directory):
         weights.unlink()
     os.makedirs(directory, exist_ok=True)
     with whole_file(path) as part:
@@ -189,5 +193,5 @@ def write_settings(directory: str, settings: str) -> None:
 def write_first_settings(directory: str, settings: str) -> None:
     """Write the settings at the start of a run, unless the directory holds weights that they did
     not make."""
-    if not _weights(directory):
+    if not weights_in(directory):
         write_settings(directory, settings)

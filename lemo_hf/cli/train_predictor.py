@@ -17,7 +17,7 @@ from lemo_hf.cli.options import (
     Split,
     TextColumn,
     Tokens,
-    given_path,
+    path_option,
     takes_model,
 )
 from lemo_hf.storage.outputs import check_output, only_run
@@ -29,9 +29,7 @@ def train_predictor(
     dataset: Dataset,
     output: Annotated[
         Path,
-        typer.Option(
-            parser=given_path,
-            metavar="PATH",
+        path_option(
             help="Directory for the predictor; an interrupted run resumes.",
         ),
     ],

@@ -32,7 +32,8 @@ class LeMoDPOTrainer(LeMoMixin, DPOTrainer):
     are made of log-probabilities of the completions, which no layer leaves out. Of a prompt, the
     blocks that its two completions need are kept, chosen once. The chosen row, the rejected row and
     the reference read the same blocks, whether the reference is the model without its adapter, a
-    separate model, or computed in advance.
+    separate model, or computed in advance. With ``fp8`` both multiply in FP8 in the same steps, and
+    the weights of a separate reference are frozen for it.
 
     Raises:
         ValueError: LeMo does not support the model or the way it is run. Raised before training

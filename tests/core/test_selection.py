@@ -1,5 +1,7 @@
 """Budgets, always-kept blocks and kept sets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -200,3 +202,14 @@ def test_a_packed_row_scores_thresholds_inside_each_document():
     nothing = torch.zeros(1, 8, dtype=torch.bool)
     keep = blocks_above(scores, ~nothing, nothing, 1.0, documents)
     assert keep.tolist() == [[False, True] * 4]
+
+
+def test_no_label_is_lost_to_rounding():
+    """In fp32 the mean of 27 over so many tokens is more than 27."""
+    tokens = 621_381
+    kept_by_all = SimpleNamespace(
+        times_kept=torch.full((1, tokens), 27, dtype=torch.int32),
+        row_tokens=torch.tensor([[tokens]]),
+        valid=None,
+    )
+    assert supervised(kept_by_all).all()

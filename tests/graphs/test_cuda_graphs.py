@@ -615,3 +615,13 @@ def test_a_pass_that_cannot_be_recorded_says_so(device, hook, why):
     remove_lemo(model)
     apply_lemo(model, LeMoConfig(block_size=8))
     model(**inputs[1]).loss.backward()  # the device still works
+
+
+def test_a_number_of_items_that_is_not_whole(device):
+    """A mean over processes need not be; the graph was recorded with a whole one."""
+    model = tiny(device)
+    apply_lemo(model, replace(GRAPHS, policy="recent"))
+    (inputs,) = batches(device, steps=1)
+    sums = [n * model(**inputs, num_items_in_batch=n).loss.item() for n in (2, 2, 2, 2.5)]
+    assert graphs_of(model) == 1
+    assert sums == pytest.approx([sums[0]] * 4, rel=1e-6)
