@@ -23,7 +23,7 @@ def capture(
     Returns:
         The graph, and what ``run`` returned: tensors that a replay writes.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     torch.clear_autocast_cache()  # what is cast must be cast inside
     collecting = gc.isenabled()
     gc.collect()
@@ -34,10 +34,27 @@ def capture(
         # The outer one goes back to this stream after a failure too, which the inner one does not.
         with torch.cuda.stream(torch.cuda.current_stream(device)), recording:
             return graph, run()
+    except BaseException:
+        _end(graph, pool, device)
+        raise
     finally:
         if collecting:
             gc.enable()
         torch.clear_autocast_cache()
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """End a recording that failed, if PyTorch left it under way.
+
+    Otherwise no random number could be drawn on the device any more, and no memory be given back.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:  # what was launched made the recording void, so that its end failed too
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 @cache

@@ -27,7 +27,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
     Returns:
         Values, ``[N, K]`` float8_e4m3fn, and scales, ``[N, 1]`` fp32, whose product is about
-        ``x * columns``.
+        ``x * columns``. The scale of a row that is not finite throughout is not finite either.
     """
     if not use_triton(x):
         exact = x.float() if columns is None else x.float() * columns
@@ -52,7 +52,9 @@ def _quantize(x, columns, values, scales, width, stride, SCALED: tl.constexpr, B
     found = tl.load(x + row * stride + place, mask=inside, other=0).to(tl.float32)
     if SCALED:
         found *= tl.load(columns + place, mask=inside, other=0)
-    scale = tl.maximum(tl.max(tl.abs(found)), 1e-12) / 448.0
+    # Magnitudes are ordered as their bits are, NaN last, which a maximum of floats would leave out.
+    largest = tl.max(tl.abs(found).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    scale = tl.maximum(largest, 1e-12, propagate_nan=tl.PropagateNan.ALL) / 448.0
     tl.store(scales + row, scale)
     limited = tl.minimum(tl.maximum(found / scale, -448.0), 448.0)
     tl.store(values + row * width + place, limited.to(tl.float8e4nv), mask=inside)

@@ -77,6 +77,15 @@ def _own_log_level():
 
 
 @pytest.fixture(autouse=True)
+def _own_precision():
+    """`TrainingArguments(torch_compile=True)` takes TF32 for the process, by two settings."""
+    before, of_products = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(of_products)
+    torch.backends.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def _poison(monkeypatch):
     """Memory that nobody has written reads as NaN, so that a missed element is seen."""
     for name in ("empty", "empty_like"):

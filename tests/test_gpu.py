@@ -10,6 +10,7 @@ from support.hub_client import make_predictor
 from support.models import make_model, with_lora
 from support.trainers import SPARSE, losses, make_trainer
 from transformers import Trainer
+from transformers.models.llama import modeling_llama
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.config import LEVELS, UNITS
@@ -119,8 +120,10 @@ def test_offloaded_checkpoints_are_kept_rows(tmp_path):
     assert losses(offload) == pytest.approx(losses(plain), rel=1e-6)
 
 
-def test_liger_keeps_its_fused_loss(tmp_path):
+def test_liger_keeps_its_fused_loss(tmp_path, monkeypatch):
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    for name, value in list(vars(modeling_llama).items()):
+        monkeypatch.setattr(modeling_llama, name, value)  # so that what Liger sets goes back
     options = {"use_cpu": False, "bf16": True}
 
     def model():

@@ -591,6 +591,20 @@ def holds_weights(model):
     return lambda *args: args[2] + sum(p.sum() for p in held)
 
 
+def assert_memory_goes_back():
+    """As it does not while a graph is recorded."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    held = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+    other = torch.cuda.Stream()
+    held.record_stream(other)  # its memory waits for what the other stream does
+    assert torch.cuda.memory_reserved() >= before + 2**26
+    del held
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
 @pytest.mark.parametrize(
     ("device", "hook", "why"),
     [
@@ -608,10 +622,14 @@ def test_a_pass_that_cannot_be_recorded_says_so(device, hook, why):
     inputs = batches(device)
     model(**inputs[0])
     match = rf"cannot become a CUDA graph(.|\n)*{why}(.|\n)*cuda_graphs=False"
+    before = torch.cuda.get_rng_state() if device == "cuda" else None
     with pytest.raises(RuntimeError, match=match):
         model(**inputs[1])
     if device == "cuda":
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        assert torch.rand(8, device=device).unique().numel() == 8
+        assert_memory_goes_back()
     remove_lemo(model)
     apply_lemo(model, LeMoConfig(block_size=8))
     model(**inputs[1]).loss.backward()  # the device still works

@@ -48,6 +48,21 @@ def test_rows_need_not_lie_close(device):
         assert torch.equal(scales, same)
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("width", [16, 1040])
+def test_what_is_not_finite_stays_so(device, lost, width):
+    x = matrix(16, width, device)
+    x[2, 5] = x[9] = lost
+    values, scales = quantize_rows(x)
+    finite = scales.isfinite()[:, 0]
+    assert not finite[[2, 9]].any() and finite.sum() == 14
+    # A product of FP8 with such a scale is not finite, whatever the FP8 value.
+    dtype = torch.bfloat16 if x.is_cuda else torch.float32
+    product = scaled_product((values, scales), quantize_rows(matrix(32, width, device)), dtype)
+    assert torch.equal(product.isfinite().all(1), finite)
+    assert torch.equal(product.isfinite().any(1), finite)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (80, 48), (64, 208)])
 def test_transposition(device, shape):
     values, _ = quantize_rows(matrix(*shape, device))
