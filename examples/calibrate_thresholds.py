@@ -60,7 +60,7 @@ def main() -> None:
             per_device_train_batch_size=1 if gpu else 2,
             learning_rate=3e-4,
             bf16=gpu,
-            activation_checkpointing=True,
+            activation_checkpointing=True,  # transformers 5.17: gradient_checkpointing
             logging_steps=3,
         ),
         train_dataset=rows[args.rows :],

@@ -40,7 +40,7 @@ def main() -> None:
             max_steps=args.steps,
             per_device_train_batch_size=2,
             learning_rate=3e-4,
-            activation_checkpointing=True,
+            activation_checkpointing=True,  # transformers 5.17: gradient_checkpointing
             logging_steps=3,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],

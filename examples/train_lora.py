@@ -49,7 +49,7 @@ def main() -> None:
             per_device_train_batch_size=1 if gpu else 2,
             learning_rate=1e-3,
             bf16=gpu,
-            activation_checkpointing=True,
+            activation_checkpointing=True,  # transformers 5.17: gradient_checkpointing
             logging_steps=3,
         ),
         train_dataset=rows,

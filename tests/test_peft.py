@@ -282,8 +282,9 @@ def test_qlora_on_the_gpu(checkpoint, kind):
 
 @pytest.mark.gpu
 def test_loftq():
-    """PEFT computes its start on a GPU only, and by scipy."""
+    """PEFT computes its start on a GPU only, by scipy and bitsandbytes."""
     pytest.importorskip("scipy")
+    pytest.importorskip("bitsandbytes")
     config = lora(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
     wide = make_model("llama", hidden_size=64, intermediate_size=128, head_dim=16)
     assert_stock_at_retention_1(get_peft_model(wide, config).train())

@@ -151,8 +151,10 @@ def test_answers_have_no_finish_and_so_longer_rows(lemo, folder):
 def test_times_are_those_of_the_card_that_is_here(lemo, folder, monkeypatch):
     """As `lemo plan --gpu` tells them; without a card there are none."""
     flags = ("--memory-gib", "80", "--tokens", 4096, *ONE_WAY)
+    here = "lemo_hf.cli.train_card.gpu_here"
+    monkeypatch.setattr(here, Gpu)
     assert "optimizer step" not in planned(lemo, *flags)[1]
-    monkeypatch.setattr("lemo_hf.cli.train_card.gpu_here", lambda: gpu_called("a100"))
+    monkeypatch.setattr(here, lambda: gpu_called("a100"))
     _, said, _ = planned(lemo, *flags, "--training.gradient_accumulation_steps", 4)
     options = ("--tokens", 4096, "--lora-target", "all-linear", "--gpu", "a100", "--json")
     found = json.loads(lemo("plan", "--model", "8b", *options)[1])

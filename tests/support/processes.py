@@ -14,7 +14,7 @@ import torch.distributed
 
 from support.paths import ROOT
 
-ON_GPUS = "LEMO_TESTS_ON_GPUS"  # in the environment of processes that are to use GPUs and NCCL
+ON_GPUS = "LEMO_TESTS_ON_GPUS"  # a script that is to use GPUs and NCCL sets it in its environment
 BEGIN = 'import sys\nsys.path.insert(0, "tests")\n'
 # A process that ends while another still talks to it may take that one down.
 # All is written by then, and gloo's threads may abort a process that takes its libraries down.
@@ -47,6 +47,8 @@ def start(script, folder, processes, timeout=180):
     path.write_text(BEGIN + script + END)
     packages = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
+    if ON_GPUS not in script:  # they might be fewer than the processes
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     run = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     return subprocess.run(
         [sys.executable, "-m", *run, str(path), str(folder)],
