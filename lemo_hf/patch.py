@@ -89,6 +89,7 @@ def remove_lemo(model: nn.Module) -> None:
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         getattr(model, _LEMO).remove()
+        make_stock(model.modules())  # copies of its layers that somebody has put there
         delattr(model, _LEMO)
         compile_all(model)
         pickle_whole(model)
@@ -205,8 +206,7 @@ class LeMo:
         self.passes.remove()
         self.set_fp8(False)
         self._fp8 = None  # a trainer may still end its finish
-        for layer in self._layers:
-            make_stock(layer)
+        make_stock(self._layers)
 
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""

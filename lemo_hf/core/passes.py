@@ -28,6 +28,7 @@ from lemo_hf.core.family import Family
 from lemo_hf.core.images import images_of
 from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
+from lemo_hf.core.layer_places import check_ran, wrapped_layers
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
 from lemo_hf.core.pair_sets import PairSets
@@ -185,6 +186,7 @@ class Passes:
             self.plain = True
             return (), kwargs
         check_call(model, kwargs, outside is not None or self.pairs is not None)
+        wrapped = wrapped_layers(model, self.family, self._layers)
         images = images_of(model, kwargs, pairs=self.pairs is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
@@ -220,6 +222,7 @@ class Passes:
             pairs=self.pairs is not None,
             images=images,
         )
+        self.current.wrapped = wrapped
         if shards is not None:
             kwargs = shards.take(kwargs)
         if self.pairs is not None and self.current.valid is not None:
@@ -284,6 +287,7 @@ class Passes:
         self.drop()
         if ended is None or output is None:
             return output
+        check_ran(ended.ran, self._layers)
         if self.pairs is None or torch.is_grad_enabled():  # a reference's pass trains nothing
             self._count(ended)
         return output if own is None else own.give(output)
