@@ -400,6 +400,23 @@ def test_graphs_have_fp8_copies_of_the_weights_as_they_are(device, change, monke
     assert found[0][3] != pytest.approx(found[0][-1], rel=1e-3)
 
 
+@pytest.mark.parametrize("how", ["merged", "off"])
+def test_adapters_that_are_merged_or_off_have_graphs_of_their_own(device, how):
+    model, twin = with_twin(device)
+    for one in (model, twin):  # which no adapter takes a gradient from
+        one.get_base_model().model.norm.weight.requires_grad_(True)
+    for step, inputs in enumerate(batches(device, steps=7)):
+        if step == 4:
+            for one in (model, twin):
+                one.merge_adapter() if how == "merged" else one.base_model.disable_adapter_layers()
+        found, expected = model(**inputs).loss, twin(**inputs).loss
+        assert graphs_of(model) == (step not in (0, 4))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        if step >= 4:
+            found.backward(), expected.backward()
+    assert_same_gradients(model, twin)
+
+
 def in_place(model):
     for part in model.modules():
         for name, weight in part._parameters.items():
