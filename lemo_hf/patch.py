@@ -22,7 +22,7 @@ from lemo_hf.core.attention import describe_attention
 from lemo_hf.core.checks import check_predictors
 from lemo_hf.core.compiled import CALL, compile_all, stock_call, train_eagerly
 from lemo_hf.core.family import Family
-from lemo_hf.core.fp8 import Fp8Switch
+from lemo_hf.core.fp8_switch import Fp8Switch
 from lemo_hf.core.inner_model import transformers_model
 from lemo_hf.core.layer import LayerSetup, make_sparse, make_stock
 from lemo_hf.core.passes import Passes
@@ -89,6 +89,7 @@ def remove_lemo(model: nn.Module) -> None:
     model = transformers_model(model)
     if hasattr(model, _LEMO):
         getattr(model, _LEMO).remove()
+        make_stock(model.modules())  # copies of its layers that somebody has put there
         delattr(model, _LEMO)
         compile_all(model)
         pickle_whole(model)
@@ -175,12 +176,12 @@ class LeMo:
         check_predictors(config, predictors, rules)
         self.config, self.rules, self._warned = config, rules, False
         self._layers = list(layers)
-        self._fp8 = Fp8Switch(self._layers) if config.fp8 else None
+        fp8 = Fp8Switch(self._layers) if config.fp8 else None
         host = None
         if config.offload_gib is not None:
             host = HostMemory(config.offload_gib, last=len(layers) - 1)
         last = layers[self.sparse_layers[-1]]
-        self.passes = Passes(model, config, family, last, host)
+        self.passes = Passes(model, config, family, last, host, fp8)
         for i, level in enumerate(levels):
             rule, mlp_rule = rules[i] or (None, None)
             setup = LayerSetup(
@@ -203,10 +204,10 @@ class LeMo:
     def remove(self) -> None:
         """Undo everything but the attribute that `remove_lemo` deletes."""
         self.passes.remove()
-        self.set_fp8(False)
-        self._fp8 = None  # a trainer may still end its finish
-        for layer in self._layers:
-            make_stock(layer)
+        if self.passes.fp8 is not None:
+            self.passes.fp8.remove()
+            self.passes.fp8 = None  # a trainer may still end its finish
+        make_stock(self._layers)
 
     def describe(self) -> str:
         """One line: what is sparse and what stays dense."""
@@ -265,15 +266,16 @@ class LeMo:
         self.passes.retention = retention
 
     def set_fp8(self, on: bool) -> None:
-        """Turn the products that are to be in FP8 by ``fp8=True`` to FP8, or to bf16."""
-        if self._fp8 is not None:
-            self._fp8.turn(on)
+        """Turn products that may be in FP8 to FP8, with new copies after bf16; or to bf16."""
+        if self.passes.fp8 is not None:
+            self.passes.fp8.turn(on)
             self.passes.in_fp8 = on
 
     def end_run(self) -> None:
         """End a run: passes that come now are no part of its finish."""
         self.set_finish(None)
-        self.set_fp8(True)
+        for on in (False, True):  # the next run has copies of the weights as they are then
+            self.set_fp8(on)
 
     def end_step(self) -> None:
         """End the step: passes without labels are those of the plain model again."""

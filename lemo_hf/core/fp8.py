@@ -8,14 +8,14 @@ this product. LoRA's own products do not change.
 Source: row-wise scales as in torchao's float8 training; which products, HALO, arXiv:2501.02625.
 """
 
-from collections.abc import Iterable, MutableMapping, Sequence
+import weakref
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lemo_hf.kernels.fp8 import quantize_rows, scaled_product, transposed
-from lemo_hf.kernels.launch import sharded
 
 # An H200 gains half with 1,640 rows (docs/LOG.md); fewer were not measured.
 FEWEST_ROWS = 1024
@@ -26,7 +26,7 @@ class Fp8Weight:
 
     def __init__(self, weight: Tensor):
         check_fp8(weight)
-        self.made_of = (weight._version, weight.data_ptr())
+        self.made_of, self.stale = state_of(weight), False
         self.values, self.scales = quantize_rows(weight.detach())
         # In the backward the rows' scales lie in the gradient.
         self._ones = torch.ones(weight.shape[1], 1, device=weight.device)
@@ -41,85 +41,94 @@ class Fp8Weight:
         return scaled_product(quantized, (transposed(self.values), self._ones), grad.dtype)
 
 
-# Of weights that are to have a copy; None until it is needed, when the model is where it trains.
-_copies: MutableMapping[Tensor, Fp8Weight | None] = WeakTensorKeyDictionary()
+def state_of(weight: Tensor) -> tuple[int, int]:
+    """What PyTorch knows of changes of ``weight``: all but those in place through ``.data``."""
+    return weight._version, weight.data_ptr()
 
 
-def fp8_weight(weight: Tensor, rows: int) -> Fp8Weight | None:
-    """The FP8 copy of ``weight``, made anew if the weight has changed or moved.
+class Fp8Linear:
+    """Products of one frozen linear of one model.
+
+    Attributes:
+        on: Whether they are in FP8.
+        copy: The copy of its weight; None until it is needed, when the model is where it trains.
+    """
+
+    def __init__(self, on: bool):
+        self.on = on
+        self.copy: Fp8Weight | None = None
+        self._caller: weakref.ref[nn.Module] | None = None
+        self._merged: tuple[str, ...] = ()
+
+    def note_caller(self, module: nn.Module) -> None:
+        """Note who is called for the product; the copy is stale if that has changed.
+
+        PEFT changes the weight through ``.data`` when it merges adapters. Then the linear stands
+        below other adapters, below none, or below some that are merged.
+        """
+        merged = tuple(vars(module).get("merged_adapters", ()))
+        if self._caller is None or self._caller() is not module or merged != self._merged:
+            self.spoil()
+            self._caller, self._merged = weakref.ref(module), merged
+
+    def spoil(self) -> None:
+        """Have the copy made anew, also for other models that share the weight."""
+        if self.copy is not None:
+            self.copy.stale = True
+
+    def copy_of(self, weight: Tensor) -> Fp8Weight:
+        """The copy of its ``weight``, made anew if that has changed or moved."""
+        if self.copy is None or not _is_of(self.copy, weight):
+            shared = _copies.get(weight)
+            self.copy = None if shared is None else shared()
+            if self.copy is None or not _is_of(self.copy, weight):
+                self.copy = Fp8Weight(weight)
+                _copies[weight] = weakref.ref(self.copy)
+        return self.copy
+
+
+def _is_of(copy: Fp8Weight, weight: Tensor) -> bool:
+    return not copy.stale and copy.made_of == state_of(weight)
+
+
+# By modules, since models that share weights may differ in what they multiply in FP8.
+linears: MutableMapping[nn.Module, Fp8Linear] = weakref.WeakKeyDictionary()
+# A copy serves all models that share its weight, and lives as long as one of them needs it.
+_copies: MutableMapping[Tensor, weakref.ref[Fp8Weight]] = WeakTensorKeyDictionary()
+
+
+def fp8_weight(linear: nn.Linear, rows: int) -> Fp8Weight | None:
+    """The FP8 copy of the linear's weight ``[out, in]``, made anew if that has changed or moved.
 
     Args:
-        weight: Weight of a linear, ``[out, in]``.
-        rows: Number of rows that are multiplied with it.
+        linear: Linear of a model.
+        rows: Number of rows that are multiplied with the weight.
 
     Returns:
         The copy; None if products with the weight are not in FP8, or for fewer than `FEWEST_ROWS`
         rows.
     """
-    if not has_fp8(weight) or rows < FEWEST_ROWS:
-        return None
-    found = _copies[weight]
-    if found is None or found.made_of != (weight._version, weight.data_ptr()):
-        found = _copies[weight] = Fp8Weight(weight)
-    return found
+    found = _in_fp8(linear)
+    return None if found is None or rows < FEWEST_ROWS else found.copy_of(linear.weight)
 
 
-def has_fp8(weight: Tensor) -> bool:
-    """Whether products with ``weight`` are to be in FP8."""
-    return bool(_copies) and weight in _copies
+def has_fp8(linear: nn.Module) -> bool:
+    """Whether products with the linear's weight are to be in FP8."""
+    return _in_fp8(linear) is not None
 
 
-def keep_in_fp8(layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Compute products with the frozen linears of ``layers`` in FP8 from now on. Returns their
-    weights.
-
-    Raises:
-        ValueError: ``layers`` have no such linear, or another process holds a part of a weight.
-    """
-    if any(map(sharded, layers)):
-        raise ValueError(
-            "fp8=True is not supported with FSDP2 and ZeRO-3, which hold a part of each weight: "
-            "use DDP, or leave fp8 unset."
-        )
-    linears = [
-        module
-        for layer in layers
-        for module in layer.modules()
-        if type(module) is nn.Linear and not module.weight.requires_grad
-    ]
-    # The matrix units read 16 numbers at a time.
-    weights = [m.weight for m in linears if m.in_features % 16 == m.out_features % 16 == 0]
-    if not weights:
-        raise ValueError(
-            "fp8=True takes products with frozen weights in FP8, and no decoder layer has a frozen "
-            "nn.Linear whose sizes are multiples of 16: train with LoRA on 16-bit weights, or "
-            "leave fp8 unset."
-        )
-    for weight in weights:
-        _copies[weight] = None
-        check_fp8(weight)
-    return weights
+def called_in_fp8(linear: nn.Module, module: nn.Module) -> bool:
+    """Whether the product is to be in FP8 that a call of ``module`` needs: the linear, or an
+    adapter above it."""
+    found = _in_fp8(linear)
+    if found is not None:
+        found.note_caller(module)
+    return found is not None
 
 
-def forget(weights: Iterable[Tensor]) -> None:
-    """Undo `keep_in_fp8` for ``weights``."""
-    for weight in weights:
-        _copies.pop(weight, None)
-
-
-class Fp8Switch:
-    """Turns products with the frozen linears of ``layers`` to FP8 and back; at first they are."""
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        self._weights = keep_in_fp8(layers)
-
-    def turn(self, on: bool) -> None:
-        """Turn them to FP8, or back; the copies are freed then."""
-        if not on:
-            forget(self._weights)
-            return
-        for weight in self._weights:
-            _copies.setdefault(weight, None)
+def _in_fp8(linear: nn.Module) -> Fp8Linear | None:
+    found = linears.get(linear) if linears else None
+    return found if found is not None and found.on else None
 
 
 def check_fp8(weight: Tensor) -> None:

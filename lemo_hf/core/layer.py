@@ -5,9 +5,9 @@ cached subclass of its own class, with the same name: state dicts, hooks, PEFT a
 class name work as before. LeMo's data are in one plain attribute outside the module tree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from lemo_hf.core.attention import fastest_attention, implementation_of, using
 from lemo_hf.core.attention_call import call_attention
 from lemo_hf.core.family import Family
 from lemo_hf.core.kept_inputs import kept_attention_inputs, kept_positions, kept_rows
+from lemo_hf.core.layer_class import sparse_class, stock_class
 from lemo_hf.core.passes import Passes
-from lemo_hf.core.plain_pickle import deep_copy, pickled_as
+from lemo_hf.core.plain_pickle import plain_or_whole
 from lemo_hf.core.policies import ScoreInputs, rank
 from lemo_hf.core.sparse_pass import SparsePass
 from lemo_hf.core.sublayer import (
@@ -81,6 +82,10 @@ class SparseLayer(_Mixed):
     """Mixin before a decoder layer's class; see the module's docstring."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _SETUP not in self.__dict__:  # LeMo is off, and somebody kept this method
+            inert = isinstance(self, SparseLayer)
+            stock = super().forward if inert else partial(type(self).forward, self)
+            return stock(hidden_states, *args, **kwargs)
         setup: LayerSetup = self.__dict__[_SETUP]
         sparse_pass = setup.passes.current
         names = list(signature(super().forward).parameters)[1:] if args else ()
@@ -102,6 +107,8 @@ class SparseLayer(_Mixed):
     def _gradient_checkpointing_func(self) -> Callable:
         # transformers checkpoints a layer by this function. A sparse layer stores its kept rows
         # rather than its whole input, so during a sparse pass the wrapper must do nothing.
+        if _SETUP not in self.__dict__:
+            return self.__dict__["_gradient_checkpointing_func"]
         passes = self.__dict__[_SETUP].passes
         if passes.current is not None:
             return _call
@@ -113,9 +120,8 @@ class SparseLayer(_Mixed):
         self.__dict__["_gradient_checkpointing_func"] = function
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return pickled_as(_stock_class(self), self, (_SETUP,))
-
-    __deepcopy__ = deep_copy
+        kind = stock_class(SparseLayer, type(self))  # type: ignore[arg-type]
+        return plain_or_whole(kind, self, (_SETUP,))
 
 
 def _holds_tokens(cache: Any) -> bool:
@@ -142,27 +148,18 @@ def _plainly(passes: Passes, checkpoint: Callable, function: Callable, *args: An
     return checkpoint(run, *args)
 
 
-@cache
-def _sparse_class(base: type) -> type:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (SparseLayer, base), names)
-
-
 def make_sparse(layer: nn.Module, setup: LayerSetup) -> None:
     """Turn ``layer`` into its sparse subclass, in place."""
     layer.__dict__[_SETUP] = setup
     # mypy takes the hash of a module for that of its class.
-    layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]
+    layer.__class__ = sparse_class(SparseLayer, type(layer))  # type: ignore[arg-type]
 
 
-def make_stock(layer: nn.Module) -> None:
-    """Undo `make_sparse`."""
-    layer.__class__ = _stock_class(layer)
-    del layer.__dict__[_SETUP]
-
-
-def _stock_class(layer: nn.Module) -> type:
-    return type(layer).__mro__[2]
+def make_stock(modules: Iterable[nn.Module]) -> None:
+    """Undo `make_sparse` for those of ``modules`` that are sparse layers."""
+    for layer in modules:
+        if vars(layer).pop(_SETUP, None) is not None:
+            layer.__class__ = stock_class(SparseLayer, type(layer))  # type: ignore[arg-type]
 
 
 @torch.compiler.disable
@@ -180,6 +177,7 @@ def _sparse_forward(
     **kwargs: Any,
 ) -> Tensor:
     """The layer's pass: the stream ``x [B, T, H]``, with its kept rows updated in place."""
+    sparse_pass.ran.add(setup.index)
     x = _stream(x, setup, sparse_pass)
     attends = not setup.family.carries_state
     flash = attends and setup.rule is not None and _uses_flash(layer, setup.family, sparse_pass)
@@ -263,6 +261,8 @@ def _sparse_forward(
 
 def _stream(x: Tensor, setup: LayerSetup, sparse_pass: SparsePass) -> Tensor:
     """The stream, in memory that may be updated in place."""
+    if setup.index in sparse_pass.wrapped:  # what stands around the layer may read the stream too
+        return open_stream(x)
     if x._is_view():
         # FSDP2's is what the layer before returned, which nobody else reads.
         handed_on = setup.index > 0 and type(x.grad_fn).__name__ == _OF_FSDP2

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lemo_hf.altered import altering
-from lemo_hf.core.fp8 import fp8_weight, has_fp8
+from lemo_hf.core.fp8 import called_in_fp8, fp8_weight
 from lemo_hf.kernels import launch
 from lemo_hf.kernels.launch import untouched
 
@@ -36,14 +36,14 @@ class _Linear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        linear: nn.Linear,
         first: Tensor | None,
         second: Tensor | None,
         scaling: float,
         values: bool,
     ) -> Tensor:
-        ctx.scaling, ctx.weight = scaling, weight
+        weight, bias = linear.weight, linear.bias
+        ctx.scaling, ctx.linear, ctx.weight = scaling, linear, weight
         inner = a = b = None
         if first is not None and second is not None:
             a, b = first.to(x.dtype), second.to(x.dtype)
@@ -52,7 +52,7 @@ class _Linear(Function):
         ctx.save_for_backward(x if first is not None else None, inner, a, b)
         if not values:
             return x.new_empty(()).expand(len(x), len(weight))
-        if (eight := fp8_weight(weight, len(x))) is not None:
+        if (eight := fp8_weight(linear, len(x))) is not None:
             out = eight.product(x)
             out = out if bias is None else out.add_(bias)
         else:
@@ -67,16 +67,16 @@ class _Linear(Function):
         x, inner, a, b = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            eight = fp8_weight(ctx.weight, len(grad))
+            eight = fp8_weight(ctx.linear, len(grad))
             grad_x = grad @ ctx.weight if eight is None else eight.input_gradient(grad)
         if a is None:
-            return grad_x, *[None] * 6
+            return grad_x, *[None] * 5
         grad_inner = _product(grad, b, ctx.scaling)
         if grad_x is not None:
             grad_x.addmm_(grad_inner, a)
         grad_a = _product_in(ctx.dtype, grad_inner.mT, x)
         grad_b = _product_in(ctx.dtype, grad.mT, inner)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        return grad_x, None, grad_a, grad_b, None, None
 
 
 def _product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
@@ -102,7 +102,8 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
     base, adapter = _parts(module)
     if base is None:
         return _called(module) if values else module
-    if values and adapter is None and not has_fp8(base.weight):
+    in_fp8 = called_in_fp8(base, module)
+    if values and adapter is None and not in_fp8:
         return module
 
     def run(x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
             return _called(module)(x)  # in another precision
         # Autocast finds nothing to cast: all that is multiplied has its dtype.
         parts = adapter or (None, None, 1.0)
-        out = _Linear.apply(x.flatten(0, -2), base.weight, base.bias, *parts, values)
+        out = _Linear.apply(x.flatten(0, -2), base, *parts, values)
         return out.view(*x.shape[:-1], -1) if values else out.unflatten(0, x.shape[:-1])
 
     return run
@@ -122,7 +123,7 @@ def linear_of(module: nn.Module, values: bool = True) -> Callable[[Tensor], Tens
 def _called(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """Function that calls the module; PEFT's multiplies by its frozen weight in FP8, if it may."""
     base = getattr(module, "base_layer", None)
-    if base is None or not _is_frozen(base) or not has_fp8(base.weight):
+    if base is None or not _is_frozen(base) or not called_in_fp8(base, module):
         return module
 
     def multiply(x: Tensor) -> Tensor:
@@ -131,8 +132,8 @@ def _called(module: nn.Module) -> Callable[[Tensor], Tensor]:
             x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype != base.weight.dtype:
             return nn.Linear.forward(base, x)
-        parts = base.weight, base.bias, None, None, 1.0, True
-        return _Linear.apply(x.flatten(0, -2), *parts).view(*x.shape[:-1], -1)
+        parts = None, None, 1.0, True
+        return _Linear.apply(x.flatten(0, -2), base, *parts).view(*x.shape[:-1], -1)
 
     def run(x: Tensor) -> Tensor:
         with altering(base, forward=multiply):

@@ -25,9 +25,11 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.checks import asks_for_router_logits, check_call, check_router_loss
 from lemo_hf.core.compiled import stock_call
 from lemo_hf.core.family import Family
+from lemo_hf.core.fp8_switch import Fp8Switch
 from lemo_hf.core.images import images_of
 from lemo_hf.core.label_rows import norm_label_rows
 from lemo_hf.core.labels import AnnouncedLabels, Labels
+from lemo_hf.core.layer_places import check_ran, wrapped_layers
 from lemo_hf.core.levels import Levels
 from lemo_hf.core.own_loss import OwnLoss, makes_plain_loss, returns_tuple
 from lemo_hf.core.pair_sets import PairSets
@@ -73,7 +75,8 @@ class Passes:
         told: Whether somebody does, see `LeMo.begin_step`.
         retention: Share of the blocks that rows keep in the finish, instead of the config's; None
             outside the finish.
-        in_fp8: Whether products that may be in FP8 are.
+        fp8: Switch of products that may be in FP8, or None.
+        in_fp8: Whether they are.
         asked: Whether a training step is under way, whose passes are sparse without labels too.
         announced: Labels of losses outside the model.
         pairs: Kept sets that passes over pairs share with those of their reference; None without
@@ -96,8 +99,10 @@ class Passes:
         family: Family,
         last: nn.Module,
         host: HostMemory | None,
+        fp8: Fp8Switch | None = None,
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
+        self.fp8, self.in_fp8 = fp8, fp8 is not None
         self._head = model.get_output_embeddings
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.levels = Levels(model.parameters, family, self._layers, host)
@@ -107,7 +112,6 @@ class Passes:
         self.global_step: Tensor | int = 0
         self.rows: list[RowCounts] | None = None
         self.retention: float | None = None
-        self.in_fp8 = config.fp8
         self.pairs: PairSets | None = None
         self.announced = AnnouncedLabels()
         self.tally = Tally()
@@ -132,6 +136,8 @@ class Passes:
         """Call ``model``, which is in training mode, through ``train``."""
         if self.resting:
             train = stock_call
+        elif self.fp8 is not None:
+            self.fp8.look()
         try:
             with self.said_what_helps():
                 return train(model, *args, **kwargs)
@@ -185,6 +191,7 @@ class Passes:
             self.plain = True
             return (), kwargs
         check_call(model, kwargs, outside is not None or self.pairs is not None)
+        wrapped = wrapped_layers(model, self.family, self._layers)
         images = images_of(model, kwargs, pairs=self.pairs is not None)
         kwargs["use_cache"] = False  # with a cache the layers would run dense
         own = self._makes_own_loss(model, kwargs, given)
@@ -220,6 +227,7 @@ class Passes:
             pairs=self.pairs is not None,
             images=images,
         )
+        self.current.wrapped = wrapped
         if shards is not None:
             kwargs = shards.take(kwargs)
         if self.pairs is not None and self.current.valid is not None:
@@ -284,6 +292,7 @@ class Passes:
         self.drop()
         if ended is None or output is None:
             return output
+        check_ran(ended.ran, self._layers)
         if self.pairs is None or torch.is_grad_enabled():  # a reference's pass trains nothing
             self._count(ended)
         return output if own is None else own.give(output)

@@ -5,30 +5,27 @@
 
 import copy
 import copyreg
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-_Module = TypeVar("_Module", bound=nn.Module)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def pickled_as(kind: type, module: nn.Module, own: Iterable[str]) -> tuple[Callable, tuple, dict]:
-    """Result of ``__reduce_ex__`` that makes ``module`` a ``kind`` without attributes ``own``."""
+def plain_or_whole(kind: type, module: nn.Module, own: Iterable[str]) -> tuple:
+    """Result of ``__reduce_ex__`` of ``module``, for `pickle` and `copy.deepcopy`.
+
+    Args:
+        kind: Class of what `pickle` makes.
+        module: Module that is pickled or copied.
+        own: Names of attributes that a pickle lacks. A deep copy has them, and the module's class.
+    """
     state = {name: value for name, value in module.__getstate__().items() if name not in own}
     # Not `copyreg.__newobj__`, for which pickle insists on the class of ``module``.
-    return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
-
-
-def deep_copy(module: _Module, memo: dict[int, Any]) -> _Module:
-    """Copy of a module that `copy.deepcopy` makes if its class defines nothing for pickles."""
-    twin = type(module).__new__(type(module))
-    memo[id(module)] = twin
-    twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
-    return twin
+    return copyreg._reconstructor, (kind, object, None), _State(state, module)  # type: ignore[attr-defined]
 
 
 def pickle_plain(model: nn.Module, own: Iterable[str]) -> None:
@@ -44,27 +41,30 @@ def pickle_whole(model: nn.Module) -> None:
 
 
 class _State(dict):
-    """State of a model as `pickle` gets it; `copy.deepcopy` copies the whole state."""
+    """State of a module as `pickle` gets it; `copy.deepcopy` copies the whole state."""
 
-    def __init__(self, plain: dict[str, Any], whole: dict[str, Any]):
+    def __init__(self, plain: dict[str, Any], module: nn.Module):
         super().__init__(plain)
-        self.whole = whole
+        self.module = module
 
     def __reduce__(self) -> tuple:
         return dict, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return copy.deepcopy(self.whole, memo)
+        # `copy` has made the twin, of the plain class, before it copies the state. A module's own
+        # `__deepcopy__` could do the same, but torch.compile's wrapper would answer with it.
+        twin = memo[id(self.module)]
+        twin.__class__ = type(self.module)
+        return copy.deepcopy(self.module.__getstate__(), memo)
 
 
-def _reduce(own: Iterable[str], model: nn.Module, protocol: int) -> tuple[Callable, tuple, dict]:
-    names = {*own, "__reduce_ex__"}
-    make, args, state = pickled_as(type(model), model, names)
+def _reduce(own: Iterable[str], model: nn.Module, protocol: int) -> tuple:
+    make, args, state = plain_or_whole(type(model), model, {*own, "__reduce_ex__"})
     ours = {i for name in _HOOKS for i, hook in state[name].items() if _is_ours(hook)}
     for name, table in state.items():
         if name.startswith(_HOOKS):  # what says how hooks are called, too
             state[name] = type(table)((i, x) for i, x in table.items() if i not in ours)
-    return make, args, _State(state, model.__getstate__())
+    return make, args, state
 
 
 def _is_ours(hook: Any) -> bool:

@@ -76,6 +76,8 @@ class SparsePass(BatchFacts):
         # Fewest and most tokens of each row that a layer keeps, by sublayer.
         self.row_slots: dict[str, list[tuple[int, int]]] = {}
         self.level: str | None = None  # of recomputation, set when the first layer asks
+        self.ran: set[int] = set()  # indices of layers
+        self.wrapped: frozenset[int] = frozenset()  # those of which others may read the input
         self.exceeded: str | None = None  # why a row keeps more than its budget
 
     @cached_property

@@ -33,6 +33,7 @@ from lemo_hf.core.loss import shifted
 from lemo_hf.core.own_loss import OF_GRAPHS, makes_plain_loss, returns_tuple
 from lemo_hf.core.passes import Passes
 from lemo_hf.graphs.recorded_pass import RecordedPass, Written, aliases, flatten
+from lemo_hf.graphs.watched import Watched
 from lemo_hf.kernels.capture import capture
 from lemo_hf.kernels.launch import sharded
 
@@ -68,7 +69,7 @@ class CudaGraphs:
         self._graphs: dict[tuple, RecordedPass] = {}
         self._once: deque[tuple] = deque(maxlen=REMEMBERED)
         self._pool: Any = None  # one for all: no two graphs run at a time
-        self._watched: _Watched | None = None
+        self._watched: Watched | None = None
         self._state: list = []
         self._never: str | None = None
         self._said: set[str] = set()
@@ -154,12 +155,12 @@ class CudaGraphs:
             )
 
     def _notice_changes(self, model: PreTrainedModel) -> None:
-        """Drop all graphs if the model changed: they use its weights and buffers where they
-        were."""
-        phase = self.passes.retention, self.passes.in_fp8
+        """Drop all graphs if the model changed: they use weights and buffers where they were."""
+        fp8 = self.passes.fp8
+        phase = self.passes.retention, self.passes.in_fp8, fp8 and fp8.changes
         if self._watched is not None and [*phase, *self._watched.state()] == self._state:
             return
-        self._watched = _Watched(model)
+        self._watched = Watched(model)
         self._state = [*phase, *self._watched.state()]
         self._never = _why_never(model, self.passes.config)
         self._graphs.clear()
@@ -253,34 +254,6 @@ def _key(kwargs: dict[str, Any], rows: list[tuple]) -> tuple:
     plain = tuple(kwargs.get(name) for name in _PLAIN)
     low = torch.is_autocast_enabled(DEVICE) and torch.get_autocast_dtype(DEVICE)
     return ids.device, ids.shape, tuple(rows), given, plain, low
-
-
-class _Watched:
-    """State of a model that graphs rely on. It is read at each batch, so its parts are looked up
-    once.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module):
-        parts = list(model.modules())
-        self._children = [part._modules for part in parts]
-        self._tensors = [held for part in parts for held in (part._parameters, part._buffers)]
-        self._layers = [part for part in parts if hasattr(part, "gradient_checkpointing")]
-
-    def state(self) -> list:
-        """The model's modules; the places of its weights and buffers, and which are trained; and
-        which layers are checkpointed. Graphs are valid as long as it is equal."""
-        state: list = [layer.gradient_checkpointing for layer in self._layers]
-        state += [id(part) for children in self._children for part in children.values()]
-        for held in self._tensors:
-            for tensor in held.values():
-                if tensor is not None:
-                    # Subclasses of tensors may have no memory of their own.
-                    plain = type(tensor) in (Tensor, nn.Parameter)
-                    state += (id(tensor), tensor.data_ptr() if plain else 0, tensor.requires_grad)
-        return state
 
 
 def _why_never(model: PreTrainedModel, config: LeMoConfig) -> str | None:

@@ -128,3 +128,21 @@ def test_deep_copies_of_wrappers_are_wrappers():
     compiled = torch.compile(make_model("llama"), backend="eager")
     apply_lemo(compiled._orig_mod, CONFIG)
     assert type(copy.deepcopy(compiled)) is type(compiled)
+
+
+def test_deep_copies_of_layers():
+    """torch.compile's wrapper around a layer is copied as such; both copies have LeMo."""
+    model = make_model("llama")
+    apply_lemo(model, CONFIG)
+    layer = model.model.layers[1]
+    assert type(copy.deepcopy(layer)) is type(layer) and type(copy.copy(layer)) is not type(layer)
+    model.model.layers[1] = torch.compile(layer, backend="eager")
+    twin = copy.deepcopy(model)
+    for part, other in zip(twin.modules(), model.modules(), strict=True):
+        assert type(part) is type(other) and part is not other
+    assert type(twin.model.layers[1]) is not type(layer)
+    expected = loss_and_gradients(model, **batch())[0]
+    assert loss_and_gradients(twin, **batch())[0] == expected
+    assert lemo_of(twin).report() == lemo_of(model).report()
+    remove_lemo(twin)
+    assert type(by_pickle(twin.model.layers[0])) is type(twin.model.layers[0]) is not type(layer)

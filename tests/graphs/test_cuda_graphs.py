@@ -367,6 +367,56 @@ def test_steps_in_bf16_have_graphs_of_their_own(device, monkeypatch):
     assert found[0][3] != found[0][4]  # the same rows, in FP8 and not
 
 
+def counted(weight):
+    with torch.no_grad():
+        weight.mul_(-1)
+
+
+def past_the_count(weight):
+    weight.data.mul_(-1)
+
+
+@pytest.mark.parametrize("change", [counted, past_the_count])
+def test_graphs_have_fp8_copies_of_the_weights_as_they_are(device, change, monkeypatch):
+    monkeypatch.setattr(fp8, "FEWEST_ROWS", 16)
+    config = LeMoConfig(retention=0.5, block_size=8, policy="recent", fp8=True)
+    twins = [tiny(device).to(torch.bfloat16 if device == "cuda" else torch.float32) for _ in "ab"]
+    for model, graphs in zip(twins, (True, False), strict=True):
+        apply_lemo(model, replace(config, cuda_graphs=graphs))
+    found, graphs = [[], []], []
+    for step, inputs in enumerate(9 * batches(device, steps=1)):
+        for model, losses_of in zip(twins, found, strict=True):
+            if step == 4:
+                change(model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight)
+            loss = model(**inputs).loss
+            loss.backward()
+            losses_of.append(loss.item())
+            model.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()  # what is seen late is seen by the next pass
+        graphs.append(graphs_of(twins[0]))
+    assert 0 in graphs[4:6] and graphs[-1] == 1
+    assert found[0] == pytest.approx(found[1], rel=1e-5 if device == "cpu" else 1e-2)
+    assert found[0][3] != pytest.approx(found[0][-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["merged", "off"])
+def test_adapters_that_are_merged_or_off_have_graphs_of_their_own(device, how):
+    model, twin = with_twin(device)
+    for one in (model, twin):  # which no adapter takes a gradient from
+        one.get_base_model().model.norm.weight.requires_grad_(True)
+    for step, inputs in enumerate(batches(device, steps=7)):
+        if step == 4:
+            for one in (model, twin):
+                one.merge_adapter() if how == "merged" else one.base_model.disable_adapter_layers()
+        found, expected = model(**inputs).loss, twin(**inputs).loss
+        assert graphs_of(model) == (step not in (0, 4))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        if step >= 4:
+            found.backward(), expected.backward()
+    assert_same_gradients(model, twin)
+
+
 def in_place(model):
     for part in model.modules():
         for name, weight in part._parameters.items():

@@ -7,7 +7,7 @@ from support.models import batch, make_model, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lemo_hf import LeMoConfig, apply_lemo
+from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.core import layer as layer_module
 
 pytestmark = pytest.mark.oldest
@@ -55,6 +55,23 @@ def test_fully_sharded_layers(mesh, checkpointing):
     assert sharded_loss == pytest.approx(loss, rel=equal) and sharded_report == report
     for name, gradient in gradients.items():
         assert relative_error(sharded[name], gradient) < equal, name
+
+
+def test_layers_that_were_sharded_since_are_given_back(mesh):
+    """As FSDP2 would have them without LeMo, and they may have LeMo again."""
+    losses = []
+    for removed in (False, True):
+        model = make_model("llama").to(mesh.device_type)
+        if removed:
+            apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        remove_lemo(model)
+        kinds = [[x.__name__ for x in type(layer).__mro__] for layer in model.model.layers]
+        losses.append((model(**rows(mesh)).loss.item(), kinds))
+    assert losses[0] == losses[1]
+    apply_lemo(model, LeMoConfig(retention=0.5, block_size=8))
+    assert model(**rows(mesh)).loss.item() != losses[0][0]
 
 
 def test_the_stream_is_not_copied_between_layers(mesh, monkeypatch):
