@@ -130,7 +130,7 @@ def plan(
         refuse_idle(context, "with --lora-rank 0", ["lora_target"])
     if not (load_in_4bit or load_in_8bit):
         refuse_idle(context, "without --load-in-4bit or --load-in-8bit", ["kbit_training"])
-    room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
+    room = None if memory_gib is None else room_of(memory_gib, reserve_gib, may_lower=True)
     of = gpu_here() if gpu is None else gpu_called(gpu)
     card = of.card
     if card is not None and (load_in_4bit or load_in_8bit):

@@ -144,11 +144,13 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
         try:
             get_training_chat_template(tokenizer)
         except ValueError as error:
+            of, file = f"of {run.model.name!r}", "a file for data.chat_template"
+            if data.chat_template is not None:
+                of, file = f"in data.chat_template={data.chat_template!r}", "that file"
             raise ValueError(
-                f"the chat template of {run.model.name!r} does not mark what the assistant says, "
-                "and TRL knows no form of it that does. Put {% generation %} and "
-                "{% endgeneration %} around that in a file for data.chat_template, give rows of "
-                "prompt and completion, or set data.answers_only to false."
+                f"the chat template {of} does not mark what the assistant says, and TRL knows no "
+                "form of it that does. Put {% generation %} and {% endgeneration %} around that in "
+                f"{file}, give rows of prompt and completion, or set data.answers_only to false."
             ) from error
     return form
 

@@ -182,7 +182,11 @@ def test_text_columns_come_first_if_they_are_named(folder):
             "row 2: a message needs a role and a content, got",
         ),
         (None, ("--data.chat_template", "null"), "has no chat template: give one in data.chat_t"),
-        (None, ("--data.chat_template", "plain.jinja"), "does not mark what the assistant says"),
+        (
+            None,
+            ("--data.chat_template", "plain.jinja"),
+            "the chat template in data.chat_template='plain.jinja' does not mark what the assistan",
+        ),
         (None, ("--data.chat_template", "chat.jinj"), "no file 'chat.jinj'; did you mean 'chat.j"),
         (None, ("--data.eval_dataset", "books.jsonl"), "some datasets hold chats and others text"),
         (None, ("--data.min_tokens", "9"), "data.min_tokens is for text that is cut"),
