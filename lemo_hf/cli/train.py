@@ -73,7 +73,7 @@ def train(
     """
     from lemo_hf.cli.train_card import PRESET, plan_for_card
     from lemo_hf.cli.train_look import look
-    from lemo_hf.cli.train_settings import dump, read_settings
+    from lemo_hf.cli.train_settings import check_preset, dump, read_settings
 
     options = [name for parameter in context.command.params for name in parameter.opts]
     if config is None and memory_gib is not None:
@@ -96,6 +96,7 @@ def train(
     if dense:
         _refuse_flags(settings, "lemo", "--dense trains without LeMo")
         settings.values["lemo"] = False
+    check_preset(settings)
     planned = None
     if memory_gib is not None:
         hidden = as_json or os.environ.get("RANK", "0") != "0"
