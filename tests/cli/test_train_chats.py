@@ -12,7 +12,7 @@ import datasets
 from support.sft import TEMPLATE, texts, turns
 from transformers import AutoTokenizer
 
-from lemo_hf.cli.train_look import look
+from lemo_hf.cli.train_look import METRICS_OF_CHATS, look
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.cli.train_trainer import make_trainer
 
@@ -107,6 +107,18 @@ def test_it_trains(lemo, folder):
     assert again["data"]["eval_dataset"] == "held.jsonl"
 
 
+@pytest.mark.parametrize("metric", METRICS_OF_CHATS)
+def test_a_metric_that_is_taken_is_computed(metric, lemo, folder):
+    best = ("--training.metric_for_best_model", metric, "--training.load_best_model_at_end")
+    best = (*best, "--training.eval_strategy", "epoch", "--training.save_strategy", "epoch")
+    flags = ("--dataset", "messages.jsonl", "--data.eval_share", 0.25, "--training.max_steps", 1)
+    code, _, err = lemo("train", "--config", "run.yaml", *flags, *best)
+    assert code == 0, err
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    (evaluated,) = {x[f"eval_{metric}"] for x in state["log_history"] if f"eval_{metric}" in x}
+    assert state["best_metric"] == evaluated
+
+
 def test_weights(folder):
     """Rows are drawn in these shares until one dataset has no more; forms become one."""
     mixed = "[sharegpt.jsonl, alpaca.jsonl]"
@@ -194,6 +206,12 @@ def test_text_columns_come_first_if_they_are_named(folder):
         (None, ("--data.streaming", "--training.max_steps=-1"), "no last row: set training.max_s"),
         (None, ("--data.weights", "[1]"), "weights=[1.0] must hold a number above 0 for each"),
         (None, ("--data.eval_share=1.5",), "eval_share must lie in (0, 1), got 1.5"),
+        (
+            None,
+            ("--training.metric_for_best_model", "eval_mean_token_acuracy"),
+            "'eval_mean_token_acuracy': evaluation of chats computes loss, mean_token_accuracy and "
+            "entropy; did you mean 'mean_token_accuracy'?",
+        ),
     ],
 )
 def test_mistakes(row, flags, message, lemo, folder):
