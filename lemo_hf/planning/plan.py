@@ -208,13 +208,19 @@ class Planner:
         return mixed(count) if count else None
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
-        """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does."""
+        """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does.
+
+        It is no lower than ``retention``.
+        """
+        kept = lemo.retention
+        least = min(kept) if isinstance(kept, tuple) else kept or 0.0
 
         def beyond(percent: int) -> float:
-            config = replace(lemo, finish_retention=percent / 100)
+            config = replace(lemo, finish_retention=max(percent / 100, least))
             return self.plan(config, tokens, room, finish=True).peak - room
 
-        return _highest(beyond, 100, first=(100, 50)) / 100 or None
+        percent = _highest(beyond, 100, first=(100, 50))
+        return max(percent / 100, least) if percent else None
 
 
 def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:
