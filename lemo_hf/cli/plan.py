@@ -177,12 +177,9 @@ def plan(
             entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
             entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
             if memory_gib is not None and room is not None:
-                alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
-                in_bf16 = float(lemo.finish <= lemo.bf16_finish)
-                alone["finish"] = dataclasses.replace(lemo, dense_finish=1, bf16_finish=in_bf16)
                 entry["fits"] = phase.fits(memory_gib - reserve_gib)
                 bar.expect((len(found) - number + 1) * LOOKS)
-                entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
+                entry["longest"] = planner.longest(lemo, room, name)
             if card is not None:
                 seconds = step_seconds(phase, card)
                 entry["step_ms"] = round(1e3 * seconds, 1)

@@ -134,8 +134,7 @@ def train(
         )
     if not trainer.is_world_process_zero():
         return
-    idle = trainer.saved and trainer.eval_dataset is None
-    wrote = [] if idle else [run.training.output_dir]
+    wrote = [run.training.output_dir] if trainer.has_results else []
     if report:  # the callback's page, and what was evaluated since
         from lemo_hf.report.page import write_report
 
@@ -204,21 +203,7 @@ def _fine_tune(
                 f"{trainer.state.global_step:,}. More training.max_steps or "
                 "training.num_train_epochs go on."
             )
-        if not trainer.saved:
-            trainer.save_model()
-        if not trainer.finished:  # else its loss and time are those of no step
-            trainer.save_metrics("train", metrics)
-        if trainer.eval_dataset is not None:
-            evaluated = trainer.evaluate()
-            trainer.save_metrics("eval", evaluated)
-            metrics = {**metrics, **evaluated}
-        if not trainer.saved or trainer.eval_dataset is not None:
-            trainer.save_state()
-        if args.push_to_hub:
-            trainer.push_to_hub()  # with a model card
-        elif not trainer.saved or trainer.eval_dataset is not None:
-            trainer.create_model_card()
-    return trainer, metrics
+        return trainer, trainer.write_results(metrics)
 
 
 def _check_drop_last(trainer: Any) -> None:

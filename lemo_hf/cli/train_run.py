@@ -66,6 +66,37 @@ class RunMixin(LeMoMixin):
         whole = state.global_step == step and weights_in(path.parent)
         return state if whole else None
 
+    @property
+    def has_results(self) -> bool:
+        """Whether the end of the run has something to write. A finished run whose files all lie
+        there has only what is evaluated anew."""
+        return not self.saved or self.eval_dataset is not None
+
+    def write_results(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Save what the run has made, evaluate, and push if that was asked for.
+
+        Args:
+            metrics: Metrics of the training that has ended.
+
+        Returns:
+            These metrics, and those of the evaluation.
+        """
+        if not self.saved:
+            self.save_model()
+        if not self.finished:  # else its loss and time are those of no step
+            self.save_metrics("train", metrics)
+        if self.eval_dataset is not None:
+            evaluated = self.evaluate()
+            self.save_metrics("eval", evaluated)
+            metrics = {**metrics, **evaluated}
+        if self.has_results:
+            self.save_state()
+        if self.args.push_to_hub:
+            self.push_to_hub()  # with a model card
+        elif self.has_results:
+            self.create_model_card()
+        return metrics
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As LeMoTrainer's; writes the settings first, so that a complete checkpoint has them."""
         if self.args.should_save:
