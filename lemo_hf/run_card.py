@@ -197,7 +197,7 @@ def _sums(logs: list[dict[str, Any]], facts: RunFacts) -> Iterator[tuple[str, st
     each = "" if facts.processes == 1 else f" of process 0, which is one of {facts.processes}"
     share = kept / tokens if tokens else 1.0
     yield "tokens", f"{tokens:,}{each}{until}; the mean layer trained {kept:,.0f} ({share:.0%})"
-    yield "time", f"{_duration(seconds)}{until}, with evaluations and saving between logs"
+    yield "time", f"{_duration(seconds)}{until}, without evaluations and saving"
 
 
 def _evaluated(history: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
