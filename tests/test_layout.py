@@ -46,9 +46,8 @@ IMPORTS = {
     "planning": "altered config core kernels memory patch",
     "report": "batch core kernels patch shown storage version",
     "inspection": "config core eval kernels modes patch storage tune",
-    "cli": "announce config describe eval inspection integrations kernels load_predictor planning "
-    "patch predictors progress report run_card "
-    "shown storage trainer tune",
+    "cli": "announce batch config describe eval inspection integrations kernels load_predictor "
+    "planning patch predictors progress report run_card shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.
 ALLOWED = {

@@ -11,6 +11,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.cli.train_folder import write_settings
+from lemo_hf.patch import LeMo
 from lemo_hf.run_card import CARD_NAME, is_run_card
 from lemo_hf.storage.checkpoints import STATE_NAME, weights_in
 from lemo_hf.storage.files import read_json, whole_file
@@ -24,6 +25,7 @@ class RunMixin(LeMoMixin):
 
     Args:
         settings: Settings of the run, as YAML text.
+        asks: Whether labels cover only a part of each row, and not all of it; None: not known.
         **options: Arguments of the trainer.
     """
 
@@ -31,11 +33,16 @@ class RunMixin(LeMoMixin):
     # whether what such a run writes at its end lay there.
     finished = saved = False
 
-    def __init__(self, settings: str, **options: Any):
-        self.settings = settings
+    def __init__(self, settings: str, asks: bool | None = None, **options: Any):
+        self.settings, self.asks = settings, asks
         self._card_lay_there = False
         self._users_card: bytes | None = None
         super().__init__(**options)
+
+    def _apply_lemo(self, *args: Any, **kwargs: Any) -> LeMo:
+        lemo = super()._apply_lemo(*args, **kwargs)
+        lemo.asks = self.asks
+        return lemo
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -68,6 +68,7 @@ def said(row):
 
 END = AutoTokenizer.from_pretrained(MODEL).eos_token
 P, C = HALVES[0]
+WORDS_OF_A_ROW = " ".join(WORDS[0] * 8)
 EXPECTED = {
     "messages.jsonl": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
     "messages.parquet": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
@@ -140,6 +141,25 @@ def test_packing(folder):
     rows = trainer("--data.packing", "--data.max_rows=6").train_dataset
     assert len(rows) < 6 and all(len(row["input_ids"]) <= 256 for row in rows)
     assert sum(len(row["seq_lengths"]) for row in rows) == 6
+
+
+def test_the_first_line_is_of_the_rows_that_train(folder):
+    """Answers alone, text alone, both, and a stream of which nobody knows."""
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": WORDS_OF_A_ROW}))
+    long = (folder / "long.jsonl").read_text()
+    (folder / "both.jsonl").write_text(f"{long}\n{json.dumps(ROWS['texts'][0])}")
+    for dataset, flags, asks in (
+        ("messages.jsonl", (), True),
+        ("messages.jsonl", ("--data.packing",), True),
+        ("messages.jsonl", ("--data.answers_only=false",), False),
+        ("long.jsonl", (), False),  # of which the prompt is next to nothing
+        ("both.jsonl", (), None),
+        ("messages.jsonl", ("--data.streaming",), None),
+    ):
+        made = trainer(*flags, dataset=dataset)
+        assert made.lemo.asks is asks, (dataset, flags)
+        both = "every block with a label where labels cover a part" in made.lemo.describe()
+        assert both == (asks is None)
 
 
 def test_a_stream(lemo, folder):
