@@ -22,7 +22,7 @@ from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, tr
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.reported_loss import finite_loss
 from lemo_hf.resuming import resumed_checkpoint, say_what_changed
-from lemo_hf.run_card import RunFacts, add_run
+from lemo_hf.run_card import RunFacts, add_run, keeps_users_card
 from lemo_hf.stopwatch import TimedMixin
 from lemo_hf.storage.files import WEIGHTS_NAME
 from lemo_hf.storage.lengths import longest_row
@@ -270,8 +270,11 @@ class LeMoMixin(TimedMixin):
             self._add_to_card(output_dir or self._output_dir())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with a section on what trained."""
-        super().create_model_card(*args, **kwargs)
+        """As Trainer's, with a section on what trained. A card that the user wrote stays and gets
+        the section alone, where Trainer would write another over it."""
+        mine = self.lemo is not None and self.is_world_process_zero()
+        if not (mine and keeps_users_card(self._output_dir())):
+            super().create_model_card(*args, **kwargs)
         self._add_to_card(self._output_dir())
 
     def _add_to_card(self, directory: str) -> None:
