@@ -117,7 +117,8 @@ class Longest:
         if tokens is not None:
             found = planner.plan(lemo, tokens, fused=fused)
             return {"planned_gib": round(found.peak / GIB, 3)}
-        return {"planned_longest": planner.longest(lemo, cap_gib * GIB, fused)}
+        longest = planner.longest(lemo, cap_gib * GIB, "fused" if fused else None)
+        return {"planned_longest": longest}
 
     def verify(self) -> None:
         """Peaks of dry steps beside those of real ones."""

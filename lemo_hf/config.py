@@ -97,7 +97,7 @@ class LeMoConfig:
             training leaves. ``None``: 0.1 for rows that are labelled throughout under ``"auto"``,
             else 0. Trainers count the steps; in a loop of your own call `LeMo.begin_step`.
         finish_retention: Share of the blocks that rows keep in the finish, in (0, 1]; below 1 if a
-            dense step does not fit the memory.
+            dense step does not fit the memory, but not below ``retention``.
         predictor: Learned predictors to load: a directory, a Hub repository, or ``"auto"`` for
             those that the Hub has for the model.
         predictor_revision: Branch, tag or commit of that repository.

@@ -119,6 +119,13 @@ def _check_schedule(config: Any) -> None:
             raise ValueError(
                 f"{name} must lie in {interval}, got {shown(value)}{_meant(value, share=True)}"
             )
+    share, kept = config.finish_retention, config.retention
+    least = min(kept) if isinstance(kept, tuple) else kept
+    if config.finish and least is not None and share < least:
+        raise ValueError(
+            f"finish_retention={share:g} keeps less than retention={shown(kept)} of the steps "
+            "before the finish, which it is to repair: give at least as much, or leave it out."
+        )
     if config.random_share and config.policy not in ("auto", "overlap", "predictor"):
         raise ValueError(
             f"random_share={config.random_share} and policy={config.policy!r}: only 'overlap', "

@@ -14,9 +14,9 @@ _BEST = {
     "random": "blocks by chance, others at each step",
     "pooled": "the blocks that others attend to most, by their mean queries and keys",
     "oracle": "the blocks that others attend to most",
-    "predictor": "the blocks that a predictor says others attend to most, and where labels cover a "
-    "part of a row, for half of them those that share rare words with the labels",
+    "predictor": "the blocks that a predictor says others attend to most",
 }
+_WHERE = "where labels cover a part of a row"
 
 
 def brief(config: LeMoConfig) -> str:
@@ -31,6 +31,7 @@ def describe_run(
     rules: Sequence[tuple[KeepRule, KeepRule | None] | None],
     attention: str,
     predictor: str | None,
+    asks: bool | None = None,
 ) -> str:
     """One line on a run: which layers leave out how much, how it is chosen, the schedule, and what
     stays dense.
@@ -40,6 +41,8 @@ def describe_run(
         rules: What each layer keeps, as `LeMoConfig.layer_rules` returns it.
         attention: Name of the kernels that run attention.
         predictor: Description of the learned predictors, or None.
+        asks: Whether labels cover only a part of each row of the run, and not all of it. None: it
+            is not known, or rows are of both kinds, and so both are described.
     """
     pairs = [pair for pair in rules if pair is not None]
     sparse = [i for i, pair in enumerate(rules) if pair is not None]
@@ -51,26 +54,35 @@ def describe_run(
     return (
         f"LeMo: {len(sparse)} of {len(rules)} layers ({sparse[0]} to {sparse[-1]}) are sparse, "
         f"attention {_span([rule for rule, _ in pairs])}, {mlp_text}, {config.block_size}-token "
-        f"blocks, {one}. Kept: {_kept(config)}{learned}; always the first and the last block of "
-        f"each document and every block with a label where labels cover a part of a row. "
-        f"{describe_finish(config)}Loss on {config.supervise} tokens, attention by {attention}. "
+        f"blocks, {one}. Kept: {_kept(config, asks)}{learned}; always the first and the last block "
+        f"of each document{_labelled(asks)}. {describe_finish(config, asks)}"
+        f"Loss on {config.supervise} tokens, attention by {attention}. "
         f"{describe_products(config)}"
         f"{others} and generation stay dense."
     )
 
 
-def _kept(config: LeMoConfig) -> str:
+def _labelled(asks: bool | None) -> str:
+    """That blocks with labels are always kept, of rows of which this is true."""
+    if asks is None:
+        return f" and every block with a label {_WHERE}"
+    return " and every block with a label" if asks else ""
+
+
+def _kept(config: LeMoConfig, asks: bool | None) -> str:
     chunks = f"runs of {config.chunk_size} tokens by chance, others at each step"
     chance = f", {config.chance:.0%} of them by chance" if config.chance else ""
-    if config.policy == "chunks":
+    if config.policy == "chunks" or (config.policy == "auto" and asks is False):
         return chunks
     if config.policy == "auto":
-        return (
-            f"where labels cover a part of a row, {_BEST['overlap']}{chance}; where they cover all "
-            f"of it, {chunks}"
-        )
+        sharing = _BEST["overlap"] + chance
+        return sharing if asks else f"{_WHERE}, {sharing}; where they cover all of it, {chunks}"
     assert config.policy is not None  # settled when the config was made
-    return _BEST[config.policy] + chance
+    half = ""
+    if config.policy == "predictor" and asks is not False:
+        where = "" if asks else f" {_WHERE},"
+        half = f", and{where} for half of them those that share rare words with the labels"
+    return f"{_BEST[config.policy]}{half}{chance}"
 
 
 def describe_products(config: LeMoConfig) -> str:
@@ -83,13 +95,17 @@ def describe_products(config: LeMoConfig) -> str:
     return f"Products with frozen weights in FP8{last if config.bf16_finish else ''}. "
 
 
-def describe_finish(config: LeMoConfig) -> str:
-    """One sentence and a space on the finish; without one empty, if nothing was asked of it."""
-    if not config.finish:
+def describe_finish(config: LeMoConfig, asks: bool | None = None) -> str:
+    """One sentence and a space on the finish; without one empty, if nothing was asked of it.
+
+    ``asks`` is as for `describe_run`.
+    """
+    if not config.finish or (asks and config.dense_finish is None):
         kept = config.finish_retention
         unread = f"finish_retention={kept:g} has no effect: set dense_finish, or leave it out. "
         return unread if kept < 1 else ""
-    rows = "" if config.dense_finish is not None else " for rows that are labelled throughout"
+    every = config.dense_finish is not None or asks is False
+    rows = "" if every else " for rows that are labelled throughout"
     said = _finish(config)
     return f"{said[0].upper()}{said[1:]}{rows}. "
 
@@ -102,7 +118,10 @@ def _finish(config: LeMoConfig) -> str:
 
 
 def describe_batch(
-    config: LeMoConfig, rows: Sequence[RowCounts], slots: Mapping[str, Sequence[tuple[int, int]]]
+    config: LeMoConfig,
+    rows: Sequence[RowCounts],
+    slots: Mapping[str, Sequence[tuple[int, int]]],
+    documents: Sequence[int],
 ) -> str:
     """One line on the longest row of a batch: its labels, how many tokens train, and which.
 
@@ -111,15 +130,19 @@ def describe_batch(
         rows: Counts of the rows.
         slots: Fewest and most tokens of each row that a sparse layer keeps for its
             ``"attention"``, and for its ``"mlp"`` if that chooses for itself.
+        documents: Number of the documents in each row.
     """
     longest = max(range(len(rows)), key=lambda i: rows[i].tokens)
     row, kept = rows[longest], {name: counts[longest] for name, counts in slots.items()}
     labels = f"labels on {row.labels:,} of them" if row.label_blocks else "labels throughout"
     if not row.labels:
         labels = "no labels"
-    said = f"LeMo: of a {row.tokens:,}-token row ({labels}) "
+    said, short = f"LeMo: of a {row.tokens:,}-token row ({labels}) ", "it is too short, or has"
+    if documents[longest] > 1:
+        said = f"LeMo: of {documents[longest]:,} documents packed in a row of {row.tokens:,} tokens"
+        said, short = f"{said} ({labels}) ", "the documents are too short, or have"
     if min(fewest for fewest, _ in kept.values()) >= row.tokens:
-        return f"{said}all tokens train: it is too short, or has too many labels, to leave any out."
+        return f"{said}all tokens train: {short} too many labels, to leave any out."
     attention = kept.get(
         "attention", (row.tokens, row.tokens)
     )  # which chooses nothing if it keeps all

@@ -155,6 +155,7 @@ class LeMo:
         passes: Hooks and counts of the forward passes.
         rules: What attention and MLP of each layer keep; None for a dense layer.
         predictor: The `LeMoPredictor` in use, or None.
+        asks: Whether labels cover only a part of each row, and not all of it; None: not known.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class LeMo:
         if predictors is None and config.predictor is not None:
             predictors = load_predictor(config, BaseModel.of_model(model))
         self.predictor: LeMoPredictor | None = None
+        self.asks: bool | None = None
         if isinstance(predictors, LeMoPredictor):
             predictors.check(model, config)
             self.predictor = predictors
@@ -216,7 +218,7 @@ class LeMo:
         why = settle(next(self._layers[0].parameters()).device.type)
         if why is not None:
             attention += f"; PyTorch's operators in place of Triton's kernels ({why})"
-        return describe_run(self.config, self.rules, attention, predictor)
+        return describe_run(self.config, self.rules, attention, predictor, self.asks)
 
     def take_first_batch(self) -> str | None:
         """One line on what the first sparse pass kept. None before that pass, and after the first

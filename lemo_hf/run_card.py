@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _BEGUN_BY_OTHERS = (
     "<!-- This model card has been generated automatically",  # Trainer
     "It has been trained using [TRL]",
 )
+_UNFILLED = "# Model Card for Model ID\n"  # PEFT's, as it comes from the Hub's template
 _LINKED = (  # what may lie beside the card
     ("report.html", "the page of the run"),
     (CONFIG_NAME, "LeMo's settings"),
@@ -68,6 +70,37 @@ def is_run_card(path: Path) -> bool:
     return any(sign in text for sign in (_BEGINS, *_BEGUN_BY_OTHERS))
 
 
+def keeps_users_card(folder: str | os.PathLike) -> bool:
+    """Whether the card there is the user's, which a trainer may not replace; a warning says so.
+
+    It is not the user's if it is of Trainer or TRL, PEFT's template that nobody has filled in, or
+    if it has no more than our section below the title that `add_run` gives it.
+    """
+    path = Path(folder, CARD_NAME)
+    if not path.is_file():
+        return False
+    text = path.read_bytes().decode("utf-8", "replace")
+    own = re.sub(r"\A---\n.*?\n---\n", "", _without_section(text), flags=re.DOTALL).strip()
+    of_trainers = any(sign in text for sign in (*_BEGUN_BY_OTHERS, _UNFILLED))
+    if of_trainers or own in ("", _title(folder)):
+        return False
+    _warn_once(path)
+    return True
+
+
+@cache  # TRL makes a card with each checkpoint
+def _warn_once(path: Path) -> None:
+    logger.warning(
+        "%s is the user's: it stays, and only gets a section on what trained. Remove the file, or "
+        "rename it, for the card that create_model_card and push_to_hub would write.",
+        path,
+    )
+
+
+def _title(folder: str | os.PathLike) -> str:
+    return f"# {plain(Path(folder).resolve().name)}"
+
+
 def add_run(folder: str | os.PathLike, facts: RunFacts) -> None:
     """Write the section into the card in ``folder``, which is made if there is none.
 
@@ -78,7 +111,7 @@ def add_run(folder: str | os.PathLike, facts: RunFacts) -> None:
     """
     path = Path(folder, CARD_NAME)
     try:
-        text = read_text(path) if path.is_file() else f"# {plain(Path(folder).resolve().name)}\n"
+        text = read_text(path) if path.is_file() else f"{_title(folder)}\n"
         card = _with_run(text, Path(folder), facts)
         with whole_file(path) as part:
             Path(part).write_text(card, encoding="utf-8")
@@ -103,10 +136,14 @@ def _with_run(text: str, folder: Path, facts: RunFacts) -> str:
 
 def _with_section(text: str, section: str) -> str:
     """The section before the first heading below the title, or at the end."""
-    text = re.sub(f"{re.escape(_BEGINS)}.*?{re.escape(_ENDS)}\\n*", "", text, flags=re.DOTALL)
+    text = _without_section(text)
     first = re.search("^## ", text, re.MULTILINE)
     at = len(text) if first is None else first.start()
     return f"{text[:at].rstrip()}\n\n{section}\n\n{text[at:]}".strip("\n") + "\n"
+
+
+def _without_section(text: str) -> str:
+    return re.sub(f"{re.escape(_BEGINS)}.*?{re.escape(_ENDS)}\\n*", "", text, flags=re.DOTALL)
 
 
 def _section(folder: Path, facts: RunFacts) -> str:
@@ -197,7 +234,7 @@ def _sums(logs: list[dict[str, Any]], facts: RunFacts) -> Iterator[tuple[str, st
     each = "" if facts.processes == 1 else f" of process 0, which is one of {facts.processes}"
     share = kept / tokens if tokens else 1.0
     yield "tokens", f"{tokens:,}{each}{until}; the mean layer trained {kept:,.0f} ({share:.0%})"
-    yield "time", f"{_duration(seconds)}{until}, with evaluations and saving between logs"
+    yield "time", f"{_duration(seconds)}{until}, without evaluations and saving"
 
 
 def _evaluated(history: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

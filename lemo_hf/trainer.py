@@ -2,10 +2,9 @@
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +22,15 @@ from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, tr
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.reported_loss import finite_loss
 from lemo_hf.resuming import resumed_checkpoint, say_what_changed
-from lemo_hf.run_card import RunFacts, add_run
+from lemo_hf.run_card import RunFacts, add_run, keeps_users_card
+from lemo_hf.stopwatch import TimedMixin
 from lemo_hf.storage.files import WEIGHTS_NAME
 from lemo_hf.storage.lengths import longest_row
 
 logger = logging.getLogger(__name__)
 
-# A mixin has no base of its own; type checkers are told whose methods it stands before.
-if TYPE_CHECKING:
-    _Mixed = Trainer
-else:
-    _Mixed = object
 
-
-class LeMoMixin(_Mixed):
+class LeMoMixin(TimedMixin):
     """Mixin that makes the training passes of any Trainer sparse; it stands before the Trainer
     class.
 
@@ -49,7 +43,6 @@ class LeMoMixin(_Mixed):
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
         self._in_step = False
-        self._report_started = time.perf_counter()
         self._first_batch = True
         self._ops_a_token = 0
         super().__init__(*args, **kwargs)
@@ -135,7 +128,7 @@ class LeMoMixin(_Mixed):
             announce(self.args, lemo.describe())
             lemo.passes.tally.reset()
             lemo.passes.resting = False
-            self._report_started = time.perf_counter()
+            self._stopwatch.start()
         elif not self._lemo_callbacks():
             announce(self.args, "LeMo: there is no lemo_config, so every layer trains all tokens.")
         try:
@@ -265,8 +258,7 @@ class LeMoMixin(_Mixed):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with retention, kept tokens per second and peak memory in training logs."""
         if self.lemo is not None and "loss" in logs:
-            started, self._report_started = self._report_started, time.perf_counter()
-            logs.update(self.lemo.take_figures(self._report_started - started))
+            logs.update(self.lemo.take_figures(self._stopwatch.lap()))
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -278,8 +270,11 @@ class LeMoMixin(_Mixed):
             self._add_to_card(output_dir or self._output_dir())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with a section on what trained."""
-        super().create_model_card(*args, **kwargs)
+        """As Trainer's, with a section on what trained. A card that the user wrote stays and gets
+        the section alone, where Trainer would write another over it."""
+        mine = self.lemo is not None and self.is_world_process_zero()
+        if not (mine and keeps_users_card(self._output_dir())):
+            super().create_model_card(*args, **kwargs)
         self._add_to_card(self._output_dir())
 
     def _add_to_card(self, directory: str) -> None:

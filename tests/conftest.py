@@ -86,6 +86,13 @@ def _own_precision():
 
 
 @pytest.fixture(autouse=True)
+def _one_gpu(monkeypatch):
+    """Trainer in one process takes all GPUs that it sees; tests of several launch processes."""
+    count = min(torch.cuda.device_count(), 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.fixture(autouse=True)
 def _poison(monkeypatch):
     """Memory that nobody has written reads as NaN, so that a missed element is seen."""
     for name in ("empty", "empty_like"):

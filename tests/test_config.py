@@ -161,3 +161,16 @@ def test_the_shipped_predictors_are_of_today(place):
     config = LeMoConfig.from_pretrained(directory)
     assert config.policy == "predictor" and config.predictor == str(directory)
     assert LeMoPredictor.from_pretrained(directory).known[0] == config.dense_first_layers
+
+
+@pytest.mark.parametrize("kept", [0.5, (0.5, 0.7)])
+def test_a_finish_keeps_no_less_than_the_steps_before_it(kept):
+    fields = {"retention": kept, "agree_across_layers": False, "finish_retention": 0.4}
+    said = r"finish_retention=0.4 keeps less than retention=.*0.5.* of the steps before the finish"
+    for finish in ({}, {"dense_finish": 0.2}, {"dense_finish": 0.2, "policy": "recent"}):
+        with pytest.raises(ValueError, match=said):
+            LeMoConfig(**fields, **finish)
+        LeMoConfig(**{**fields, "finish_retention": 0.5}, **finish)
+    for without in ({"dense_finish": 0}, {"policy": "recent"}):  # no finish: a run says so
+        LeMoConfig(**fields, **without)
+    LeMoConfig(threshold=1.0, dense_finish=0.2, finish_retention=0.1)

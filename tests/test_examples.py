@@ -23,6 +23,7 @@ from lemo_hf.storage.text_rows import load_documents, token_rows
 EXAMPLES = ROOT / "examples"
 MODEL = EXAMPLES / "demo" / "model"
 NOTEBOOK = EXAMPLES / "quick_start.ipynb"
+PROCESSES = torch.cuda.device_count() or 2  # that an example launches; a test sees one GPU at most
 
 
 def load(folder=MODEL):
@@ -223,8 +224,7 @@ def test_several_processes_train_one_adapter(tmp_path):
     state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
     book = load_documents(EXAMPLES / "demo/text/train-alice-adams.txt")
     rows = len(token_rows(book, AutoTokenizer.from_pretrained(MODEL), 256, progress=False))
-    processes = torch.cuda.device_count() or 2
-    seen = 3 * processes * state["train_batch_size"]
+    seen = 3 * PROCESSES * state["train_batch_size"]
     assert state["epoch"] == pytest.approx(seen / rows, rel=0.02)
     assert loss(PeftModel.from_pretrained(load(), tmp_path / "out")) < loss(load())
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from support.models import batch, make_model, with_lora
 from support.trainers import SPARSE, dataset, make_trainer
 from transformers import Trainer, TrainerCallback
+from transformers import trainer as trainer_module
 
 from lemo_hf import LeMoConfig
 from lemo_hf.cli.train_folder import clear
@@ -183,6 +184,52 @@ def test_a_text_of_the_users(tmp_path, content):
     trainer.save_model()
     again = (tmp_path / "README.md").read_text()
     assert again == once and facts(tmp_path)["optimizer steps"].startswith("4,")
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("when", ["before training", "after saving"])
+def test_a_users_card_is_not_written_over(tmp_path, monkeypatch, caplog, lora, when):
+    """Nor by `push_to_hub`, which makes a card: pushed is the user's, with the section."""
+    pushed = []
+
+    def upload_folder(*_, folder_path, **__):
+        pushed.append(ModelCard.load(f"{folder_path}/README.md"))
+
+    trainer = make_trainer(
+        tmp_path, SPARSE, model=named("me/base") if lora else make_model("llama")
+    )
+    path, mine = tmp_path / "README.md", "---\nlicense: mit\n---\n\n# Mine\n\nWords.\n\n## More\n"
+    if when == "before training":
+        path.write_text(mine)
+    trainer.train()
+    trainer.save_model()
+    if when == "after saving":
+        path.write_text(mine)
+    trainer.hub_model_id = "me/model"
+    api = type("Api", (), {"upload_folder": staticmethod(upload_folder)})
+    if hasattr(trainer_module, "hf_api"):
+        monkeypatch.setattr(trainer_module, "hf_api", lambda: api)
+    else:
+        monkeypatch.setattr(trainer_module, "upload_folder", upload_folder)
+    for make in (trainer.create_model_card, trainer.create_model_card, trainer.push_to_hub):
+        make(language="de")
+        text = path.read_text()
+        for line in ("# Mine", "Words.", "## More", "license: mit"):
+            assert text.count(f"{line}\n") == 1
+        assert facts(tmp_path)["optimizer steps"].startswith("4,") and "automatically" not in text
+    (card,) = pushed
+    assert card.content == text and card.data.license == "mit" and "lemo-hf" in card.data.tags
+    assert caplog.text.count("README.md is the user's: it stays") == 1
+    path.unlink()
+    trainer.create_model_card(language="de")
+    assert "### Training hyperparameters" in path.read_text()
+
+
+def test_a_dense_trainer_writes_its_card_as_trainer_does(tmp_path):
+    trainer = make_trainer(tmp_path, None, model=make_model("llama"))
+    (tmp_path / "README.md").write_text("# Mine\n")
+    trainer.create_model_card()
+    assert "Mine" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"---\na: [\n---\n", b"---\n- a\n---\n"])

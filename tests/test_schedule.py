@@ -92,7 +92,6 @@ def test_it_counts_optimizer_steps(tmp_path, make):
         ({"dense_finish": 0}, [SPARSE] * 4),
         ({"dense_finish": 1}, [DENSE] * 4),
         ({"dense_finish": 0.5, "finish_retention": 0.5}, [SPARSE] * 2 + [0.5] * 2),
-        ({"dense_finish": 0.5, "finish_retention": 0.2}, [SPARSE] * 2 + [0.25] * 2),
         ({"policy": "recent"}, [SPARSE] * 4),
         ({"policy": "pooled", "dense_finish": 0.5}, [SPARSE] * 2 + [DENSE] * 2),
         ({"dense_finish": 0.5, "dense_first_layers": 2}, [(2 + 2 * SPARSE) / 4] * 2 + [DENSE] * 2),

@@ -239,7 +239,7 @@ def test_a_quiet_library_still_says_what_trains(tmp_path, capsys):
 def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):
     """Kept tokens per second count from the start of training, not from the Trainer's making."""
     clock = [100.0]
-    monkeypatch.setattr("lemo_hf.trainer.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("lemo_hf.stopwatch.time.perf_counter", lambda: clock[0])
     trainer = make_trainer(tmp_path, SPARSE, max_steps=1)
     clock[0] += 900
     stock_step = trainer.training_step
@@ -252,6 +252,38 @@ def test_waiting_before_training_is_no_training_time(tmp_path, monkeypatch):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["lemo/kept_tokens_per_second"] == pytest.approx(2 * 32 / 2)
+
+
+@pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.parametrize("when", ["steps", "epoch"])
+def test_evaluation_and_saving_are_no_training_time(tmp_path, monkeypatch, by_callback, when):
+    """By a clock that only steps, evaluations and checkpoints move, each by another time."""
+    clock = [100.0]
+    monkeypatch.setattr("lemo_hf.stopwatch.time.perf_counter", lambda: clock[0])
+
+    def taking(seconds, cls, name):
+        stock = getattr(cls, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, slow)
+
+    taking(2, Trainer, "training_step")
+    taking(100, Trainer, "evaluation_loop")
+    taking(10_000, Trainer, "_save_optimizer_and_scheduler")
+    how = {"cls": Trainer, "callbacks": [LeMoCallback(SPARSE)]} if by_callback else {}
+    data, several = dataset(4), {"a": dataset(2), "b": dataset(2)}
+    trainer = make_trainer(
+        tmp_path, None if by_callback else SPARSE, data=data, eval_dataset=several, **how,
+        max_steps=6, eval_strategy=when, eval_steps=2, save_strategy=when, save_steps=3,
+        eval_on_start=True,
+    )  # fmt: skip
+    trainer.train()
+    assert clock[0] > 20_000
+    speeds = [x["lemo/kept_tokens_per_second"] for x in trainer.state.log_history if "loss" in x]
+    assert speeds == [pytest.approx(2 * 32 / 2)] * 6
 
 
 def test_peak_memory_is_logged_on_cuda_alone(tmp_path):

@@ -24,6 +24,12 @@ def outside(targets: Tensor, vocabulary: int | None) -> Tensor:
     return wrong if vocabulary is None else wrong | (targets >= vocabulary)
 
 
+def covers_a_part(labels: Any, tokens: Any) -> Any:
+    """Whether so many labels, those of a first token left out, cover only a part of a row of so
+    many tokens: a truth value, or one a row."""
+    return labels < WHOLE_SEQUENCE * (tokens - 1)
+
+
 def position_ids_of(kwargs: dict[str, Any], tokens: int) -> Tensor | None:
     """Position ids that the caller of a model gave, or that its document boundaries imply."""
     bounds = kwargs.get("cu_seq_lens_q")
@@ -240,7 +246,7 @@ class BatchFacts:
             answers = torch.nn.functional.pad(predicts[:, :-1], (1, 0)) & valid
             label_blocks = block_any(predicts | answers, size)
             if not self.pairs:
-                partial = predicts.sum(1) < WHOLE_SEQUENCE * (valid.sum(1) - 1)
+                partial = covers_a_part(predicts.sum(1), valid.sum(1))
                 label_blocks = label_blocks & partial[:, None]
             required = self._with_something_to_predict(
                 required | label_blocks, block_any(predicts, size)

@@ -36,6 +36,9 @@ class Seen:
         )
 
 
+First = tuple[list[RowCounts], dict[str, list[tuple[int, int]]], list[int]]
+
+
 class Tally:
     """What passes have kept since `reset`.
 
@@ -44,15 +47,15 @@ class Tally:
             of "attention" and "mlp".
         kept_blocks: Kept blocks of the last pass, ``[B, N]`` bool, by
             ``(layer, "attention" or "mlp")``.
-        first: Counts of the rows of the first pass outside the finish, and the fewest and the most
-            tokens that its attentions and MLPs kept of each; None before that pass, and once this
-            was reported.
+        first: Counts of the rows of the first pass outside the finish, the fewest and the most
+            tokens that its attentions and MLPs kept of each, and how many documents each holds;
+            None before that pass, and once this was reported.
         listeners: Functions that get what a pass has kept, once it is counted.
     """
 
     def __init__(self) -> None:
         self.kept_blocks: dict[tuple[int, str], Tensor] = {}
-        self.first: tuple[list[RowCounts], dict[str, list[tuple[int, int]]]] | None = None
+        self.first: First | None = None
         self.listeners: list[Callable[[Seen], None]] = []
         self._begun = False
         self.reset()
@@ -70,8 +73,16 @@ class Tally:
         for listener in self.listeners:
             listener(seen)
 
-    def note_first(self, rows: list[RowCounts], slots: dict[str, list[tuple[int, int]]]) -> None:
-        """Remember the ``rows`` of a pass, and the ``slots`` that it kept of each, if it is the
-        first pass."""
-        if not self._begun:
-            self.first, self._begun = (rows, slots), True
+    def note_first(
+        self,
+        rows: list[RowCounts],
+        slots: dict[str, list[tuple[int, int]]],
+        documents: Tensor | None,
+    ) -> None:
+        """Remember the ``rows`` of a pass, the ``slots`` that it kept of each, and how many there
+        are of the ``documents`` (``[B, T]`` ascending ids from 0, or None), if it is the first
+        pass."""
+        if self._begun:
+            return
+        counts = [1] * len(rows) if documents is None else (documents[:, -1] + 1).tolist()
+        self.first, self._begun = (rows, slots, counts), True

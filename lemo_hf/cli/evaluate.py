@@ -20,7 +20,7 @@ from lemo_hf.cli.options import (
     takes_model,
 )
 from lemo_hf.storage.files import whole_file, write_json
-from lemo_hf.storage.outputs import check_output
+from lemo_hf.storage.outputs import check_output, check_replaces_no_model
 
 app = typer.Typer(
     help="Evaluate a model, with or without an adapter. Evaluation is dense.",
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 Output = Annotated[Path | None, path_option(help="JSON file for the result.")]
 Plot = Annotated[Path | None, path_option(help="PNG file for the picture.")]
+RESULT = ("model", "adapter", "dataset")  # first keys of a result, by which it is known
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a pass on each device.")]
 
 
@@ -306,7 +307,7 @@ def _token_documents(
 
 
 def _what(model: ModelOptions, dataset: Sequence[str]) -> dict[str, Any]:
-    return {"model": model.model, "adapter": model.adapter, "dataset": list(dataset)}
+    return dict(zip(RESULT, (model.model, model.adapter, list(dataset)), strict=True))
 
 
 def _check(output: Path | None, plot: Path | None, dataset: Sequence[str]) -> None:
@@ -315,6 +316,7 @@ def _check(output: Path | None, plot: Path | None, dataset: Sequence[str]) -> No
         raise ValueError(f"--output and --plot are both {output}: give two names.")
     if output is not None:
         check_output(output, "--output", inputs=dataset, ending=".json")
+        check_replaces_no_model(output, "--output", RESULT)
     if plot is not None:
         from lemo_hf.eval.plots import check_plots
 

@@ -87,8 +87,9 @@ def merge(
     url = None
     if push is not None:
         loaded.add_model_tags(["lemo-hf"])
-        url = str(loaded.push_to_hub(push))
-        tokenizer.push_to_hub(push)
+        with _said_what_is_whole(output, push):
+            url = str(loaded.push_to_hub(push))
+            tokenizer.push_to_hub(push)
     result = {"output": str(output), "base": section.name, "adapter": adapter, "pushed": url}
     if as_json:
         print(json.dumps({**result, "difference": found}))
@@ -97,6 +98,20 @@ def merge(
     print(f"Its logits are the adapted model's, up to {found:.1g} of the largest.")
     if url is not None:
         print(url)
+
+
+@contextmanager
+def _said_what_is_whole(output: Path, repository: str) -> Iterator[None]:
+    """Within this context an upload's error says that the merged model is written, and how it is
+    uploaded later."""
+    try:
+        yield
+    except Exception as error:  # of the Hub's client: httpx's errors share no base class with ours
+        why = shortened(" ".join(str(error).split())) or type(error).__name__
+        raise OSError(
+            f"{output} holds the whole merged model, and it was not uploaded to {repository} "
+            f"({why.rstrip('.')}). Upload it later: hf upload {repository} {output}"
+        ) from error
 
 
 def _check_weights(section: Any) -> None:

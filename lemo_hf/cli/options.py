@@ -188,8 +188,13 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def room_of(memory_gib: float, reserve_gib: float) -> float:
+def room_of(memory_gib: float, reserve_gib: float, may_lower: bool = False) -> float:
     """Bytes of a GPU's memory that are left to a step.
+
+    Args:
+        memory_gib: Memory of the GPU, GiB.
+        reserve_gib: Part of it that is left to CUDA, GiB.
+        may_lower: Whether the command has an option ``--reserve-gib``.
 
     Raises:
         ValueError: There are none.
@@ -197,9 +202,10 @@ def room_of(memory_gib: float, reserve_gib: float) -> float:
     if not (math.isfinite(reserve_gib) and reserve_gib >= 0):
         raise ValueError(f"--reserve-gib {reserve_gib:g}: give a number of GiB, 0 or more.")
     if not (math.isfinite(memory_gib) and reserve_gib < memory_gib):
+        lower = ", or a lower --reserve-gib" if may_lower and 0 < memory_gib < math.inf else ""
         raise ValueError(
             f"--memory-gib {memory_gib:g}: give the memory of a GPU, more than the "
-            f"{reserve_gib:g} GiB that are left to CUDA."
+            f"{reserve_gib:g} GiB that are left to CUDA{lower}."
         )
     return (memory_gib - reserve_gib) * 2**30
 

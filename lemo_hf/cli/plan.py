@@ -130,7 +130,7 @@ def plan(
         refuse_idle(context, "with --lora-rank 0", ["lora_target"])
     if not (load_in_4bit or load_in_8bit):
         refuse_idle(context, "without --load-in-4bit or --load-in-8bit", ["kbit_training"])
-    room = None if memory_gib is None else room_of(memory_gib, reserve_gib)
+    room = None if memory_gib is None else room_of(memory_gib, reserve_gib, may_lower=True)
     of = gpu_here() if gpu is None else gpu_called(gpu)
     card = of.card
     if card is not None and (load_in_4bit or load_in_8bit):
@@ -177,12 +177,9 @@ def plan(
             entry = {"peak": phase.peak, "phase": phase.phase, "parts": phase.parts}
             entry |= {"recompute": list(phase.levels), "pinned": phase.pinned}
             if memory_gib is not None and room is not None:
-                alone = {"sparse": dataclasses.replace(lemo, dense_finish=0)}
-                in_bf16 = float(lemo.finish <= lemo.bf16_finish)
-                alone["finish"] = dataclasses.replace(lemo, dense_finish=1, bf16_finish=in_bf16)
                 entry["fits"] = phase.fits(memory_gib - reserve_gib)
                 bar.expect((len(found) - number + 1) * LOOKS)
-                entry["longest"] = planner.longest(alone.get(name), room, name == "fused")
+                entry["longest"] = planner.longest(lemo, room, name)
             if card is not None:
                 seconds = step_seconds(phase, card)
                 entry["step_ms"] = round(1e3 * seconds, 1)

@@ -73,7 +73,7 @@ def train(
     """
     from lemo_hf.cli.train_card import PRESET, plan_for_card
     from lemo_hf.cli.train_look import look
-    from lemo_hf.cli.train_settings import dump, read_settings
+    from lemo_hf.cli.train_settings import check_preset, dump, read_settings
 
     options = [name for parameter in context.command.params for name in parameter.opts]
     if config is None and memory_gib is not None:
@@ -96,6 +96,7 @@ def train(
     if dense:
         _refuse_flags(settings, "lemo", "--dense trains without LeMo")
         settings.values["lemo"] = False
+    check_preset(settings)
     planned = None
     if memory_gib is not None:
         hidden = as_json or os.environ.get("RANK", "0") != "0"
@@ -133,8 +134,7 @@ def train(
         )
     if not trainer.is_world_process_zero():
         return
-    idle = trainer.saved and trainer.eval_dataset is None
-    wrote = [] if idle else [run.training.output_dir]
+    wrote = [run.training.output_dir] if trainer.has_results else []
     if report:  # the callback's page, and what was evaluated since
         from lemo_hf.report.page import write_report
 
@@ -203,21 +203,7 @@ def _fine_tune(
                 f"{trainer.state.global_step:,}. More training.max_steps or "
                 "training.num_train_epochs go on."
             )
-        if not trainer.saved:
-            trainer.save_model()
-        if not trainer.finished:  # else its loss and time are those of no step
-            trainer.save_metrics("train", metrics)
-        if trainer.eval_dataset is not None:
-            evaluated = trainer.evaluate()
-            trainer.save_metrics("eval", evaluated)
-            metrics = {**metrics, **evaluated}
-        if not trainer.saved or trainer.eval_dataset is not None:
-            trainer.save_state()
-        if args.push_to_hub:
-            trainer.push_to_hub()  # with a model card
-        elif not trainer.saved or trainer.eval_dataset is not None:
-            trainer.create_model_card()
-    return trainer, metrics
+        return trainer, trainer.write_results(metrics)
 
 
 def _check_drop_last(trainer: Any) -> None:

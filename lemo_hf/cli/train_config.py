@@ -171,9 +171,7 @@ class Settings:
             by_score = start.policy == "auto" and {"threshold", "mlp_threshold"} & values.keys()
             if "predictor" in values or by_score:
                 values.setdefault("policy", None)
-            config = dataclasses.replace(start, **values)
-            _check_finish(config, values)
-            return config
+            return dataclasses.replace(start, **values)
 
     def _make(self, cls: type, section: str, given: dict[str, Any] | None = None) -> Any:
         values = dict(self.values.get(section, {}) if given is None else given)
@@ -205,17 +203,6 @@ class Settings:
             return self.sources.get(f"{section}.{key}") or self.sources.get(section, "flags")
         own = [source for name, source in self.sources.items() if name.startswith(f"{section}.")]
         return ", ".join(filter(None, [self.sources.get(section), *own])) or "flags"
-
-
-def _check_finish(config: LeMoConfig, given: dict[str, Any]) -> None:
-    """Raises ValueError if a finish that was asked for keeps less than the steps before it."""
-    share, kept = config.finish_retention, config.retention
-    least = min(kept) if isinstance(kept, tuple) else kept
-    if "finish_retention" in given and config.finish and least is not None and share < least:
-        raise ValueError(
-            f"finish_retention={share:g} keeps less than retention={shown(kept)} of the steps "
-            "before the finish, which it is to repair: give more, or leave it out."
-        )
 
 
 @contextmanager

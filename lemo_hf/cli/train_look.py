@@ -16,6 +16,10 @@ from lemo_hf.shown import nearest
 from lemo_hf.storage.files import CONFIG_NAME, find_files
 from lemo_hf.storage.text_rows import load_examples
 
+# By which a checkpoint may be called the best: of text, and what TRL computes beside it.
+METRICS = ("loss",)
+METRICS_OF_CHATS = (*METRICS, "mean_token_accuracy", "entropy")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -69,8 +73,7 @@ def look(run: Run) -> Found:
         if firsts and tokenizer is not None:
             with mistakes.noted():
                 form = _form(firsts, run, tokenizer)
-                if form is None:
-                    _check_metric(run.training)
+                _check_metric(run.training, METRICS if form is None else METRICS_OF_CHATS)
     return Found(config, tokenizer, form, facts)
 
 
@@ -92,14 +95,18 @@ def _check_tracker(name: str) -> None:
         )
 
 
-def _check_metric(training: Any) -> None:
-    """Raises ValueError for a metric that no evaluation of text has: only losses are computed."""
+def _check_metric(training: Any, known: tuple[str, ...]) -> None:
+    """Raises ValueError for a metric that evaluation does not compute: Trainer looks for it after
+    the first one, which may be hours later."""
     name = training.metric_for_best_model
-    if name is not None and name.removeprefix("eval_") != "loss":
-        raise ValueError(
-            f"training.metric_for_best_model={name!r}: evaluation computes the loss alone: leave "
-            "it out, or give loss."
-        )
+    if name is None or name.removeprefix("eval_") in known:
+        return
+    if known == METRICS:
+        said = "evaluation computes the loss alone: leave it out, or give loss."
+    else:
+        said = f"evaluation of chats computes {', '.join(known[:-1])} and {known[-1]}"
+        said += nearest(name.removeprefix("eval_"), known)
+    raise ValueError(f"training.metric_for_best_model={name!r}: {said}")
 
 
 def _datasets(data: DataSection) -> Iterator[tuple[Any, DataSection]]:
@@ -144,11 +151,13 @@ def _form(firsts: list[tuple[Any, Any]], run: Run, tokenizer: Any) -> str | None
         try:
             get_training_chat_template(tokenizer)
         except ValueError as error:
+            of, file = f"of {run.model.name!r}", "a file for data.chat_template"
+            if data.chat_template is not None:
+                of, file = f"in data.chat_template={data.chat_template!r}", "that file"
             raise ValueError(
-                f"the chat template of {run.model.name!r} does not mark what the assistant says, "
-                "and TRL knows no form of it that does. Put {% generation %} and "
-                "{% endgeneration %} around that in a file for data.chat_template, give rows of "
-                "prompt and completion, or set data.answers_only to false."
+                f"the chat template {of} does not mark what the assistant says, and TRL knows no "
+                "form of it that does. Put {% generation %} and {% endgeneration %} around that in "
+                f"{file}, give rows of prompt and completion, or set data.answers_only to false."
             ) from error
     return form
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from lemo_hf.batch.facts import covers_a_part
 from lemo_hf.cli.train_sections import DataSection
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
 from lemo_hf.storage.tables import interleaved, load_table
@@ -101,6 +102,18 @@ def packed_rows(
             f"the documents {f'of {name} ' if name else ''}have {len(row['input_ids'])} tokens in "
             f"all, fewer than a row of {tokens}: ask for shorter rows, or use more text."
         )
+
+
+def labels_cover_a_part(rows: Any, data: DataSection) -> bool | None:
+    """Whether labels cover only a part of each row, as of tiny documents that are packed: their
+    first tokens have none. None: of a stream it is not known, or it differs from row to row."""
+    if not data.packing:
+        return False
+    if not isinstance(rows, list):
+        return None
+    tokens = data.tokens
+    found = {covers_a_part(tokens - row["labels"].count(IGNORE_INDEX), tokens) for row in rows}
+    return found.pop() if len(found) == 1 else None
 
 
 def collator(tokenizer: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.cli.train_folder import write_settings
+from lemo_hf.patch import LeMo
 from lemo_hf.run_card import CARD_NAME, is_run_card
 from lemo_hf.storage.checkpoints import STATE_NAME, weights_in
 from lemo_hf.storage.files import read_json, whole_file
@@ -24,6 +25,7 @@ class RunMixin(LeMoMixin):
 
     Args:
         settings: Settings of the run, as YAML text.
+        asks: Whether labels cover only a part of each row, and not all of it; None: not known.
         **options: Arguments of the trainer.
     """
 
@@ -31,11 +33,16 @@ class RunMixin(LeMoMixin):
     # whether what such a run writes at its end lay there.
     finished = saved = False
 
-    def __init__(self, settings: str, **options: Any):
-        self.settings = settings
+    def __init__(self, settings: str, asks: bool | None = None, **options: Any):
+        self.settings, self.asks = settings, asks
         self._card_lay_there = False
         self._users_card: bytes | None = None
         super().__init__(**options)
+
+    def _apply_lemo(self, *args: Any, **kwargs: Any) -> LeMo:
+        lemo = super()._apply_lemo(*args, **kwargs)
+        lemo.asks = self.asks
+        return lemo
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -65,6 +72,37 @@ class RunMixin(LeMoMixin):
             return None
         whole = state.global_step == step and weights_in(path.parent)
         return state if whole else None
+
+    @property
+    def has_results(self) -> bool:
+        """Whether the end of the run has something to write. A finished run whose files all lie
+        there has only what is evaluated anew."""
+        return not self.saved or self.eval_dataset is not None
+
+    def write_results(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Save what the run has made, evaluate, and push if that was asked for.
+
+        Args:
+            metrics: Metrics of the training that has ended.
+
+        Returns:
+            These metrics, and those of the evaluation.
+        """
+        if not self.saved:
+            self.save_model()
+        if not self.finished:  # else its loss and time are those of no step
+            self.save_metrics("train", metrics)
+        if self.eval_dataset is not None:
+            evaluated = self.evaluate()
+            self.save_metrics("eval", evaluated)
+            metrics = {**metrics, **evaluated}
+        if self.has_results:
+            self.save_state()
+        if self.args.push_to_hub:
+            self.push_to_hub()  # with a model card
+        elif self.has_results:
+            self.create_model_card()
+        return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As LeMoTrainer's; writes the settings first, so that a complete checkpoint has them."""

@@ -15,6 +15,15 @@ from lemo_hf.shown import nearest, shown
 
 PRESETS = Path(__file__).parent.parent / "presets"
 FILE_NAME = "lemo_train.yaml"  # of what a run was asked for, in its output directory
+# Keys under which a preset may name files of the repository, which lie in EXAMPLES, and the flag
+# that gives others, or none.
+EXAMPLES = "examples/"
+_OTHERS = {
+    "model.name": "--model NAME",
+    "data.dataset": "--dataset NAME",
+    "data.eval_dataset": "--data.eval_dataset NAME, or null",
+    "lemo.config": "--lemo.config NAME, or null",
+}
 
 
 def read_settings(
@@ -61,6 +70,32 @@ def find_config(name: str) -> Path:
         f"--config {name}: there is no such file and no such preset{nearest(stem, presets)} "
         f"Presets: {', '.join(presets)}."
     )
+
+
+def check_preset(settings: Settings) -> None:
+    """Raises ValueError if a packaged preset names files of the repository that are not here."""
+    missing: list[str] = []
+    flags: list[str] = []
+    preset = ""
+    for name, flag in _OTHERS.items():
+        section, _, key = name.partition(".")
+        source, values = Path(settings.sources.get(section, "")), settings.values.get(section)
+        if source.parent != PRESETS or not isinstance(values, dict):
+            continue
+        value = values.get(key)
+        lost = [
+            path
+            for path in (value if isinstance(value, list) else [value])
+            if isinstance(path, str) and path.startswith(EXAMPLES) and not Path(path).exists()
+        ]
+        if lost:
+            missing, flags, preset = [*missing, *lost], [*flags, flag], source.stem
+    if missing:
+        raise ValueError(
+            f"--config {preset} is for the repository's own model and texts, and "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not here: start it in "
+            f"the root of a checkout of lemo-hf, or name your own: {'; '.join(flags)}."
+        )
 
 
 def dump(run: Run, settings: Settings) -> str:

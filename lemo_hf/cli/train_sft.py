@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from lemo_hf.announce import announce
+from lemo_hf.batch.facts import covers_a_part
 from lemo_hf.cli.train_chats import chat_table
 from lemo_hf.cli.train_run import RunMixin
 from lemo_hf.cli.train_sections import DataSection, Run
@@ -15,11 +16,7 @@ FIRST = 256  # rows of a stream that are looked at
 
 
 class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
-    """`LeMoSFTTrainer` of a run, which says how many answers its rows cut.
-
-    Attributes:
-        cut: Sentences on the answers that were cut, by dataset.
-    """
+    """`LeMoSFTTrainer` of a run, which says how many answers its rows cut."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *more: Any) -> Any:
         # TRL tokenises and cuts in one go: first without an end, so that it is seen what is cut.
@@ -29,38 +26,44 @@ class RunSFTTrainer(RunMixin, LeMoSFTTrainer):
         dataset = super()._prepare_dataset(
             dataset, processing_class, whole, False, formatting, name
         )
-        said = cut_answers(dataset, args.max_length, name)
+        said, asks = cut_answers(dataset, args.max_length, name)
+        if name == "train":
+            self.asks = asks
         if said:
             announce(args, f"{name}: {said}")
         return super()._prepare_dataset(dataset, processing_class, args, *more)
 
 
-def cut_answers(rows: Any, tokens: int, name: str) -> str:
-    """A sentence on the rows that are longer than ``tokens``; empty if there are none.
+def cut_answers(rows: Any, tokens: int, name: str) -> tuple[str, bool | None]:
+    """A sentence on the rows that are longer than ``tokens``, empty if there are none; and whether
+    labels cover only a part of each row that is cut so, None if rows differ or are not all known.
 
     Raises:
         ValueError: No row of the dataset ``name`` has a label among its first ``tokens`` tokens.
     """
     streamed = not hasattr(rows, "__len__")
-    seen = longer = answers = lost = longest = 0
+    seen = longer = answers = lost = longest = parts = 0
     for row in islice(rows.with_format("numpy"), FIRST if streamed else None):
         length, labelled = len(row["input_ids"]), row["labels"] != IGNORE_INDEX
         seen, longest = seen + 1, max(longest, length)
         longer += length > tokens
         answers += bool(labelled[tokens:].any())
         lost += not labelled[:tokens].any()
+        parts += bool(covers_a_part(labelled[1:tokens].sum(), min(length, tokens)))
     if lost == seen and not streamed:  # the rows of a stream that come later may have some
         raise ValueError(
             f"{name}: none of {seen:,} rows has a label within data.tokens={tokens:,}; the longest "
             f"has {longest:,} tokens. Give longer rows by --tokens, or rows with a shorter "
             "context."
         )
+    asks = None if streamed or 0 < parts < seen else parts > 0
     if not longer:
-        return ""
+        return "", asks
     return (
         f"{longer:,} of {'the first ' if streamed else ''}{seen:,} rows are longer than "
         f"data.tokens={tokens:,} and are cut. Answers lose their end in {answers:,} of them; "
-        f"{lost:,} lose all labels and teach nothing. The longest row has {longest:,} tokens."
+        f"{lost:,} lose all labels and teach nothing. The longest row has {longest:,} tokens.",
+        asks,
     )
 
 

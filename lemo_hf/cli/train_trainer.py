@@ -4,7 +4,7 @@ from typing import Any
 
 from lemo_hf.cli.train_look import Found
 from lemo_hf.cli.train_model import load_for_training
-from lemo_hf.cli.train_rows import collator, text_rows
+from lemo_hf.cli.train_rows import collator, labels_cover_a_part, text_rows
 from lemo_hf.cli.train_run import RunTrainer
 from lemo_hf.cli.train_sections import Run
 
@@ -36,6 +36,7 @@ def make_trainer(run: Run, found: Found, asked: str, progress: bool) -> Any:
     rows, heldout = text_rows(run.data, tokenizer, run.training.seed, progress)
     return RunTrainer(
         asked,
+        asks=labels_cover_a_part(rows, run.data),
         model=load_for_training(run, found.config),
         args=run.training,
         train_dataset=rows,

@@ -306,7 +306,7 @@ class Passes:
             self._say_once("exceeded", said)
         self._number_next()
         if ended.budget.retention is None:  # a run may go on within its finish
-            self.tally.note_first(ended.rows, ended.row_slots)
+            self.tally.note_first(ended.rows, ended.row_slots, ended.documents)
         self.deliver(ended.seen())
 
     def count_replay(self, seen: Seen) -> None:

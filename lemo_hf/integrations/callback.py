@@ -8,12 +8,11 @@ the same.
 """
 
 import os
-import time
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
@@ -21,6 +20,7 @@ from lemo_hf.core.checks import check_trainer
 from lemo_hf.kernels.launch import sharded
 from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.run_card import RunFacts, add_run
+from lemo_hf.stopwatch import Stopwatch
 
 
 class LeMoCallback(TrainerCallback):
@@ -46,7 +46,7 @@ class LeMoCallback(TrainerCallback):
         self.lemo_config = lemo_config
         self.lemo: LeMo | None = None
         self._facts: RunFacts | None = None
-        self._started = time.perf_counter()
+        self._stopwatch = Stopwatch()
 
     def on_init_end(
         self, args: TrainingArguments, *_: Any, model: nn.Module | None = None, **__: Any
@@ -66,7 +66,7 @@ class LeMoCallback(TrainerCallback):
         announce(args, lemo.describe())
         lemo.passes.tally.reset()
         lemo.passes.resting = False
-        self._started = time.perf_counter()
+        self._stopwatch.start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
@@ -75,13 +75,29 @@ class LeMoCallback(TrainerCallback):
         assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
         self.lemo.begin_step(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Print what the first batch kept."""
         assert self.lemo is not None
         self.lemo.end_step()
         first = self.lemo.take_first_batch()
         if first is not None:
             announce(args, first)
+        self._mark(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note the time: an evaluation or a checkpoint may come."""
+        self._mark(control)
+
+    def _mark(self, control: TrainerControl) -> None:
+        self._stopwatch.mark(wait=control.should_evaluate or control.should_save)
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """An evaluation is none of the time of training."""
+        self._stopwatch.leave_out()
 
     def on_log(
         self,
@@ -94,8 +110,7 @@ class LeMoCallback(TrainerCallback):
         """Add LeMo's figures to a training log."""
         if logs is None or "loss" not in logs or self.lemo is None:
             return
-        started, self._started = self._started, time.perf_counter()
-        figures = self.lemo.take_figures(self._started - started)
+        figures = self.lemo.take_figures(self._stopwatch.lap())
         logs.update(figures)
         state.log_history[-1].update(figures)  # a copy of logs
 
@@ -105,6 +120,7 @@ class LeMoCallback(TrainerCallback):
         checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and os.path.isdir(checkpoint):
             self.lemo.save_files(checkpoint)
+        self._stopwatch.leave_out()  # nor is saving the time of training
 
     def on_train_end(
         self,

@@ -42,7 +42,9 @@ def what_helps(config: LeMoConfig, checkpointed: bool, finish: bool) -> str:
         finish: Whether the finish has begun, in which rows keep more.
     """
     ways = []
-    if finish:
+    kept = config.retention
+    least = min(kept) if isinstance(kept, tuple) else kept or 0
+    if finish and config.finish_retention > least:  # it may not be lower
         ways.append(
             f"LeMoConfig(finish_retention=...) below {config.finish_retention:g}, since the last "
             "steps of the run have begun"

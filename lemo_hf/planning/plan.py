@@ -171,22 +171,33 @@ class Planner:
         there = {"sparse": finish < 1, "finish": finish > 0}
         return [name for name, has_steps in there.items() if has_steps]
 
-    def longest(self, lemo: LeMoConfig | None, room: float, fused: bool = False) -> int:
-        """The longest row that fits into ``room`` bytes: both phases of a run, if it has two.
+    def longest(self, lemo: LeMoConfig | None, room: float, phase: str | None = None) -> int:
+        """The longest row that fits into ``room`` bytes.
 
         The model's ``max_position_embeddings`` is no limit. See `Plan` for what else needs memory.
+
+        Args:
+            lemo: Settings of what LeMo leaves out; None: the stock model.
+            room: Memory that PyTorch can use, bytes.
+            phase: Steps that must fit: ``"sparse"`` or ``"finish"`` of a run, ``"stock"`` or
+                ``"fused"`` of the stock model. None: all steps of a run.
 
         Returns:
             Tokens, a multiple of the block size (of 64 without LeMo), no longer than a sliding
             window or `FARTHEST`; 0 if not even one block fits.
         """
-        size = 64 if lemo is None else lemo.block_size
+        of_run = None if phase in ("stock", "fused") else lemo
+        size = 64 if of_run is None else of_run.block_size
 
         def beyond(blocks: int) -> float:
-            if lemo is None:
-                return self.plan(None, blocks * size, room, fused=fused).peak - room
-            found = self.plans(lemo, blocks * size, room)
-            return max(phase.peak for phase in found.values()) - room
+            tokens = blocks * size
+            if of_run is None:
+                peak = self.plan(None, tokens, room, fused=phase == "fused").peak
+            elif phase is None:
+                peak = max(plan.peak for plan in self.plans(of_run, tokens, room).values())
+            else:
+                peak = self.plan(of_run, tokens, room, finish=phase == "finish").peak
+            return peak - room
 
         most = min(FARTHEST, self.window or FARTHEST) // size
         return size * _highest(beyond, most, first=(256, 1024))
@@ -208,13 +219,19 @@ class Planner:
         return mixed(count) if count else None
 
     def fitting_finish(self, lemo: LeMoConfig, tokens: int, room: float) -> float | None:
-        """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does."""
+        """The highest ``finish_retention``, in hundredths, whose finish fits; None if none does.
+
+        It is no lower than ``retention``.
+        """
+        kept = lemo.retention
+        least = min(kept) if isinstance(kept, tuple) else kept or 0.0
 
         def beyond(percent: int) -> float:
-            config = replace(lemo, finish_retention=percent / 100)
+            config = replace(lemo, finish_retention=max(percent / 100, least))
             return self.plan(config, tokens, room, finish=True).peak - room
 
-        return _highest(beyond, 100, first=(100, 50)) / 100 or None
+        percent = _highest(beyond, 100, first=(100, 50))
+        return max(percent / 100, least) if percent else None
 
 
 def _of_step(lemo: LeMoConfig | None, finish: bool) -> LeMoConfig | None:

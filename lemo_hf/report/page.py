@@ -54,6 +54,7 @@ def render(run: RunFiles) -> str:
     templates.filters["number"] = _number
     return templates.get_template("report.html.j2").render(
         run=run,
+        dense=_is_dense(run),
         tiles=_tiles(run),
         retention=_retention(run.record.get("rows", [])),
         places=_places(run.record.get("moments", []), run.record.get("place_layers")),
@@ -76,6 +77,12 @@ def _tiles(run: RunFiles) -> dict[str, Any]:
     tiles["mean retention"] = sum(shares) / len(shares) if shares else None
     tiles["peak GPU memory, GiB"] = _last(history, "lemo/peak_memory_gib")
     return {name: value for name, value in tiles.items() if value is not None}
+
+
+def _is_dense(run: RunFiles) -> bool:
+    """Whether the run is known to have had no LeMo, by its record and by its log."""
+    without = "lemo" in run.record and run.record["lemo"] is None
+    return without and not any("lemo/attention_retention" in line for line in run.history)
 
 
 def _retention(rows: list[dict]) -> dict[str, Any]:

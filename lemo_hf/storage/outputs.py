@@ -12,8 +12,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from lemo_hf.storage.files import CONFIG_NAME, read_json
+
 logger = logging.getLogger(__name__)
 
+# By these a directory is known to hold a model, an adapter, a tokenizer or a predictor.
+_OF_MODELS = ("config.json", "adapter_config.json", "tokenizer_config.json", CONFIG_NAME)
 LOCK_NAME = "_lock"  # Trainer's pushes leave it out
 SAMPLE = b"\0" * 65536  # what a full disk has no room for
 
@@ -71,6 +75,31 @@ def check_output(
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"{name} {os.fspath(path)} cannot be written: {why}.") from error
+
+
+def check_replaces_no_model(path: str | os.PathLike, name: str, results: Iterable[str]) -> None:
+    """Raises ValueError if ``path`` is a JSON file that belongs to the model, the adapter or the
+    predictor in its directory.
+
+    Args:
+        path: Where a result will be written; there may be no such file.
+        name: Name of the path for the user, such as ``"--output"``.
+        results: Keys of such a result: a file that has them is an earlier one.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isfile(path) or not any(
+        os.path.isfile(os.path.join(folder, of_model)) for of_model in _OF_MODELS
+    ):
+        return
+    try:
+        there = read_json(path)
+    except ValueError:  # JSON of another kind, or damaged
+        there = {}
+    if not set(results) <= there.keys():
+        raise ValueError(
+            f"{name} {os.fspath(path)} would replace a file that belongs to the model in "
+            f"{folder}: give another name."
+        )
 
 
 @contextmanager

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from support.hub_server import TOKEN, Hub
 from support.models import with_lora
 from support.paths import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 MODEL = str(ROOT / "examples" / "demo" / "model")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -65,6 +66,23 @@ def test_an_adapter_of_somebody_else(lemo, tmp_path, adapter):
     assert code == 2 and "is not empty" in err and "Traceback" not in err
     code, _, err = lemo("merge", "--adapter", tmp_path / "no", "--output", tmp_path / "x")
     assert code == 2 and "no" in err and "Traceback" not in err
+
+
+def test_a_push_that_fails_says_that_the_folder_is_whole(lemo, tmp_path, adapter, monkeypatch):
+    """Offline, as all tests are, and where the Hub's client raises an error of its own."""
+    folder, _ = adapter
+    for name, broken in (("offline", None), ("broken", RuntimeError("the socket broke."))):
+        if broken is not None:
+            monkeypatch.setattr(PreTrainedModel, "push_to_hub", Mock(side_effect=broken))
+        out = tmp_path / name
+        code, printed, err = lemo("merge", "--adapter", folder, "--output", out, "--push", "me/m")
+        assert code == 2 and not printed and "Traceback" not in err
+        assert f"{out} holds the whole merged model, and it was not uploaded to me/m (" in err
+        assert err.strip().endswith(f"). Upload it later: hf upload me/m {out}")
+        assert "the socket broke)" in err or broken is None
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        assert merged.config.max_position_embeddings == 2048
+        AutoTokenizer.from_pretrained(out)
 
 
 def test_push(tmp_path, adapter):

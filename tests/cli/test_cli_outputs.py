@@ -49,6 +49,32 @@ def test_no_result_replaces_what_is_read_or_a_file_of_another_kind(command, said
     assert before == {path: path.read_bytes() for path in here.iterdir()}
 
 
+@pytest.mark.parametrize("task", ["perplexity", "retrieval"])
+def test_no_result_replaces_a_file_of_a_model(task, lemo, here):
+    """Whatever its name, and whosever model it is; an earlier result there may be replaced."""
+    for folder, files in (
+        ("model", ("config.json", "tokenizer.json", "model.safetensors.index.json")),
+        ("adapter", ("adapter_config.json", "trainer_state.json", "list.json")),
+        ("predictor", ("lemo_config.json",)),
+    ):
+        (here / folder).mkdir()
+        for name in files:
+            (here / folder / name).write_text("[1]" if name == "list.json" else '{"model": 1}')
+        before = {path: path.read_bytes() for path in (here / folder).iterdir()}
+        for path in before:
+            command = ("eval", task, *ON, "small.txt", "--output", path)
+            code, out, err = lemo(*command)
+            assert code == 2 and not out, err
+            assert f"{path} would replace a file that belongs to the model in {path.parent}" in err
+        assert before == {path: path.read_bytes() for path in (here / folder).iterdir()}
+    earlier = here / "model" / "result.json"
+    earlier.write_text(json.dumps({"model": "m", "adapter": None, "dataset": ["d"], "x": 1}))
+    for path in (earlier, here / "model" / "new.json", here / "books.json"):
+        length = {"perplexity": "--max-length", "retrieval": "--length"}[task]
+        _, _, err = lemo("eval", task, *ON, "small.txt", length, 64, "--output", path)
+        assert "a model was loaded" in err  # nothing was refused before
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -128,3 +128,20 @@ def test_a_local_file_comes_before_a_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("llama3-8b-64k.yaml").write_text("full: true")
     assert find_config("llama3-8b-64k.yaml") == Path("llama3-8b-64k.yaml")
+
+
+def test_the_repositorys_preset_elsewhere(lemo, tmp_path, monkeypatch):
+    """Its paths begin in the repository: elsewhere this is said, with what to give instead."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lemo("train", "--config", "demo-cpu", "--dry-run")
+    assert code == 2 and "mistakes" not in err and not out
+    assert "--config demo-cpu is for the repository's own model and texts" in err
+    assert "examples/demo/predictor are not here: start it in the root of a checkout" in err
+    (tmp_path / "book.txt").write_text(TEXT)
+    given = ("--model", MODEL, "--dataset", "book.txt", "--data.eval_dataset", "null")
+    code, _, err = lemo("train", "--config", "demo-cpu", "--dry-run", *given)
+    assert code == 2 and err.count("examples/demo") == 1
+    assert "predictor is not here" in err and "your own: --lemo.config NAME, or null." in err
+    for none in (("--lemo.config", "null"), ("--dense",)):
+        code, out, err = lemo("train", "--config", "demo-cpu", "--dry-run", *given, *none)
+        assert code == 0 and "tokens: 1024" in out, err

@@ -12,7 +12,7 @@ import datasets
 from support.sft import TEMPLATE, texts, turns
 from transformers import AutoTokenizer
 
-from lemo_hf.cli.train_look import look
+from lemo_hf.cli.train_look import METRICS_OF_CHATS, look
 from lemo_hf.cli.train_settings import read_settings
 from lemo_hf.cli.train_trainer import make_trainer
 
@@ -68,6 +68,7 @@ def said(row):
 
 END = AutoTokenizer.from_pretrained(MODEL).eos_token
 P, C = HALVES[0]
+WORDS_OF_A_ROW = " ".join(WORDS[0] * 8)
 EXPECTED = {
     "messages.jsonl": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
     "messages.parquet": (f"{C}{END}{P}{END}", f"user: {P}\n{C}{END}user: {C}\n{P}{END}"),
@@ -107,6 +108,18 @@ def test_it_trains(lemo, folder):
     assert again["data"]["eval_dataset"] == "held.jsonl"
 
 
+@pytest.mark.parametrize("metric", METRICS_OF_CHATS)
+def test_a_metric_that_is_taken_is_computed(metric, lemo, folder):
+    best = ("--training.metric_for_best_model", metric, "--training.load_best_model_at_end")
+    best = (*best, "--training.eval_strategy", "epoch", "--training.save_strategy", "epoch")
+    flags = ("--dataset", "messages.jsonl", "--data.eval_share", 0.25, "--training.max_steps", 1)
+    code, _, err = lemo("train", "--config", "run.yaml", *flags, *best)
+    assert code == 0, err
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    (evaluated,) = {x[f"eval_{metric}"] for x in state["log_history"] if f"eval_{metric}" in x}
+    assert state["best_metric"] == evaluated
+
+
 def test_weights(folder):
     """Rows are drawn in these shares until one dataset has no more; forms become one."""
     mixed = "[sharegpt.jsonl, alpaca.jsonl]"
@@ -128,6 +141,25 @@ def test_packing(folder):
     rows = trainer("--data.packing", "--data.max_rows=6").train_dataset
     assert len(rows) < 6 and all(len(row["input_ids"]) <= 256 for row in rows)
     assert sum(len(row["seq_lengths"]) for row in rows) == 6
+
+
+def test_the_first_line_is_of_the_rows_that_train(folder):
+    """Answers alone, text alone, both, and a stream of which nobody knows."""
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": WORDS_OF_A_ROW}))
+    long = (folder / "long.jsonl").read_text()
+    (folder / "both.jsonl").write_text(f"{long}\n{json.dumps(ROWS['texts'][0])}")
+    for dataset, flags, asks in (
+        ("messages.jsonl", (), True),
+        ("messages.jsonl", ("--data.packing",), True),
+        ("messages.jsonl", ("--data.answers_only=false",), False),
+        ("long.jsonl", (), False),  # of which the prompt is next to nothing
+        ("both.jsonl", (), None),
+        ("messages.jsonl", ("--data.streaming",), None),
+    ):
+        made = trainer(*flags, dataset=dataset)
+        assert made.lemo.asks is asks, (dataset, flags)
+        both = "every block with a label where labels cover a part" in made.lemo.describe()
+        assert both == (asks is None)
 
 
 def test_a_stream(lemo, folder):
@@ -182,7 +214,11 @@ def test_text_columns_come_first_if_they_are_named(folder):
             "row 2: a message needs a role and a content, got",
         ),
         (None, ("--data.chat_template", "null"), "has no chat template: give one in data.chat_t"),
-        (None, ("--data.chat_template", "plain.jinja"), "does not mark what the assistant says"),
+        (
+            None,
+            ("--data.chat_template", "plain.jinja"),
+            "the chat template in data.chat_template='plain.jinja' does not mark what the assistan",
+        ),
         (None, ("--data.chat_template", "chat.jinj"), "no file 'chat.jinj'; did you mean 'chat.j"),
         (None, ("--data.eval_dataset", "books.jsonl"), "some datasets hold chats and others text"),
         (None, ("--data.min_tokens", "9"), "data.min_tokens is for text that is cut"),
@@ -190,6 +226,12 @@ def test_text_columns_come_first_if_they_are_named(folder):
         (None, ("--data.streaming", "--training.max_steps=-1"), "no last row: set training.max_s"),
         (None, ("--data.weights", "[1]"), "weights=[1.0] must hold a number above 0 for each"),
         (None, ("--data.eval_share=1.5",), "eval_share must lie in (0, 1), got 1.5"),
+        (
+            None,
+            ("--training.metric_for_best_model", "eval_mean_token_acuracy"),
+            "'eval_mean_token_acuracy': evaluation of chats computes loss, mean_token_accuracy and "
+            "entropy; did you mean 'mean_token_accuracy'?",
+        ),
     ],
 )
 def test_mistakes(row, flags, message, lemo, folder):

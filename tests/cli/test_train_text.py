@@ -1,12 +1,15 @@
 """Rows of plain text for `lemo train`: streams, weights, and what is held out."""
 
 import json
+import re
 
 import pytest
+import torch
 from support.paths import DEMO
 from transformers import AutoTokenizer
 
-from lemo_hf.cli.train_rows import text_rows
+from lemo_hf.batch.facts import BatchFacts
+from lemo_hf.cli.train_rows import labels_cover_a_part, text_rows
 from lemo_hf.cli.train_sections import DataSection
 
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO / "model")
@@ -51,6 +54,48 @@ def test_a_stream_has_the_rows_of_the_list_in_another_order(files, more):
     assert ids(stream) == ids(whole)  # and once more, for the next epoch
     few, _ = rows(dataset="a.jsonl", streaming=True, max_rows=5, **more)
     assert ids(few) == ids(whole[:5])
+
+
+def test_a_run_of_text_is_told_of_text_alone(lemo, files):
+    """And of documents that are packed as such."""
+    write("book.jsonl", [{"text": TEXT[:8000]}])
+    run = ("train", "--model", DEMO / "model", "--output", "out")
+    run = (*run, "--tokens", 256, "--lora.r", 2, "--lemo.block_size", 16, "--training.use_cpu")
+    run = (*run, "--training.max_steps", 2, "--training.save_strategy", "no", "--overwrite")
+    for dataset, packing, row in (
+        (
+            "a.jsonl",
+            "true",
+            r"of [2-9] documents packed in a row of 256 tokens \(labels throughout\) about",
+        ),
+        ("book.jsonl", "false", r"of a 256-token row \(labels throughout\) about"),
+    ):
+        code, out, err = lemo(*run, "--dataset", dataset, "--data.packing", packing)
+        assert code == 0, err
+        assert re.search(f"LeMo: {row}", out)
+        assert "Kept: runs of 512 tokens by chance, others at each step; always the first" in out
+        assert "The last 10% of the steps are dense. " in out and "where labels cover" not in out
+
+
+def test_packed_documents_of_a_few_tokens_have_labels_on_a_part(files):
+    """Their first tokens have none; by the rule that a pass has, and as far as rows are known."""
+    write("tiny.jsonl", [{"text": "a"} for _ in range(400)])
+    write("mixed.jsonl", [{"text": "a"} for _ in range(200)] + [{"text": TEXT[:2000]}])
+    for dataset, more, asks in (
+        ("a.jsonl", {"packing": True}, False),
+        ("tiny.jsonl", {"packing": True}, True),
+        ("mixed.jsonl", {"packing": True}, None),
+        ("tiny.jsonl", {"packing": True, "streaming": True}, None),
+        ("a.jsonl", {"streaming": True}, False),
+    ):
+        data = DataSection(dataset, **{"tokens": 64, **more})
+        found, _ = text_rows(data, TOKENIZER, 0, False)
+        assert labels_cover_a_part(found, data) is asks
+        if asks is not None and isinstance(found, list):
+            row = {name: torch.tensor([ids]) for name, ids in found[0].items()}
+            targets = torch.nn.functional.pad(row["labels"][:, 1:], (0, 1), value=-100)
+            facts = BatchFacts(8, (1, 64), torch.device("cpu"), targets=targets)
+            assert bool(facts.asks) is asks
 
 
 def test_weights(files):

@@ -161,7 +161,9 @@ def test_a_recording_that_runs_out_of_memory_says_so(monkeypatch):
 def test_what_helps_is_what_is_left_to_turn():
     first = "in this order: "
     assert first + "LeMoConfig(finish_retention=...) below 1" in what_helps(CONFIG, True, True)
-    assert first + "LeMoConfig(offload_gib=...)" in what_helps(CONFIG, True, False)
+    lowest = replace(CONFIG, dense_finish=0.5, finish_retention=CONFIG.retention)
+    for config, finish in ((CONFIG, False), (lowest, True)):
+        assert first + "LeMoConfig(offload_gib=...)" in what_helps(config, True, finish)
     full = replace(CONFIG, recompute="full")
     assert first + "LeMoConfig(offload_gib=...)" in what_helps(full, False, False)
     limits = LeMoConfig(threshold=0.5)

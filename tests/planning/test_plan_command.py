@@ -39,6 +39,10 @@ def test_the_command(lemo, tmp_path):
     assert code == 2 and "moves what recomputed layers store, and none is" in err
     code, _, err = lemo(*options, "--memory-gib", 24, "--reserve-gib", 24)
     assert code == 2 and "give the memory of a GPU, more than the 24 GiB" in err
+    assert "or a lower --reserve-gib." in err
+    for nothing in (0, "inf"):  # which no reserve helps
+        code, _, err = lemo(*options, "--memory-gib", nothing)
+        assert code == 2 and "the 2 GiB that are left to CUDA." in err, err
     code, _, err = lemo(*options, "--memory-gib", 24, "--reserve-gib", -5)
     assert code == 2 and "--reserve-gib -5: give a number of GiB, 0 or more." in err
     code, _, err = lemo(*options, "--config", tmp_path)

@@ -90,7 +90,7 @@ def test_free_memory_chooses_the_level_of_each_phase():
     assert (first, later) == ("selective", "full")
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
 def test_the_longest_row_is_that_of_the_phase_at_the_peak(share):
     lemo = LeMoConfig(retention=0.3, finish_retention=share, **FULL)
     tokens = longest(LLAMA, lemo, 24)
@@ -153,6 +153,10 @@ def test_the_finish_that_fits():
         assert plan(LLAMA, how, alone, memory_gib=24, finish=True).fits(24) == fits
     assert fitting_finish(LLAMA, lemo, 1024, 24) == 1.0
     assert fitting_finish(LLAMA, lemo, 1024, 5) is None
+    # No lower than the retention, whose steps fit where this finish does.
+    peaks = [plan(LLAMA, lemo, 8192, finish=finish).peak / GIB for finish in (False, True)]
+    assert 0.3 <= fitting_finish(LLAMA, lemo, 8192, sum(peaks) / 2) < 1
+    assert fitting_finish(LLAMA, lemo, 8192, peaks[0] - 0.1) is None
 
 
 def test_the_command_line_says_which_attention_has_sinks(lemo, tmp_path):
@@ -204,7 +208,7 @@ def test_the_command_line(lemo, tmp_path):
     assert code == 0 and "finish" not in out
     code, out, _ = lemo(*command, "--tokens", tokens, "--dense-finish", 1)
     assert "The last 100% of the steps are dense. There are no other steps." in out
-    code, out, _ = lemo(*command, "--dense-finish", 0.2, "--finish-retention", 0.1)
+    code, out, _ = lemo(*command, "--dense-finish", 0.2, "--finish-retention", 0.3)
     assert "The sparse steps set the peak" in out and "Both fit" not in out
     code, _, err = lemo(*command, "--dense-finish", 2)
     assert code == 2 and "dense_finish must lie in [0, 1]" in err

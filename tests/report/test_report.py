@@ -191,9 +191,22 @@ def test_before_training(tmp_path, lemo_config, by_callback):
 def test_dense_training_has_a_page_too(tmp_path):
     trainer = train(tmp_path, None)
     text = (tmp_path / "report.html").read_text()
-    assert "Not recorded: train sparse with ReportCallback" in text and "A training run." in text
+    assert "The run was dense: every layer trained all tokens." in text
+    assert "A dense training run, without LeMo." in text and "Not recorded" not in text
     assert f"{trainer.state.log_history[-2]['loss']:,.4g}" in text
     assert Page(text).tags.count("svg") == 0
+    (tmp_path / "lemo_report.json").unlink()  # as of a run without the callback
+    text = write_report(tmp_path).read_text()
+    assert "Not recorded: train sparse with ReportCallback" in text and "A training run." in text
+
+
+def test_a_run_that_got_lemo_late_is_not_called_dense(tmp_path):
+    """Its log has what layers kept, though the record was begun before LeMo was on the model."""
+    train(tmp_path, LeMoConfig(block_size=8))
+    values = record(tmp_path) | {"lemo": None, "sparse": None, "rows": [], "moments": []}
+    (tmp_path / "lemo_report.json").write_text(json.dumps(values))
+    text = write_report(tmp_path).read_text()
+    assert "Not recorded: train sparse" in text and "dense" not in text
 
 
 def test_recall_and_evaluations(lemo, tmp_path):
