@@ -13,7 +13,7 @@ from torch import nn
 from uniform_offload import equal_shares
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
-from lemo_hf.patch import LeMo
+from lemo_hf.lemo import LeMo
 
 HOST_GIB = 100.0  # pinned memory that LeMo's offload may take
 SOME_GIB = 8.0  # a budget that does not take everything at 64K

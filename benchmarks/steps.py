@@ -21,7 +21,7 @@ from quantized_base import Base
 from record import GIB, measure
 from torch import Tensor, nn
 
-from lemo_hf.patch import LeMo
+from lemo_hf.lemo import LeMo
 
 LEFT_BEHIND = 2**26  # bytes; more than this of an earlier trial would spoil a peak
 FIRST_TOKENS = 512  # of the first steps, which no dry step may come before

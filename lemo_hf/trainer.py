@@ -16,9 +16,10 @@ from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_block_size, check_trainer
 from lemo_hf.integrations.callback import LeMoCallback
+from lemo_hf.lemo import LeMo
 from lemo_hf.overrides import overrides
 from lemo_hf.parallel.sequence_parallel import sequence_group
-from lemo_hf.patch import LeMo, end_earlier, lemo_of, remove_lemo, take_over, transformers_model
+from lemo_hf.patch import end_earlier, lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.reported_loss import finite_loss
 from lemo_hf.resuming import resumed_checkpoint, say_what_changed

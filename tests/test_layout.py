@@ -36,18 +36,20 @@ IMPORTS = {
     "describe": "batch config",
     "load_predictor": "config predictors",
     "check": "config core",
-    "patch": "check config core describe graphs kernels load_predictor memory predictors schedule",
-    "integrations.callback": "announce config core kernels patch run_card stopwatch",
-    "trainer": "announce config core integrations.callback overrides parallel patch predictors "
-    "reported_loss resuming run_card stopwatch storage",
-    "integrations": "altered config core integrations.callback kernels patch predictors trainer",
+    "lemo": "config core describe kernels load_predictor memory predictors schedule",
+    "patch": "check config core describe graphs kernels lemo memory predictors",
+    "integrations.callback": "announce config core kernels lemo patch run_card stopwatch",
+    "trainer": "announce config core integrations.callback lemo overrides parallel patch "
+    "predictors reported_loss resuming run_card stopwatch storage",
+    "integrations": "altered config core integrations.callback kernels lemo patch predictors "
+    "trainer",
     "eval": "kernels modes patch shown storage",
-    "tune": "batch config core eval kernels modes patch predictors progress storage",
+    "tune": "batch config core eval kernels lemo modes patch predictors progress storage",
     "planning": "altered config core kernels memory patch",
-    "report": "batch core kernels patch shown storage version",
-    "inspection": "config core eval kernels modes patch storage tune",
-    "cli": "announce batch config describe eval inspection integrations kernels load_predictor "
-    "planning patch predictors progress report run_card shown storage trainer tune",
+    "report": "batch core kernels lemo patch shown storage version",
+    "inspection": "config core eval kernels lemo modes patch storage tune",
+    "cli": "announce batch config describe eval inspection integrations kernels lemo "
+    "load_predictor planning patch predictors progress report run_card shown storage trainer tune",
 }
 # Optional packages, inside functions, where they are what a module is about.
 ALLOWED = {

@@ -15,7 +15,7 @@ from benchmarks.quality.feed import Batch
 from benchmarks.quality.job import Job
 from lemo_hf.core.policies import POLICIES, ScoreInputs
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
-from lemo_hf.patch import LeMo
+from lemo_hf.lemo import LeMo
 from lemo_hf.predictors.overlap import overlap_scores
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lemo_hf.cli.train_folder import write_settings
-from lemo_hf.patch import LeMo
+from lemo_hf.lemo import LeMo
 from lemo_hf.run_card import CARD_NAME, is_run_card
 from lemo_hf.storage.checkpoints import STATE_NAME, weights_in
 from lemo_hf.storage.files import read_json, whole_file

@@ -18,8 +18,9 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.loss import shifted
 from lemo_hf.core.observe import observe
 from lemo_hf.core.policies import POLICIES, ScoreInputs, rank
+from lemo_hf.lemo import LeMo
 from lemo_hf.modes import evaluating
-from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
+from lemo_hf.patch import apply_lemo, input_device, remove_lemo, transformers_model
 from lemo_hf.tune.measure import sparse_evaluation
 from lemo_hf.tune.recall import recall
 

@@ -18,7 +18,8 @@ from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_trainer
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
+from lemo_hf.lemo import LeMo
+from lemo_hf.patch import lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.run_card import RunFacts, add_run
 from lemo_hf.stopwatch import Stopwatch
 

@@ -14,7 +14,8 @@ from lemo_hf.core.pair_sets import PairSets
 from lemo_hf.integrations.adapters_off import quickly_disabled, switches_of
 from lemo_hf.integrations.trl import check_args
 from lemo_hf.kernels.launch import sharded
-from lemo_hf.patch import LeMo, lemo_of, remove_lemo, take_over, transformers_model
+from lemo_hf.lemo import LeMo
+from lemo_hf.patch import lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.trainer import LeMoMixin
 

@@ -12,7 +12,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lemo_hf.patch import LeMo, lemo_of, transformers_model
+from lemo_hf.lemo import LeMo
+from lemo_hf.patch import lemo_of, transformers_model
 from lemo_hf.report.data import read_record
 from lemo_hf.report.environment import environment
 from lemo_hf.report.kept import Kept

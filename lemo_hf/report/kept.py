@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo_hf.batch.tally import Seen
-from lemo_hf.patch import LeMo
+from lemo_hf.lemo import LeMo
 from lemo_hf.report.places import kept_places
 
 SUBLAYERS = ("attention", "mlp")

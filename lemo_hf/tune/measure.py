@@ -15,8 +15,9 @@ from lemo_hf.core.checks import check_model
 from lemo_hf.core.families import family_of
 from lemo_hf.core.loss import shifted, supervised
 from lemo_hf.kernels.segment_cross_entropy import IGNORE_INDEX
+from lemo_hf.lemo import LeMo
 from lemo_hf.modes import evaluating
-from lemo_hf.patch import LeMo, apply_lemo, input_device, remove_lemo, transformers_model
+from lemo_hf.patch import apply_lemo, input_device, remove_lemo, transformers_model
 
 Row = Mapping[str, Any]
 SEGMENT = 1024  # tokens whose logits exist at a time
