@@ -21,7 +21,6 @@ from lemo_hf.core.layer import make_stock
 from lemo_hf.core.plain_pickle import pickle_plain, pickle_whole
 from lemo_hf.describe import brief
 from lemo_hf.graphs.cuda_graphs import CudaGraphs
-from lemo_hf.kernels.launch import sharded
 from lemo_hf.lemo import LeMo
 from lemo_hf.memory.forks import spare_forks
 from lemo_hf.predictors.block_predictor import BlockPredictor
@@ -102,22 +101,11 @@ def end_earlier(model: nn.Module, config: LeMoConfig | None) -> None:
     Args:
         model: Model as for `apply_lemo`; without LeMo on it, nothing happens.
         config: Settings of the newest trainer; None for dense training.
-
-    Raises:
-        ValueError: LeMo cannot be removed, since several processes hold parts of the model.
     """
     lemo = lemo_of(model)
     if lemo is None:
         return
-    if not sharded(model):
-        remove_lemo(model)
-    elif config is None:
-        lemo.passes.resting = True
-    else:
-        raise ValueError(
-            "the model has LeMo of an earlier trainer on it and is split over several processes "
-            "(FSDP2, ZeRO-3), so LeMo cannot be removed: load the model anew."
-        )
+    remove_lemo(model)
     logger.warning(
         "the model had LeMo of an earlier trainer on it (%s); now it has the newest one's (%s).",
         brief(lemo.config),

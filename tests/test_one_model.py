@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoTrainer, apply_lemo
 from lemo_hf.integrations.callback import LeMoCallback
-from lemo_hf.patch import end_earlier, lemo_of
+from lemo_hf.patch import lemo_of
 
 OTHER = replace(SPARSE, retention=0.25)
 MAKE = {
@@ -175,19 +175,3 @@ def test_a_first_model_is_adapted_again(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["lemo/attention_retention"] == 0.25
     assert adapter(trainer)
-
-
-def test_a_model_in_parts_keeps_the_lemo_that_it_has(monkeypatch):
-    """Several processes hold it, and none can take the sparse layers off alone."""
-    lm = model()
-    lemo = apply_lemo(lm, SPARSE)
-    monkeypatch.setattr("lemo_hf.patch.sharded", lambda _: True)
-    end_earlier(lm, None)
-    assert lemo_of(lm) is lemo and lemo.passes.resting
-    with pytest.raises(ValueError, match="LeMo cannot be removed: load the model anew"):
-        end_earlier(lm, SPARSE)
-    assert lemo_of(lm) is lemo
-    monkeypatch.undo()
-    end_earlier(lm, SPARSE)
-    assert lemo_of(lm) is None
-    end_earlier(lm, SPARSE)  # which has none

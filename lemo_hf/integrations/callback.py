@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lemo_hf.announce import announce, follow_log_level
 from lemo_hf.config import LeMoConfig, check_config
 from lemo_hf.core.checks import check_trainer
-from lemo_hf.kernels.launch import sharded
 from lemo_hf.lemo import LeMo
 from lemo_hf.patch import lemo_of, remove_lemo, take_over, transformers_model
 from lemo_hf.run_card import RunFacts, add_run
@@ -142,11 +141,8 @@ class LeMoCallback(TrainerCallback):
             rows = args.train_batch_size * args.gradient_accumulation_steps * processes
             self._facts = RunFacts(config, described, base, state, rows, processes)
             self.add_to_card(args.output_dir)
-        self.lemo.passes.resting = True
-        self.lemo.end_run()
-        if not sharded(model):
-            remove_lemo(model)
-            self.lemo = None
+        remove_lemo(model)
+        self.lemo = None
 
     def add_to_card(self, folder: str | os.PathLike) -> None:
         """Write what trained into the model card in ``folder``.

@@ -13,9 +13,8 @@ from lemo_hf.config import LeMoConfig
 from lemo_hf.core.pair_sets import PairSets
 from lemo_hf.integrations.adapters_off import quickly_disabled, switches_of
 from lemo_hf.integrations.trl import check_args
-from lemo_hf.kernels.launch import sharded
 from lemo_hf.lemo import LeMo
-from lemo_hf.patch import lemo_of, remove_lemo, take_over, transformers_model
+from lemo_hf.patch import lemo_of, remove_lemo, take_over
 from lemo_hf.predictors.predictor_set import LeMoPredictor
 from lemo_hf.trainer import LeMoMixin
 
@@ -126,8 +125,7 @@ def _alone(model: nn.Module, config: LeMoConfig) -> Iterator[None]:
         yield
     finally:
         pairs.alone = False
-        if not sharded(transformers_model(model)):
-            remove_lemo(model)
+        remove_lemo(model)
 
 
 def _following(config: LeMoConfig) -> LeMoConfig:

@@ -11,14 +11,11 @@ from support.exported import assert_merges
 from support.fsdp_cases import ALL, EACH, SAVED, one_pass
 from support.paths import ROOT
 from support.processes import launch
-from support.training_cases import (
-    assert_same,
-    read,
-    train,
-)
+from support.training_cases import again, assert_same, make_trainer, outcome, read, train
 from transformers import AutoModelForCausalLM
 
 from lemo_hf import LeMoConfig
+from lemo_hf.integrations.callback import LeMoCallback
 from lemo_hf.memory.out_of_memory import CHECKPOINTING
 
 START = """
@@ -90,21 +87,38 @@ def two(tmp_path_factory):
     return folder
 
 
+BLOCKS = {"block_size": 8, "segment_size": 16}
 SHORT = (
     START
     + """
+from lemo_hf import LeMoConfig
+from lemo_hf.integrations.callback import LeMoCallback
+from support.training_cases import again
+BLOCKS = {"block_size": 8, "segment_size": 16}
 case = ALL["lora-answers"]
 trainer = make_trainer(folder / "short", **sharded(**case))
 trainer.train()
 assert trainer.accelerator.is_fsdp2
 write(folder, "short", outcome(trainer), process)
+write(folder, "sparser", again(trainer, lemo_config=LeMoConfig(retention=0.25, **BLOCKS)), process)
+callback = LeMoCallback(LeMoConfig(retention=0.5, **BLOCKS))
+write(folder, "called", again(trainer, callbacks=[callback]), process)
+write(folder, "dense", again(trainer), process)
+assert "SparseLayer" not in {x.__name__ for x in type(trainer.lemo._layers[0]).__mro__}
 """
 )
 
 
 def test_two_processes_train_an_adapter_as_one(tmp_path):
+    """And then once more with another config, by a callback, and dense."""
     launch(SHORT, tmp_path, [2])
-    assert_same(read(tmp_path, "short"), train(tmp_path / "one", **ALL["lora-answers"]))
+    trainer = make_trainer(tmp_path / "one", **ALL["lora-answers"])
+    trainer.train()
+    assert_same(read(tmp_path, "short"), outcome(trainer))
+    sparser, half = (LeMoConfig(retention=share, **BLOCKS) for share in (0.25, 0.5))
+    assert_same(read(tmp_path, "sparser"), again(trainer, lemo_config=sparser))
+    assert_same(read(tmp_path, "called"), again(trainer, callbacks=[LeMoCallback(half)]))
+    assert_same(read(tmp_path, "dense"), again(trainer))
 
 
 @pytest.mark.soak

@@ -134,6 +134,14 @@ def train(output, resume=None, **case):
     return outcome(trainer)
 
 
+def again(trainer, **options):
+    """The outcome of another trainer of the same model and data, without LeMo unless asked."""
+    common = {name: getattr(trainer, name) for name in ("model", "args", "train_dataset")}
+    newest = InOrder(**common, data_collator=padded, **options)
+    newest.train()
+    return outcome(newest)
+
+
 def write(folder, name, result, process):
     if process == 0:
         save_file({k: v.contiguous() for k, v in result[1].items()}, folder / f"{name}.safetensors")
