@@ -37,8 +37,8 @@ IMPORTS = {
     "load_predictor": "config predictors",
     "check": "config core",
     "lemo": "config core describe kernels load_predictor memory predictors schedule",
-    "patch": "check config core describe graphs kernels lemo memory predictors",
-    "integrations.callback": "announce config core kernels lemo patch run_card stopwatch",
+    "patch": "check config core describe graphs lemo memory predictors",
+    "integrations.callback": "announce config core lemo patch run_card stopwatch",
     "trainer": "announce config core integrations.callback lemo overrides parallel patch "
     "predictors reported_loss resuming run_card stopwatch storage",
     "integrations": "altered config core integrations.callback kernels lemo patch predictors "
