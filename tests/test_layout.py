@@ -41,8 +41,7 @@ IMPORTS = {
     "integrations.callback": "announce config core lemo patch run_card stopwatch",
     "trainer": "announce config core integrations.callback lemo overrides parallel patch "
     "predictors reported_loss resuming run_card stopwatch storage",
-    "integrations": "altered config core integrations.callback kernels lemo patch predictors "
-    "trainer",
+    "integrations": "altered config core integrations.callback lemo patch predictors trainer",
     "eval": "kernels modes patch shown storage",
     "tune": "batch config core eval kernels lemo modes patch predictors progress storage",
     "planning": "altered config core kernels memory patch",
