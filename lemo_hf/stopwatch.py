@@ -23,7 +23,12 @@ class Stopwatch:
 
     def start(self) -> None:
         """Begin anew."""
-        self._started = self._marked = time.perf_counter()
+        self._started = time.perf_counter()
+        self._marked: float | None = self._started
+
+    def go_on(self) -> None:
+        """Training goes on: nothing is left out before the next mark or lap."""
+        self._marked = None
 
     def mark(self, wait: bool = True) -> None:
         """Note the time: what comes now may be left out.
@@ -35,11 +40,17 @@ class Stopwatch:
             torch.cuda.synchronize()
         self._marked = time.perf_counter()
 
+    @property
+    def marked(self) -> bool:
+        """Whether training has not gone on since the last mark or lap."""
+        return self._marked is not None
+
     def leave_out(self) -> None:
-        """Leave out the time since the last mark or lap; and mark."""
-        since = self._marked
-        self._marked = time.perf_counter()
-        self._started += self._marked - since
+        """Leave out the time since the last mark or lap, if training has not gone on; and mark."""
+        now = time.perf_counter()
+        if self._marked is not None:
+            self._started += now - self._marked
+        self._marked = now
 
     def lap(self) -> float:
         """Seconds of training since the last lap."""
