@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
 # A mixin has no base of its own; type checkers are told whose methods it stands before.
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class TimedMixin(_Mixed):
         """As Trainer's; its time is none of training."""
         with self._left_out():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As Trainer's; its time is none of training."""
+        with self._left_out():
+            return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._left_out():

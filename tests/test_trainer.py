@@ -298,8 +298,9 @@ def test_evaluation_and_saving_are_no_training_time(tmp_path, monkeypatch, by_ca
     assert speeds == [pytest.approx(2 * 32 / 2)] * 6
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_an_evaluation_by_another_callback_leaves_out_no_step(tmp_path, monkeypatch, first):
+@pytest.mark.parametrize("what", ["evaluate", "predict"])
+@pytest.mark.parametrize("by", ["trainer", "callback", "late callback"])
+def test_an_evaluation_by_another_callback_leaves_out_no_step(tmp_path, monkeypatch, by, what):
     """It may come before LeMoCallback knows that the step has ended, which then counts the first
     batch of the evaluation."""
     clock = [100.0]
@@ -308,7 +309,7 @@ def test_an_evaluation_by_another_callback_leaves_out_no_step(tmp_path, monkeypa
     class ByHand(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step % 2:
-                trainer.evaluate()
+                getattr(trainer, what)(dataset(6))
 
     def taking(seconds, name):
         stock = getattr(Trainer, name)
@@ -321,16 +322,19 @@ def test_an_evaluation_by_another_callback_leaves_out_no_step(tmp_path, monkeypa
 
     taking(2, "training_step")
     taking(100, "prediction_step")
-    callbacks = [LeMoCallback(SPARSE), ByHand()]
+    how = {"callbacks": [ByHand()]}
+    if by != "trainer":
+        ours = [LeMoCallback(SPARSE)]
+        how = {"callbacks": [ByHand(), *ours] if by == "late callback" else [*ours, ByHand()]}
+        how["cls"] = Trainer
     trainer = make_trainer(
-        tmp_path, None, cls=Trainer, callbacks=callbacks[::-1] if first else callbacks,
-        data=dataset(4), eval_dataset=dataset(6), max_steps=4, logging_steps=2,
-        per_device_eval_batch_size=2,
+        tmp_path, SPARSE if by == "trainer" else None, **how,
+        data=dataset(4), max_steps=4, logging_steps=2, per_device_eval_batch_size=2,
     )  # fmt: skip
     trainer.train()
     assert clock[0] == 100 + 4 * 2 + 2 * 3 * 100
     speeds = [x["lemo/kept_tokens_per_second"] for x in trainer.state.log_history if "loss" in x]
-    assert speeds == [pytest.approx(2 * 2 * 32 / (104 if first else 4))] * 2
+    assert speeds == [pytest.approx(2 * 2 * 32 / (104 if by == "late callback" else 4))] * 2
 
 
 def test_peak_memory_is_logged_on_cuda_alone(tmp_path):

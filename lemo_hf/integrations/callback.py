@@ -106,6 +106,10 @@ class LeMoCallback(TrainerCallback):
         """An evaluation is none of the time of training."""
         self._stopwatch.leave_out()
 
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Nor are predictions."""
+        self._stopwatch.leave_out()
+
     def on_log(
         self,
         args: TrainingArguments,
