@@ -36,7 +36,11 @@ def say_what_changed(config: LeMoConfig, checkpoint: str | os.PathLike) -> None:
     if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
         logger.warning("%s has no %s: it was not trained with LeMo.", checkpoint, CONFIG_NAME)
         return
-    saved = LeMoConfig.from_pretrained(checkpoint)
+    try:
+        saved = LeMoConfig.from_pretrained(checkpoint)
+    except ValueError as error:  # of a version that allowed it
+        logger.warning("the LeMoConfig of %s is not one that is allowed now: %s", checkpoint, error)
+        return
     changed = [
         f"{name}={value!r} (was {getattr(saved, name)!r})"
         for name, value in vars(config).items()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
 # A mixin has no base of its own; type checkers are told whose methods it stands before.
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ class Stopwatch:
 
     def start(self) -> None:
         """Begin anew."""
-        self._started = self._marked = time.perf_counter()
+        self._started = time.perf_counter()
+        self._marked: float | None = self._started
+
+    def go_on(self) -> None:
+        """Training goes on: nothing is left out before the next mark or lap."""
+        self._marked = None
 
     def mark(self, wait: bool = True) -> None:
         """Note the time: what comes now may be left out.
@@ -35,11 +41,17 @@ class Stopwatch:
             torch.cuda.synchronize()
         self._marked = time.perf_counter()
 
+    @property
+    def marked(self) -> bool:
+        """Whether training has not gone on since the last mark or lap."""
+        return self._marked is not None
+
     def leave_out(self) -> None:
-        """Leave out the time since the last mark or lap; and mark."""
-        since = self._marked
-        self._marked = time.perf_counter()
-        self._started += self._marked - since
+        """Leave out the time since the last mark or lap, if training has not gone on; and mark."""
+        now = time.perf_counter()
+        if self._marked is not None:
+            self._started += now - self._marked
+        self._marked = now
 
     def lap(self) -> float:
         """Seconds of training since the last lap."""
@@ -67,6 +79,11 @@ class TimedMixin(_Mixed):
         """As Trainer's; its time is none of training."""
         with self._left_out():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As Trainer's; its time is none of training."""
+        with self._left_out():
+            return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._left_out():

@@ -144,6 +144,18 @@ def test_resuming_with_another_config_is_said(tmp_path, caplog):
         assert "block_size=16 (was 8)" in caplog.text
 
 
+def test_a_checkpoint_whose_config_is_refused_by_now_is_resumed(tmp_path, caplog):
+    make_trainer(tmp_path, SPARSE, save_strategy="steps", save_steps=2).train()
+    path = tmp_path / "checkpoint-2" / "lemo_config.json"
+    saved = {**json.loads(path.read_text()), "dense_finish": 0.5, "finish_retention": 0.1}
+    path.write_text(json.dumps(saved))
+    resumed = make_trainer(tmp_path / "resumed", SPARSE)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(path.parent))
+    assert resumed.state.global_step == 4
+    assert "finish_retention=0.1 keeps less than" in caplog.text
+
+
 @pytest.mark.oldest
 def test_adapter_loads_without_lemo(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE)
@@ -284,6 +296,45 @@ def test_evaluation_and_saving_are_no_training_time(tmp_path, monkeypatch, by_ca
     assert clock[0] > 20_000
     speeds = [x["lemo/kept_tokens_per_second"] for x in trainer.state.log_history if "loss" in x]
     assert speeds == [pytest.approx(2 * 32 / 2)] * 6
+
+
+@pytest.mark.parametrize("what", ["evaluate", "predict"])
+@pytest.mark.parametrize("by", ["trainer", "callback", "late callback"])
+def test_an_evaluation_by_another_callback_leaves_out_no_step(tmp_path, monkeypatch, by, what):
+    """It may come before LeMoCallback knows that the step has ended, which then counts the first
+    batch of the evaluation."""
+    clock = [100.0]
+    monkeypatch.setattr("lemo_hf.stopwatch.time.perf_counter", lambda: clock[0])
+
+    class ByHand(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % 2:
+                getattr(trainer, what)(dataset(6))
+
+    def taking(seconds, name):
+        stock = getattr(Trainer, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, name, slow)
+
+    taking(2, "training_step")
+    taking(100, "prediction_step")
+    how = {"callbacks": [ByHand()]}
+    if by != "trainer":
+        ours = [LeMoCallback(SPARSE)]
+        how = {"callbacks": [ByHand(), *ours] if by == "late callback" else [*ours, ByHand()]}
+        how["cls"] = Trainer
+    trainer = make_trainer(
+        tmp_path, SPARSE if by == "trainer" else None, **how,
+        data=dataset(4), max_steps=4, logging_steps=2, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    assert clock[0] == 100 + 4 * 2 + 2 * 3 * 100
+    speeds = [x["lemo/kept_tokens_per_second"] for x in trainer.state.log_history if "loss" in x]
+    assert speeds == [pytest.approx(2 * 2 * 32 / (104 if by == "late callback" else 4))] * 2
 
 
 def test_peak_memory_is_logged_on_cuda_alone(tmp_path):

@@ -76,7 +76,7 @@ def inspect(
     given = {"retention": retention, "policy": policy, "block_size": block_size}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if retention is not None:
-        changes["threshold"] = None
+        changes |= {"threshold": None, **_finish_of(start, retention)}
     if policy is not None:
         changes |= {"predictor": None, "predictor_revision": None}
     if per_layer:
@@ -112,7 +112,8 @@ def inspect(
         sparse = map(bool, lemo_config.layer_rules(len(found.recall)))
         shares = list(compress(found.retention["attention"], sparse))
         mean = sum(shares) / len(shares)
-        comparable = dataclasses.replace(lemo_config, retention=mean, threshold=None)
+        shared = _finish_of(lemo_config, mean)
+        comparable = dataclasses.replace(lemo_config, retention=mean, threshold=None, **shared)
     compared = compare_policies(lm, tokenizer, row, comparable, progress=shown)
     if as_json:
         what = {"model": model.model, "adapter": model.adapter, "text": str(text)}
@@ -127,6 +128,11 @@ def inspect(
         for path in (*save_figures(found, output), *save_comparison(compared, output)):
             if not as_json:
                 print(f"Wrote {path}")
+
+
+def _finish_of(config: LeMoConfig, retention: float) -> dict[str, Any]:
+    """Changes for ``config`` at another retention: a finish that would keep less is left out."""
+    return {"dense_finish": 0} if config.finish_retention < retention else {}
 
 
 def _tell(found: "Inspection", compared: "KeptByPolicy") -> None:

@@ -47,7 +47,13 @@ def check_model(model: nn.Module) -> Family:
 
 def check_layers(model: nn.Module, family: Family) -> None:
     """Raises ValueError for a decoder layer that does something else than transformers wrote."""
-    for index, layer in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
+    layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
+    for index, layer in enumerate(layers):
+        if (first := layers.index(layer)) < index:
+            raise ValueError(
+                f"layers {first} and {index} are one module, which LeMo cannot number twice: put "
+                "copy.deepcopy(layer) in the second place, or train without LeMo."
+            )
         if runs_own_forward(layer):
             continue
         if "_hf_hook" in vars(layer):

@@ -69,8 +69,9 @@ class Fp8Switch:
         """
         if not self._on or _is_capturing():  # by the user
             return
-        held = [vars(linear)["_parameters"]["weight"] for linear in self._linears]
-        weights = [weight for weight in held if not weight.requires_grad]
+        # One that somebody has parametrized since makes its weight from others.
+        held = [vars(linear)["_parameters"].get("weight") for linear in self._linears]
+        weights = [weight for weight in held if weight is not None and not weight.requires_grad]
         seen = [state_of(weight) for weight in weights]
         if self._sample is not None and seen == self._seen:
             if not self._sample.differs():

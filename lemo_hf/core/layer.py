@@ -121,7 +121,9 @@ class SparseLayer(_Mixed):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         kind = stock_class(SparseLayer, type(self))  # type: ignore[arg-type]
-        return plain_or_whole(kind, self, (_SETUP,))
+        setup: LayerSetup | None = self.__dict__.get(_SETUP)
+        model = self if setup is None else setup.passes.model
+        return plain_or_whole(kind, self, (_SETUP,), model)
 
 
 def _holds_tokens(cache: Any) -> bool:

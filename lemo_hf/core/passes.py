@@ -66,6 +66,7 @@ class Passes:
     """The forward passes of one model: the one under way, and counts of what earlier ones kept.
 
     Attributes:
+        model: The causal LM.
         resting: Whether a trainer put LeMo on the model and does not train now, so that all passes
             are the plain model's. False in a training loop of one's own.
         current: Sparse pass under way, or None.
@@ -103,7 +104,7 @@ class Passes:
     ):
         self.config, self.family, self.last, self.host = config, family, last, host
         self.fp8, self.in_fp8 = fp8, fp8 is not None
-        self._head = model.get_output_embeddings
+        self.model, self._head = model, model.get_output_embeddings
         self._layers = list(cast(nn.ModuleList, model.get_submodule(family.layers)))
         self.levels = Levels(model.parameters, family, self._layers, host)
         self.group = sequence_group(config.sequence_parallel_size)

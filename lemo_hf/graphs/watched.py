@@ -17,15 +17,19 @@ class Watched:
         self._tensors = [held for part in parts for held in (part._parameters, part._buffers)]
         self._layers = [part for part in parts if hasattr(part, "gradient_checkpointing")]
         self._adapted = [vars(part) for part in parts if "merged_adapters" in vars(part)]
+        scalings = [part.get("scaling") for part in self._adapted]  # which graphs multiply by
+        self._scalings = [x for x in scalings if isinstance(x, dict)]
 
     def state(self) -> list:
         """The model's modules; the places of its weights and buffers, and which are trained; which
-        layers are checkpointed; and which adapters are active or merged. Graphs are valid as long
-        as it is equal."""
+        layers are checkpointed; and which adapters are active or merged, and their scaling. Graphs
+        are valid as long as it is equal."""
         state: list = [layer.gradient_checkpointing for layer in self._layers]
         for part in self._adapted:  # PEFT lengthens the list in place
             state += part["merged_adapters"]
             state += part.get("_disable_adapters"), part.get("_active_adapter")
+        for scaling in self._scalings:
+            state += scaling.values()
         state += [id(part) for children in self._children for part in children.values()]
         for held in self._tensors:
             for tensor in held.values():

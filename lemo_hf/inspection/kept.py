@@ -184,7 +184,7 @@ def compare_policies(
             input_ids=ids,
             targets=shifted(labels),
             global_step=number,
-            retention=settings.finish_retention if finish else None,
+            retention=config.finish_retention if finish else None,
         )
 
     def scores_of(sparse_pass: SparsePass) -> Tensor:
@@ -271,6 +271,7 @@ def _with_policy(config: LeMoConfig, policy: str, retention: float) -> LeMoConfi
         config,
         policy=policy,
         retention=retention,
+        finish_retention=1.0,  # the mean of layers may be more than the finish keeps
         mlp_retention=None,
         mlp_threshold=None,
         agree_across_layers=True,

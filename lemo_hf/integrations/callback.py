@@ -74,6 +74,7 @@ class LeMoCallback(TrainerCallback):
         """Tell LeMo which step begins: chance draws anew, and the finish may begin."""
         assert self.lemo is not None  # from ``on_train_begin`` to ``on_train_end``
         self.lemo.begin_step(state.global_step, state.max_steps)
+        self._stopwatch.go_on()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -95,8 +96,17 @@ class LeMoCallback(TrainerCallback):
     def _mark(self, control: TrainerControl) -> None:
         self._stopwatch.mark(wait=control.should_evaluate or control.should_save)
 
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Note the time if another callback evaluates before the step has ended for this one."""
+        if not self._stopwatch.marked:
+            self._stopwatch.mark(wait=False)
+
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """An evaluation is none of the time of training."""
+        self._stopwatch.leave_out()
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Nor are predictions."""
         self._stopwatch.leave_out()
 
     def on_log(

@@ -36,6 +36,16 @@ def test_a_refused_model_is_left_alone():
     remove_lemo(model)  # nothing to remove
 
 
+def test_a_layer_in_two_places_is_refused():
+    model = make_model("llama")
+    model.model.layers[2] = model.model.layers[0]
+    kinds = [type(layer) for layer in model.model.layers]
+    with pytest.raises(ValueError, match=r"layers 0 and 2 are one module.*copy\.deepcopy"):
+        apply_lemo(model, CONFIG)
+    assert [type(layer) for layer in model.model.layers] == kinds
+    assert not model._forward_pre_hooks
+
+
 def test_applying_twice():
     model = make_model("llama")
     apply_lemo(model, CONFIG)

@@ -9,6 +9,7 @@ import torch
 from support.models import batch, loss_and_gradients, make_model, relative_error, with_lora
 from support.trainers import losses, make_trainer
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
@@ -178,6 +179,21 @@ def test_numbers_that_change_past_pytorchs_count_are_seen(place):
     assert lemo.passes.fp8.changes == changes + 1
     loss_of(model)
     assert lemo.passes.fp8.changes == changes + 1
+    expect_copies_of_now(model, model)
+
+
+def test_a_weight_that_is_parametrized_since_is_left_to_its_linear():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = with_lora(make_model("llama"))
+    apply_lemo(model, LeMoConfig(**HALF, fp8=True))
+    loss_of(model)
+    parametrize.register_parametrization(linear_under_test(model), "weight", Doubled())
+    found = loss_of(model)
+    parametrize.remove_parametrizations(linear_under_test(model), "weight")
+    assert found == pytest.approx(loss_of(model), rel=1e-2)
     expect_copies_of_now(model, model)
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from support.models import batch, loss_and_gradients, make_model, with_lora
 from support.trainers import SPARSE, losses, make_trainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
+from lemo_hf.core import layer as layer_module
 from lemo_hf.patch import lemo_of, transformers_model
 
 CONFIG = LeMoConfig(retention=0.5, block_size=8, policy="random", recompute="selective")
@@ -135,7 +137,12 @@ def test_deep_copies_of_layers():
     model = make_model("llama")
     apply_lemo(model, CONFIG)
     layer = model.model.layers[1]
-    assert type(copy.deepcopy(layer)) is type(layer) and type(copy.copy(layer)) is not type(layer)
+    for twin in (copy.deepcopy(layer), copy.deepcopy(model.model).layers[1], copy.copy(layer)):
+        assert type(twin) is LlamaDecoderLayer and layer_module._SETUP not in vars(twin)
+    memo = {}
+    copy.deepcopy(layer, memo)
+    parts = [x for x in memo.values() if isinstance(x, torch.nn.Module)]
+    assert len(parts) == len(list(layer.modules()))  # no other part of the model
     model.model.layers[1] = torch.compile(layer, backend="eager")
     twin = copy.deepcopy(model)
     for part, other in zip(twin.modules(), model.modules(), strict=True):

@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoHaConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from support.eager_graphs import use_eager_graphs
 from support.hub_client import make_predictor
 from support.models import batch, make_model, with_lora
@@ -400,15 +401,29 @@ def test_graphs_have_fp8_copies_of_the_weights_as_they_are(device, change, monke
     assert found[0][3] != pytest.approx(found[0][-1], rel=1e-3)
 
 
-@pytest.mark.parametrize("how", ["merged", "off"])
-def test_adapters_that_are_merged_or_off_have_graphs_of_their_own(device, how):
+def scale(model):
+    for part in model.modules():
+        if isinstance(part, LoraLayer):
+            part.set_scale("default", 5.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.merge_adapter(),
+        lambda model: model.base_model.disable_adapter_layers(),
+        scale,
+    ],
+    ids=["merged", "off", "scaled"],
+)
+def test_adapters_that_are_merged_off_or_scaled_have_graphs_of_their_own(device, change):
     model, twin = with_twin(device)
     for one in (model, twin):  # which no adapter takes a gradient from
         one.get_base_model().model.norm.weight.requires_grad_(True)
     for step, inputs in enumerate(batches(device, steps=7)):
         if step == 4:
             for one in (model, twin):
-                one.merge_adapter() if how == "merged" else one.base_model.disable_adapter_layers()
+                change(one)
         found, expected = model(**inputs).loss, twin(**inputs).loss
         assert graphs_of(model) == (step not in (0, 4))
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)

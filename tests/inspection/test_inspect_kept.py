@@ -102,6 +102,17 @@ def test_a_finish_that_leaves_something_out(policy, shown):
     assert finish == ([] if shown is None else [shown])  # of 19 blocks
 
 
+def test_a_finish_that_keeps_less_than_the_mean_of_the_layers():
+    shares = {"retention": (0.3, 0.3, 0.8, 0.8), "dense_finish": 0.5, "finish_retention": 0.4}
+    config = LeMoConfig(block_size=8, policy="recent", agree_across_layers=False, **shares)
+    row = TextRow(IDS, IDS)
+    found = compare_policies(make_model("llama"), Numbers, row, config, ["chunks"], progress=False)
+    assert [(kept.name, sum(kept.kept)) for kept in found.rows] == [
+        ("chunks", 11),
+        ("last 50 % of steps", 8),  # of 19 blocks
+    ]
+
+
 def test_words_that_are_shared():
     """Ids as words: a block that holds the question's pair, one that holds a half, one neither."""
     ids = list(range(1000, 1000 + 320))
@@ -231,6 +242,13 @@ def test_a_question_on_the_command_line(lemo, tmp_path):
     printed = json.loads(out)
     share = sum(printed["retention"]["attention"][1:]) / 9
     assert printed["by_policy"]["retention"] == pytest.approx(share, abs=1e-5)
+    little = {"dense_finish": 0.5, "finish_retention": 0.01}  # less than what is compared keeps
+    LeMoConfig(threshold=1.2, dense_first_layers=1, **little).save_pretrained(tmp_path)
+    for more in ((), ("--retention", 0.5)):
+        code, out, err = lemo(*shared, "--config", tmp_path, *more, "--json")
+        assert code == 0, err
+        names = [row["name"] for row in json.loads(out)["by_policy"]["rows"]]
+        assert not any("of steps" in name for name in names)
     for more, message in (
         (("--question", QUESTION), f"--question '{QUESTION}' without --answer: give both"),
         (("--answer", ANSWER), f"--answer '{ANSWER}' without --question: give both"),
