@@ -16,8 +16,15 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoHaConfig, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
-from support.eager_graphs import use_eager_graphs
+from support.graph_cases import (
+    STEPS,
+    assert_same_gradients,
+    batches,
+    gpu,
+    graphs_of,
+    tiny,
+    with_twin,
+)
 from support.hub_client import make_predictor
 from support.models import batch, make_model, with_lora
 from support.paths import ROOT
@@ -25,21 +32,11 @@ from support.trainers import SPARSE, losses, make_trainer
 
 from lemo_hf import LeMoConfig, apply_lemo, remove_lemo
 from lemo_hf.batch import row_counts
-from lemo_hf.core import fp8
 from lemo_hf.graphs.cuda_graphs import MOST_GRAPHS
 from lemo_hf.report.callback import ReportCallback
 
-STEPS = 5  # as ever, recorded, replayed thrice
 GRAPHS = replace(SPARSE, cuda_graphs=True)
-gpu = pytest.mark.gpu
 FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "phi3", "granite", "olmo2"]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
-def device(request, monkeypatch):
-    if request.param == "cpu":
-        use_eager_graphs(monkeypatch)
-    return request.param
 
 
 @pytest.fixture
@@ -79,23 +76,6 @@ def test_without_a_gpu_passes_run_as_ever(tmp_path, warned):
     ]
 
 
-def graphs_of(model):
-    """How many graphs there are for ``model``."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return len(vars(base)["_call_impl"].__func__.args[1].args[0]._graphs)
-
-
-def tiny(device, family="llama", lora=True, **options):
-    model = make_model(family, "sdpa", **options)
-    return (with_lora(model) if lora else model).to(device)
-
-
-def batches(device, tokens=70, rows=2, steps=STEPS):
-    torch.manual_seed(3)
-    ids = torch.randint(3, 97, (steps, rows, tokens)).to(device)
-    return [{"input_ids": x, "labels": x} for x in ids]
-
-
 def trained(model, config, inputs, lr):
     """Loss and gradients of each step, and what was kept; weights move by ``lr`` between steps."""
     lemo = apply_lemo(model, config)
@@ -128,20 +108,6 @@ def assert_as_without(make, config, inputs, rtol=1e-4, graphs=1, lr=0.05):
         for name, grad in grads.items():
             error = (other_grads[name].double() - grad.double()).norm()
             assert error <= 20 * rtol * grad.double().norm() + 1e-9, name
-
-
-def with_twin(device, config=SPARSE):
-    """One model with graphs, and one without."""
-    model, twin = tiny(device), tiny(device)
-    apply_lemo(model, replace(config, cuda_graphs=True))
-    apply_lemo(twin, config)
-    return model, twin
-
-
-def assert_same_gradients(model, twin):
-    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if weight.requires_grad:
-            torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -324,144 +290,6 @@ def test_models_that_cannot_have_one_run_as_ever(device, make, why, warned):
         model(**inputs)
     (message,) = warned()
     assert graphs_of(model) == 0 and why in message
-
-
-def test_weights_that_moved_are_found(device):
-    model, twin = with_twin(device)
-    for step, inputs in enumerate(batches(device, steps=9)):
-        if step == 4:
-            for weight in model.parameters():
-                weight.data = weight.data.clone()
-        if step in (4, 6):
-            for one in (model, twin):
-                one.set_adapter("default")
-                for name, weight in one.named_parameters():
-                    if "q_proj.lora" in name:
-                        weight.requires_grad_(step == 6)
-        found, expected = model(**inputs).loss, twin(**inputs).loss
-        found.backward(), expected.backward()
-        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(model, twin)
-
-
-def test_steps_in_bf16_have_graphs_of_their_own(device, monkeypatch):
-    """A graph with products in FP8 is not replayed when they are no longer, nor the other way."""
-    monkeypatch.setattr(fp8, "FEWEST_ROWS", 16)
-    config = LeMoConfig(retention=0.5, block_size=8, policy="recent", fp8=True, bf16_finish=0.5)
-    twins = [tiny(device).to(torch.bfloat16 if device == "cuda" else torch.float32) for _ in "ab"]
-    with_graphs, without = (
-        apply_lemo(model, replace(config, cuda_graphs=graphs))
-        for model, graphs in zip(twins, (True, False), strict=True)
-    )
-    graphs, found = [], [[], []]
-    for step, inputs in zip((*range(8), 0, 1), 10 * batches(device, steps=1), strict=True):
-        for lemo in (with_graphs, without):
-            lemo.begin_step(step, 8)
-        for model, losses_of in zip(twins, found, strict=True):
-            loss = model(**inputs).loss
-            loss.backward()
-            losses_of.append(loss.item())
-            model.zero_grad()
-        graphs.append(graphs_of(twins[0]))
-    assert graphs == [0, 1, 1, 1, 0, 1, 1, 1, 0, 1]
-    assert found[0] == pytest.approx(found[1], rel=1e-5 if device == "cpu" else 1e-2)
-    assert found[0][3] != found[0][4]  # the same rows, in FP8 and not
-
-
-def counted(weight):
-    with torch.no_grad():
-        weight.mul_(-1)
-
-
-def past_the_count(weight):
-    weight.data.mul_(-1)
-
-
-@pytest.mark.parametrize("change", [counted, past_the_count])
-def test_graphs_have_fp8_copies_of_the_weights_as_they_are(device, change, monkeypatch):
-    monkeypatch.setattr(fp8, "FEWEST_ROWS", 16)
-    config = LeMoConfig(retention=0.5, block_size=8, policy="recent", fp8=True)
-    twins = [tiny(device).to(torch.bfloat16 if device == "cuda" else torch.float32) for _ in "ab"]
-    for model, graphs in zip(twins, (True, False), strict=True):
-        apply_lemo(model, replace(config, cuda_graphs=graphs))
-    found, graphs = [[], []], []
-    for step, inputs in enumerate(9 * batches(device, steps=1)):
-        for model, losses_of in zip(twins, found, strict=True):
-            if step == 4:
-                change(model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight)
-            loss = model(**inputs).loss
-            loss.backward()
-            losses_of.append(loss.item())
-            model.zero_grad()
-            if device == "cuda":
-                torch.cuda.synchronize()  # what is seen late is seen by the next pass
-        graphs.append(graphs_of(twins[0]))
-    assert 0 in graphs[4:6] and graphs[-1] == 1
-    assert found[0] == pytest.approx(found[1], rel=1e-5 if device == "cpu" else 1e-2)
-    assert found[0][3] != pytest.approx(found[0][-1], rel=1e-3)
-
-
-def scale(model):
-    for part in model.modules():
-        if isinstance(part, LoraLayer):
-            part.set_scale("default", 5.0)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.merge_adapter(),
-        lambda model: model.base_model.disable_adapter_layers(),
-        scale,
-    ],
-    ids=["merged", "off", "scaled"],
-)
-def test_adapters_that_are_merged_off_or_scaled_have_graphs_of_their_own(device, change):
-    model, twin = with_twin(device)
-    for one in (model, twin):  # which no adapter takes a gradient from
-        one.get_base_model().model.norm.weight.requires_grad_(True)
-    for step, inputs in enumerate(batches(device, steps=7)):
-        if step == 4:
-            for one in (model, twin):
-                change(one)
-        found, expected = model(**inputs).loss, twin(**inputs).loss
-        assert graphs_of(model) == (step not in (0, 4))
-        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-        if step >= 4:
-            found.backward(), expected.backward()
-    assert_same_gradients(model, twin)
-
-
-def in_place(model):
-    for part in model.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None and weight.requires_grad:
-                part._parameters[name] = torch.nn.Parameter(weight.data)
-
-
-def elsewhere(model):
-    state = {name: x * 1.1 for name, x in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def with_its_module(model):
-    layer = model.get_base_model().model.layers[1]
-    layer.mlp = copy.deepcopy(layer.mlp)
-
-
-@pytest.mark.parametrize("replace_weights", [in_place, elsewhere, with_its_module])
-def test_weights_that_were_replaced_are_found(device, replace_weights):
-    model, twin = with_twin(device)
-    for step, inputs in enumerate(batches(device, steps=7)):
-        if step == 4:
-            for one in (model, twin):
-                replace_weights(one)
-        found, expected = model(**inputs).loss, twin(**inputs).loss
-        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-        if step >= 4:
-            found.backward(), expected.backward()
-    assert graphs_of(model) == 1
-    assert_same_gradients(model, twin)
 
 
 def test_a_copy_of_the_model_is_on_its_own(device, warned):
